@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The integers of Xen that must not be swapped, and the page size.
+
+Each is a distinct type to the type checker and a plain int at run time.
+"""
+
+from typing import Final, NewType
+
+Domid = NewType("Domid", int)
+"""A domain's number, 0..0x7fef (xen.h: DOMID_FIRST_RESERVED is 0x7ff0)."""
+
+Gref = NewType("Gref", int)
+"""A grant reference: an index into the granting domain's table, u32; 0..7 are reserved."""
+
+Port = NewType("Port", int)
+"""An event channel's number within one domain, u32; 0 is never valid."""
+
+RequestId = NewType("RequestId", int)
+"""A ring request's id, u64, chosen by the frontend and echoed whole by the backend."""
+
+PAGE_SIZE: Final = 4096
+"""A Xen page, whatever the guest's own page size is (PROTOCOL: always 4096)."""
+
+RING_SECTOR_SIZE: Final = 512
+"""The unit of every sector field on the ring, whatever ``sector-size`` says (blkif.h)."""
