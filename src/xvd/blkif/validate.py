@@ -23,12 +23,42 @@ Steps 1 to 7 read only the slot, so an indirect request is judged by them before
 touched, and by all of them once its pages have been copied.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from errno import ENOSYS, ENOTSUP, EOPNOTSUPP
 from typing import Final
 
-from xvd.blkif.abi import Status
+from xvd.blkif.abi import (
+    MAX_SEGMENTS_PER_REQUEST,
+    SECTORS_PER_PAGE,
+    DiscardFlag,
+    Op,
+    Status,
+)
+from xvd.blkif.messages import (
+    AnyRequest,
+    DiscardRequest,
+    IndirectRequest,
+    OtherRequest,
+    Request,
+    Response,
+    Segment,
+)
+from xvd.errors import LocalProtocolError
 
-__all__ = ["REFUSAL_STATUS", "Breach", "Refusal"]
+__all__ = [
+    "REFUSAL_STATUS",
+    "Breach",
+    "Limits",
+    "Refusal",
+    "accepted_operations",
+    "answer",
+    "check_response",
+    "peer_status",
+    "storage_status",
+    "validate",
+]
 
 
 class Refusal(IntEnum):
@@ -97,12 +127,14 @@ REFUSAL_STATUS: Final[dict[Refusal, Status]] = {
 class Breach(IntEnum):
     """What a backend did that no backend may do; anything but NONE ends the frontend's device.
 
-    The numbers are those of ``enum blkif_breach``. From Linux's hardened blkfront (5.16 on).
+    The numbers are those of ``enum blkif_breach``, in the order of the checks. From Linux's
+    hardened blkfront (5.16 on). An unknown status is no breach: NetBSD sends its errno values.
     """
 
     NONE = 0
     RESPONSE_OVERFLOW = 1
-    """``rsp_prod`` is further ahead than requests are outstanding."""
+    """``rsp_prod`` is further ahead than the ring is long. Said by the ring, not by
+    `check_response`."""
     UNKNOWN_ID = 2
     """A response whose id is no slot of our shadow (FreeBSD would index with it)."""
     NOT_IN_FLIGHT = 3
@@ -112,4 +144,166 @@ class Breach(IntEnum):
     neither 6 nor the inner operation)."""
     GRANT_STILL_MAPPED = 5
     """A grant that is not persistent is still mapped after its response (XSA-396): the page can
-    be neither reused nor freed."""
+    be neither reused nor freed. Said by the data plane, not by `check_response`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one disk allows, and what was offered to its frontend; fixed while it is connected.
+
+    `capacity` counts 512-byte sectors; it alone may change (resize). `logical_sectors` is the
+    logical block in 512-byte sectors, a power of two. `indirect_max` is the published
+    ``feature-max-indirect-segments``, 0 when indirect requests were not offered.
+    """
+
+    capacity: int
+    logical_sectors: int = 1
+    read_only: bool = False
+    flush: bool = True
+    barrier: bool = False
+    discard: bool = False
+    secure_discard: bool = False
+    indirect_max: int = 0
+
+
+def validate(
+    request: AnyRequest, limits: Limits, segments: Sequence[Segment] | None = None
+) -> Refusal:
+    """The first reason to refuse `request`, or NONE.
+
+    An indirect request is judged twice: without `segments` by checks 1 to 7, and, once its pages
+    have been copied, by all of them with the `nr_segments` segments that they held. For every
+    other request `segments` stays None. LocalProtocolError when the number of segments given is
+    not the number that the request states.
+    """
+    match request:
+        case OtherRequest():
+            return Refusal.UNKNOWN_OPERATION
+        case DiscardRequest():
+            return _discard(request, limits)
+        case Request():
+            return _direct(request, limits)
+        case IndirectRequest():
+            return _indirect(request, limits, segments)
+
+
+def _direct(request: Request, limits: Limits) -> Refusal:
+    empty = request.nr_segments == 0
+    if request.operation is Op.WRITE_BARRIER and not limits.barrier:
+        return Refusal.NOT_OFFERED
+    if request.operation is Op.FLUSH_DISKCACHE and not limits.flush:
+        return Refusal.NOT_OFFERED
+    if empty and request.operation in (Op.READ, Op.WRITE):
+        return Refusal.NO_SEGMENTS
+    if request.nr_segments > MAX_SEGMENTS_PER_REQUEST:
+        return Refusal.TOO_MANY_SEGMENTS
+    if limits.read_only and not empty and request.operation is not Op.READ:
+        return Refusal.READ_ONLY
+    if empty:
+        # A pure flush or barrier touches no sector: its sector_number means nothing.
+        return Refusal.NONE
+    return _data(request.sector_number, request.segments, limits)
+
+
+def _discard(request: DiscardRequest, limits: Limits) -> Refusal:
+    if not limits.discard:
+        return Refusal.NOT_OFFERED
+    if request.flag & DiscardFlag.SECURE and not limits.secure_discard:
+        return Refusal.SECURE_NOT_OFFERED
+    if limits.read_only:
+        return Refusal.READ_ONLY
+    # Advisory, so head and tail may lie across a block; nothing at all is answered OKAY.
+    return _range(request.sector_number, request.nr_sectors, limits)
+
+
+def _indirect(
+    request: IndirectRequest, limits: Limits, segments: Sequence[Segment] | None
+) -> Refusal:
+    if not limits.indirect_max:
+        return Refusal.NOT_OFFERED
+    if request.indirect_op not in (Op.READ, Op.WRITE):
+        return Refusal.INDIRECT_OPERATION
+    if request.nr_segments == 0:
+        return Refusal.NO_SEGMENTS
+    if request.nr_segments > limits.indirect_max:
+        return Refusal.TOO_MANY_SEGMENTS
+    if limits.read_only and request.indirect_op == Op.WRITE:
+        return Refusal.READ_ONLY
+    if segments is None:
+        return Refusal.NONE
+    if len(segments) != request.nr_segments:
+        raise LocalProtocolError(f"{len(segments)} segments for {request.nr_segments} stated")
+    return _data(request.sector_number, segments, limits)
+
+
+def _data(sector_number: int, segments: Sequence[Segment], limits: Limits) -> Refusal:
+    total = 0
+    misaligned = sector_number % limits.logical_sectors != 0
+    for segment in segments:
+        if segment.first_sect > segment.last_sect:
+            return Refusal.SEGMENT_ORDER
+        if segment.last_sect >= SECTORS_PER_PAGE:
+            return Refusal.SEGMENT_PAST_PAGE
+        total += segment.sectors
+        misaligned = misaligned or segment.sectors % limits.logical_sectors != 0
+    refusal = _range(sector_number, total, limits)
+    if refusal is Refusal.NONE and misaligned:
+        return Refusal.MISALIGNED
+    return refusal
+
+
+def _range(sector_number: int, sectors: int, limits: Limits) -> Refusal:
+    # Subtracted, not added: a sum of two u64 wraps in every language but this one.
+    if sectors > limits.capacity or sector_number > limits.capacity - sectors:
+        return Refusal.OUT_OF_RANGE
+    return Refusal.NONE
+
+
+def storage_status(errno: int) -> Status:
+    """The status for what the storage engine said: 0, or a positive errno.
+
+    Only "not supported" is told from other errors: the frontend then stops using the operation.
+    """
+    if errno == 0:
+        return Status.OKAY
+    return Status.EOPNOTSUPP if errno in (EOPNOTSUPP, ENOTSUP, ENOSYS) else Status.ERROR
+
+
+def answer(request: AnyRequest, status: Status) -> Response:
+    """The response to `request`: its id, its operation (the inner one of an indirect), `status`."""
+    match request:
+        case DiscardRequest():
+            return Response(request.id, Op.DISCARD, status)
+        case IndirectRequest():
+            return Response(request.id, request.indirect_op, status)
+        case _:
+            return Response(request.id, request.operation, status)
+
+
+def accepted_operations(request: AnyRequest) -> tuple[int, ...]:
+    """The operations that a response to `request` may name: what a frontend's shadow remembers.
+
+    Backends answer an indirect request with the inner operation; blkif.h does not say, so 6 is
+    accepted too.
+    """
+    inner = answer(request, Status.OKAY).operation
+    return (inner, Op.INDIRECT) if isinstance(request, IndirectRequest) else (inner,)
+
+
+def check_response(response: Response, shadow: Sequence[tuple[int, ...] | None]) -> Breach:
+    """What is wrong with `response`, or NONE: UNKNOWN_ID, NOT_IN_FLIGHT, WRONG_OPERATION in turn.
+
+    `shadow` is private and indexed by request id: the `accepted_operations` of a request in
+    flight, None where none is.
+    """
+    if response.id >= len(shadow):
+        return Breach.UNKNOWN_ID
+    accepted = shadow[response.id]
+    if accepted is None:
+        return Breach.NOT_IN_FLIGHT
+    return Breach.NONE if response.operation in accepted else Breach.WRONG_OPERATION
+
+
+def peer_status(status: int) -> Status:
+    """The status a frontend acts on: what is neither OKAY nor EOPNOTSUPP is an error."""
+    return Status(status) if status in (Status.OKAY, Status.EOPNOTSUPP) else Status.ERROR
