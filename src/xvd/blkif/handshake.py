@@ -1,0 +1,471 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a disk comes up and goes away: both roles' xenbus handshake as tables.
+
+The one idea: a state machine is a dict, ``(our state, event) -> (next state, actions)``, and
+nothing in this file acts. A pair that is not in a table changes nothing, which is what makes
+repeated, coalesced and late events harmless.
+
+How a caller uses it (`BackendState` and `FrontendState` alike):
+
+1. ``step = initial_backend(own_node, peer_node)``; then, for every event, ``step =
+   backend_step(state, event)``. One event at a time: finish 2 before the next one.
+2. Take ``step.state`` and do ``step.actions`` in order. At most one of them is marked *nodes*: it
+   writes its nodes and ``step.state.xenbus`` in one xenstore transaction, which first checks that
+   our own ``state`` node still exists (else the disk's directory is gone: write nothing), and
+   which starts again on EAGAIN. Without such an action the state is written first. It is not
+   written when it is None, or what the node says already (PUBLISH_SIZE is the exception).
+3. CONNECT, RECONNECT, DISCONNECT, READ_FEATURES, STOP_IO and FAIL_IO take time; their end comes
+   back as an event, and meanwhile further events are fed. One that is asked for while it runs is
+   the one that runs: it ends once.
+4. LOOK means: read the peer's node (a backend reads its ``online`` node too) and feed what it
+   says as an event, as if a watch had fired. So nothing is lost that was ignored while we worked.
+
+Events of the peer are levels, not edges: on each watch read the node and feed
+``frontend_event(value)`` or ``backend_event(value)``. A backend that reads ``online`` as 0 feeds
+``removal_event(frontend_node)`` before it. Events that no row names for a state are ignored.
+
+Sources: Linux xen-blkback and xen-blkfront, QEMU's xen-block, libxl, Linux's
+``xenbus_probe_frontend.c`` for the reset after kexec; docs/protocol.md has the reasons.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any, Final, Generic, TypeVar
+
+from xvd.blkif.abi import XenbusState
+
+__all__ = [
+    "BACKEND",
+    "FRONTEND",
+    "BackendAction",
+    "BackendEvent",
+    "BackendState",
+    "BackendStep",
+    "FrontendAction",
+    "FrontendEvent",
+    "FrontendState",
+    "FrontendStep",
+    "Step",
+    "backend_event",
+    "backend_step",
+    "frontend_event",
+    "frontend_step",
+    "initial_backend",
+    "initial_frontend",
+    "removal_event",
+    "render_diagram",
+    "render_table",
+]
+
+
+class _State(Enum):
+    """A state with the value it gives our ``state`` node; None leaves the node as it is."""
+
+    def __init__(self, _number: int, xenbus: XenbusState | None) -> None:
+        self.xenbus = xenbus
+
+
+class BackendState(_State):
+    """Where a backend's disk stands. Only `CONNECTED`, `CLOSING` and `REMOVING` may have rings."""
+
+    STARTING = (1, None)
+    """The storage is being opened; nothing is offered."""
+    NO_STORAGE = (2, XenbusState.CLOSING)
+    """The storage could not be opened: said, and nothing more to be done with it."""
+    WAITING = (3, XenbusState.INIT_WAIT)
+    """Offered; the frontend has not published its rings."""
+    CONNECTING = (4, None)
+    """Rings are being mapped and ports bound."""
+    RESUMING = (5, None)
+    """Our predecessor died while connected: the storage is being opened for its live rings."""
+    RECONNECTING = (6, None)
+    """The live rings are being attached to."""
+    CONNECTED = (7, XenbusState.CONNECTED)
+    CLOSING = (8, XenbusState.CLOSING)
+    """The frontend is closing; its rings stay mapped until it has closed."""
+    DISCONNECTING = (9, None)
+    """Draining and unmapping, to end as CLOSED."""
+    RESETTING = (10, None)
+    """Draining and unmapping because another frontend is here already, to end as WAITING.
+    No Closed in between: a Linux frontend that sees it while initialising closes itself."""
+    CLOSED = (11, XenbusState.CLOSED)
+    """Ready for a frontend to begin again (``online`` is 1)."""
+    FAILED = (12, XenbusState.CLOSING)
+    """We gave up on this frontend: said; waits for it to go or to start anew."""
+    REMOVING = (13, XenbusState.CLOSING)
+    """The toolstack removes the disk; its live frontend is closing."""
+    LEAVING = (14, XenbusState.CLOSING)
+    """Draining and unmapping, to end as GONE."""
+    GONE = (15, XenbusState.CLOSED)
+    """Unregistered: the last write."""
+
+
+class BackendEvent(Enum):
+    """What a backend can learn."""
+
+    FRONTEND_UNKNOWN = auto()
+    """The frontend's state node is gone, or reads 0."""
+    FRONTEND_INITIALISING = auto()
+    FRONTEND_INIT_WAIT = auto()
+    FRONTEND_INITIALISED = auto()
+    FRONTEND_CONNECTED = auto()
+    FRONTEND_CLOSING = auto()
+    FRONTEND_CLOSED = auto()
+    FRONTEND_RECONFIGURING = auto()
+    FRONTEND_RECONFIGURED = auto()
+    STORAGE_READY = auto()
+    """The storage is open; or it will be given after state 2 (a hotplug script) and CONNECT
+    waits for it."""
+    STORAGE_FAILED = auto()
+    CONNECT_DONE = auto()
+    """CONNECT or RECONNECT has ended well."""
+    CONNECT_FAILED = auto()
+    """It has not, and has undone itself."""
+    DISCONNECT_DONE = auto()
+    """DISCONNECT has ended: nothing in flight, nothing mapped, no port bound."""
+    RING_BROKEN = auto()
+    """A ring's indices make no sense, or something else that only closing can answer."""
+    RESIZED = auto()
+    """The storage has another size."""
+    REMOVE = auto()
+    """``online`` is 0, and the frontend's state is 2 to 5: it will close."""
+    REMOVE_ALONE = auto()
+    """``online`` is 0, and there is no frontend that could close."""
+
+
+class BackendAction(Enum):
+    """What a backend is to do; *nodes* are written with the state, in one transaction."""
+
+    OFFER = auto()
+    """*nodes*: what a frontend must know before it allocates: ring order, queues, indirect."""
+    PUBLISH = auto()
+    """*nodes*: geometry and all features."""
+    PUBLISH_SIZE = auto()
+    """*nodes*: ``sectors``, and ``state`` although it does not change: the frontend's watch
+    fires and it reads the size again."""
+    REPORT_ERROR = auto()
+    """*nodes*: the error text, in our own domain's ``error`` directory."""
+    CONNECT = auto()
+    """Read all of the frontend's keys, map, attach, bind, then serve what is on the rings.
+    Ends in CONNECT_DONE or CONNECT_FAILED. Waits for storage that a hotplug script brings."""
+    RECONNECT = auto()
+    """The same for rings that are live: attach at rsp_prod, and kick the frontend once."""
+    STOP_TAKING = auto()
+    """Serve what the rings hold now and take nothing after it; everything stays mapped."""
+    DISCONNECT = auto()
+    """Cancel a CONNECT that runs, drain what is in flight, unmap, unbind; always ends in
+    DISCONNECT_DONE, at once when there is nothing to undo."""
+    LOOK = auto()
+    """Read the frontend's state and ``online`` again, and feed them."""
+    UNREGISTER = auto()
+    """Close the storage, drop the watches, forget the disk."""
+
+
+class FrontendState(_State):
+    """Where a frontend's disk stands."""
+
+    STARTING = (1, XenbusState.INITIALISING)
+    """Waits for the backend's offer."""
+    PUBLISHED = (2, XenbusState.INITIALISED)
+    """Rings are published; waits for the backend to connect."""
+    CONNECTING = (3, None)
+    """The backend is connected; its features are being read."""
+    CONNECTED = (4, XenbusState.CONNECTED)
+    CLOSING = (5, XenbusState.CLOSING)
+    """No new I/O; what is outstanding is awaited, or failed when the backend is gone."""
+    HANDED_BACK = (6, XenbusState.CLOSED)
+    """We are done; the backend still has our pages mapped until it is Closed too."""
+    CLOSED = (7, XenbusState.CLOSED)
+    """Everything is ours again. REOPEN starts anew, LEAVE makes room for another driver."""
+    VACANT = (8, XenbusState.INITIALISING)
+    """Left as the next driver expects to find it; the end."""
+    RESET_CLOSING = (9, XenbusState.CLOSING)
+    """Our predecessor died connected: first of three steps that bring the backend round."""
+    RESET_CLOSED = (10, XenbusState.CLOSED)
+    """The second step; the third is STARTING."""
+
+
+class FrontendEvent(Enum):
+    """What a frontend can learn."""
+
+    BACKEND_UNKNOWN = auto()
+    """The backend's state node is gone, or reads 0."""
+    BACKEND_INITIALISING = auto()
+    BACKEND_INIT_WAIT = auto()
+    BACKEND_INITIALISED = auto()
+    BACKEND_CONNECTED = auto()
+    BACKEND_CLOSING = auto()
+    BACKEND_CLOSED = auto()
+    BACKEND_RECONFIGURING = auto()
+    BACKEND_RECONFIGURED = auto()
+    FEATURES_READ = auto()
+    FEATURES_BAD = auto()
+    """What the backend published is out of range."""
+    BREACH = auto()
+    """A response that no backend may send: the device is lost."""
+    CLOSE = auto()
+    """Our user wants no more of the disk."""
+    DRAINED = auto()
+    """Nothing is outstanding any more: answered, or failed."""
+    RESUMED = auto()
+    """We run in a new domain after migration: old grants and ports are void."""
+    TIMEOUT = auto()
+    """The timer of a reset step ran out."""
+    REOPEN = auto()
+    """After CLOSED: use the disk again."""
+    LEAVE = auto()
+    """After CLOSED: leave the disk to whoever comes."""
+
+
+class FrontendAction(Enum):
+    """What a frontend is to do; *nodes* are written with the state, in one transaction."""
+
+    PUBLISH = auto()
+    """Read the offer, allocate rings and ports; *nodes*: stale keys removed, ours written."""
+    CLEAN_UP = auto()
+    """*nodes*: every key that we have written is removed, for a successor who knows fewer."""
+    READ_FEATURES = auto()
+    """Read all that the backend published, ending in FEATURES_READ or FEATURES_BAD."""
+    START_IO = auto()
+    """Offer the disk, put again what was outstanding before, kick once."""
+    READ_SIZE = auto()
+    """Read ``sectors`` again: the backend repeats its state when the size has changed."""
+    STOP_IO = auto()
+    """No new requests; await those outstanding; ends in DRAINED."""
+    FAIL_IO = auto()
+    """No new requests; fail those outstanding, nobody will answer; ends in DRAINED."""
+    RELEASE = auto()
+    """End the grants and free the ports; pages that are still mapped are freed later."""
+    REPORT_ERROR = auto()
+    """*nodes*: the error text, in our own domain's ``error`` directory."""
+    ARM_TIMER = auto()
+    """Five seconds, then TIMEOUT; armed anew for each step."""
+    LOOK = auto()
+    """Read the backend's state again, and feed it."""
+
+
+_S = TypeVar("_S", BackendState, FrontendState)
+_A = TypeVar("_A", BackendAction, FrontendAction)
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[_S, _A]):
+    """Where an event leads: the state to be in, and what to do in this order."""
+
+    state: _S
+    actions: tuple[_A, ...] = ()
+
+
+BackendStep = Step[BackendState, BackendAction]
+FrontendStep = Step[FrontendState, FrontendAction]
+
+
+def _backend_table() -> dict[tuple[BackendState, BackendEvent], BackendStep]:
+    s, e, a = BackendState, BackendEvent, BackendAction
+    table: dict[tuple[BackendState, BackendEvent], BackendStep] = {}
+
+    def row(sources: list[BackendState], events: list[BackendEvent], to: BackendStep) -> None:
+        for source in sources:
+            for event in events:
+                assert (source, event) not in table
+                table[source, event] = to
+
+    gone = [e.FRONTEND_UNKNOWN, e.FRONTEND_CLOSED]
+    fresh = [e.FRONTEND_INITIALISING]
+    # Minimal frontends (mini-os, OVMF, U-Boot) never write 3, the others write 3 and then 4.
+    ready = [e.FRONTEND_INITIALISED, e.FRONTEND_CONNECTED]
+    remove = [e.REMOVE, e.REMOVE_ALONE]
+    bad = [e.STORAGE_FAILED, e.RING_BROKEN, e.CONNECT_FAILED]
+    disconnect = (a.DISCONNECT,)
+    unregister = Step(s.GONE, (a.UNREGISTER,))
+
+    # Coming up.
+    row([s.STARTING, s.NO_STORAGE], [e.STORAGE_READY], Step(s.WAITING, (a.OFFER, a.LOOK)))
+    row([s.STARTING, s.RESUMING], [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.LOOK)))
+    row([s.WAITING], ready, Step(s.CONNECTING, (a.CONNECT,)))
+    row([s.CONNECTING, s.RECONNECTING], [e.CONNECT_DONE], Step(s.CONNECTED, (a.PUBLISH, a.LOOK)))
+    row([s.CONNECTED], [e.RESIZED], Step(s.CONNECTED, (a.PUBLISH_SIZE,)))
+
+    # Taking over from a predecessor that died; a frontend that left meanwhile has no live ring.
+    row([s.RESUMING], [e.STORAGE_READY], Step(s.RECONNECTING, (a.RECONNECT,)))
+    row([s.RESUMING], [*gone, *fresh, e.FRONTEND_CLOSING], Step(s.STARTING))
+
+    # The frontend closes. Rings stay mapped at 5: an earlier teardown lost I/O (Linux did that).
+    row([s.CONNECTED, s.RECONNECTING], [e.FRONTEND_CLOSING], Step(s.CLOSING, (a.STOP_TAKING,)))
+    row([s.CONNECTING], [e.FRONTEND_CLOSING], Step(s.CLOSING, disconnect))
+    row([s.WAITING], [e.FRONTEND_CLOSING], Step(s.CLOSING))
+    active = [s.WAITING, s.CONNECTING, s.RECONNECTING, s.CONNECTED, s.CLOSING, s.FAILED]
+    row(active, gone, Step(s.DISCONNECTING, disconnect))
+    row([s.RESETTING], gone, Step(s.DISCONNECTING))
+    row([s.DISCONNECTING], [e.DISCONNECT_DONE], Step(s.CLOSED, (a.LOOK,)))
+
+    # A frontend begins anew: after a close, after kexec, or so fast that we never saw it close.
+    row([s.CLOSED], [*fresh, *ready], Step(s.WAITING, (a.OFFER, a.LOOK)))
+    busy = [s.CONNECTING, s.RECONNECTING, s.CONNECTED, s.CLOSING, s.FAILED]
+    row(busy, fresh, Step(s.RESETTING, disconnect))
+    row([s.CLOSING], ready, Step(s.RESETTING, disconnect))
+    row([s.DISCONNECTING], [*fresh, *ready], Step(s.RESETTING))
+    row([s.RESETTING], [e.DISCONNECT_DONE], Step(s.WAITING, (a.OFFER, a.LOOK)))
+
+    # Giving up on this frontend; the process and the other disks go on.
+    failed = Step(s.FAILED, (a.REPORT_ERROR, a.DISCONNECT, a.LOOK))
+    row([s.CONNECTING, s.RECONNECTING], bad, failed)
+    row([s.CONNECTED, s.CLOSING], [e.STORAGE_FAILED, e.RING_BROKEN], failed)
+
+    # The toolstack removes the disk: a live frontend closes first, else nobody would end it.
+    row([s.STARTING, s.NO_STORAGE, s.RESUMING, s.CLOSED], [e.REMOVE_ALONE], unregister)
+    row([s.STARTING, s.NO_STORAGE, s.CLOSED], [e.REMOVE], unregister)
+    row([s.CONNECTED, s.CLOSING, s.FAILED, s.WAITING], [e.REMOVE], Step(s.REMOVING))
+    row([s.CONNECTING], [e.REMOVE], Step(s.REMOVING, disconnect))
+    row([s.REMOVING], [e.FRONTEND_CLOSING], Step(s.REMOVING, (a.STOP_TAKING,)))
+    row([s.REMOVING], [*gone, *fresh], Step(s.LEAVING, disconnect))
+    row([s.REMOVING], [e.RING_BROKEN, e.STORAGE_FAILED], Step(s.REMOVING, disconnect))
+    row([*active, s.REMOVING], [e.REMOVE_ALONE], Step(s.LEAVING, disconnect))
+    row([s.DISCONNECTING, s.RESETTING], remove, Step(s.LEAVING))
+    row([s.LEAVING], [e.DISCONNECT_DONE], unregister)
+    return table
+
+
+def _frontend_table() -> dict[tuple[FrontendState, FrontendEvent], FrontendStep]:
+    s, e, a = FrontendState, FrontendEvent, FrontendAction
+    table: dict[tuple[FrontendState, FrontendEvent], FrontendStep] = {}
+
+    def row(sources: list[FrontendState], events: list[FrontendEvent], to: FrontendStep) -> None:
+        for source in sources:
+            for event in events:
+                assert (source, event) not in table
+                table[source, event] = to
+
+    gone = [e.BACKEND_UNKNOWN, e.BACKEND_CLOSED]
+    running = [s.PUBLISHED, s.CONNECTING, s.CONNECTED]
+
+    # Coming up. NetBSD's backend is at 4 before we are here: publish, then look at it again.
+    offered = [e.BACKEND_INIT_WAIT, e.BACKEND_CONNECTED]
+    row([s.STARTING], offered, Step(s.PUBLISHED, (a.PUBLISH, a.LOOK)))
+    row([s.PUBLISHED], [e.BACKEND_CONNECTED], Step(s.CONNECTING, (a.READ_FEATURES,)))
+    row([s.CONNECTING], [e.FEATURES_READ], Step(s.CONNECTED, (a.START_IO, a.LOOK)))
+    row([s.CONNECTED], [e.BACKEND_CONNECTED], Step(s.CONNECTED, (a.READ_SIZE,)))
+
+    # The ring is lost but the disk is not: everything is negotiated again from the start.
+    again = (a.RELEASE, a.PUBLISH, a.LOOK)
+    row([s.CONNECTING, s.CONNECTED], [e.BACKEND_INIT_WAIT], Step(s.PUBLISHED, again))
+    row(running, [e.RESUMED], Step(s.STARTING, (a.RELEASE, a.CLEAN_UP, a.LOOK)))
+
+    # Going down, by either end. Pages are ours again only when the backend has closed.
+    stop, fail = Step(s.CLOSING, (a.STOP_IO,)), Step(s.CLOSING, (a.FAIL_IO,))
+    row(running, [e.BACKEND_CLOSING, e.CLOSE], stop)
+    row([s.STARTING], [e.CLOSE], Step(s.CLOSED))
+    row([*running, s.CLOSING], gone, fail)
+    row([s.CLOSING], [e.RESUMED], fail)
+    row([s.CONNECTING], [e.FEATURES_BAD], Step(s.CLOSING, (a.REPORT_ERROR, a.FAIL_IO)))
+    row([*running, s.CLOSING], [e.BREACH], Step(s.CLOSING, (a.REPORT_ERROR, a.FAIL_IO)))
+    row([s.CLOSING], [e.DRAINED], Step(s.HANDED_BACK, (a.LOOK,)))
+    # 1 and 2 say that a new backend is here: it has nothing of ours mapped either.
+    freed = [*gone, e.BACKEND_INITIALISING, e.BACKEND_INIT_WAIT, e.RESUMED]
+    row([s.HANDED_BACK], freed, Step(s.CLOSED, (a.RELEASE, a.CLEAN_UP)))
+    row([s.CLOSED], [e.REOPEN], Step(s.STARTING, (a.LOOK,)))
+    row([s.CLOSED], [e.LEAVE], Step(s.VACANT))
+
+    # After a crash of our predecessor: the steps of Linux's xenbus reset, each with its time-out.
+    closed, anew = [*gone, e.TIMEOUT], [e.BACKEND_INITIALISING, e.BACKEND_INIT_WAIT]
+    closing = [e.BACKEND_CLOSING, *closed]
+    row([s.RESET_CLOSING], closing, Step(s.RESET_CLOSED, (a.ARM_TIMER, a.LOOK)))
+    row([s.RESET_CLOSING], anew, Step(s.STARTING, (a.CLEAN_UP, a.LOOK)))
+    row([s.RESET_CLOSED], [*closed, *anew], Step(s.STARTING, (a.CLEAN_UP, a.LOOK)))
+    return table
+
+
+BACKEND: Final[Mapping[tuple[BackendState, BackendEvent], BackendStep]] = _backend_table()
+"""The backend's table; what it does not name changes nothing."""
+
+FRONTEND: Final[Mapping[tuple[FrontendState, FrontendEvent], FrontendStep]] = _frontend_table()
+"""The frontend's table; what it does not name changes nothing."""
+
+
+def backend_step(state: BackendState, event: BackendEvent) -> BackendStep:
+    """Where `event` leads a backend that is in `state`."""
+    return BACKEND.get((state, event), Step(state))
+
+
+def frontend_step(state: FrontendState, event: FrontendEvent) -> FrontendStep:
+    """Where `event` leads a frontend that is in `state`."""
+    return FRONTEND.get((state, event), Step(state))
+
+
+def frontend_event(node: XenbusState) -> BackendEvent:
+    """The event for a backend that reads `node` as its frontend's state."""
+    return BackendEvent[f"FRONTEND_{node.name}"]
+
+
+def backend_event(node: XenbusState) -> FrontendEvent:
+    """The event for a frontend that reads `node` as its backend's state."""
+    return FrontendEvent[f"BACKEND_{node.name}"]
+
+
+def removal_event(frontend_node: XenbusState) -> BackendEvent:
+    """The event for a backend that reads ``online`` as 0 while its frontend stands at `node`."""
+    live = XenbusState.INIT_WAIT <= frontend_node <= XenbusState.CLOSING
+    return BackendEvent.REMOVE if live else BackendEvent.REMOVE_ALONE
+
+
+def initial_backend(own: XenbusState, frontend: XenbusState) -> BackendStep:
+    """Where a backend begins that finds its own node at `own` and the frontend's at `frontend`.
+
+    Both at 4 (or the frontend at 3, about to see our 4) is a predecessor that died under a
+    running guest: its rings are live and are attached to. The caller opens the storage in any
+    case, and feeds what came of it.
+    """
+    live = frontend in (XenbusState.INITIALISED, XenbusState.CONNECTED)
+    resume = own is XenbusState.CONNECTED and live
+    return Step(BackendState.RESUMING if resume else BackendState.STARTING)
+
+
+def initial_frontend(own: XenbusState, backend: XenbusState) -> FrontendStep:
+    """Where a frontend begins that finds its own node at `own` and the backend's at `backend`.
+
+    An own node beyond Initialising was written by a predecessor that did not clean up; the
+    backend may have its rings mapped, so it is led through Closing and Closed first.
+    """
+    look = FrontendAction.LOOK
+    timer = FrontendAction.ARM_TIMER
+    if own in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
+        return Step(FrontendState.STARTING, (look,))
+    if backend in (XenbusState.INITIALISED, XenbusState.CONNECTED):
+        return Step(FrontendState.RESET_CLOSING, (timer, look))
+    if backend is XenbusState.CLOSING:
+        return Step(FrontendState.RESET_CLOSED, (timer, look))
+    return Step(FrontendState.STARTING, (FrontendAction.CLEAN_UP, look))
+
+
+def _label(state: BackendState | FrontendState) -> str:
+    node = "" if state.xenbus is None else f" ({state.xenbus.value})"
+    return f"{state.name}{node}"
+
+
+def _rows(table: Mapping[Any, Step[Any, Any]]) -> list[tuple[Any, list[str], Step[Any, Any]]]:
+    """The table by state, with the events that lead a state to the same step put together."""
+    rows: dict[tuple[Any, Step[Any, Any]], list[str]] = {}
+    for (state, event), step in table.items():
+        rows.setdefault((state, step), []).append(event.name)
+    ordered = sorted(rows.items(), key=lambda row: int(row[0][0].value[0]))
+    return [(state, events, step) for (state, step), events in ordered]
+
+
+def render_table(table: Mapping[Any, Step[Any, Any]]) -> str:
+    """`BACKEND` or `FRONTEND` as a Markdown table; in brackets what the state node then says."""
+    lines = ["| state | event | next | actions |", "|---|---|---|---|"]
+    for state, events, step in _rows(table):
+        actions = ", ".join(action.name for action in step.actions)
+        after = "" if step.state is state else _label(step.state)
+        lines.append(f"| {_label(state)} | {', '.join(events)} | {after} | {actions} |")
+    return "\n".join(lines) + "\n"
+
+
+def render_diagram(table: Mapping[Any, Step[Any, Any]]) -> str:
+    """`BACKEND` or `FRONTEND` as a Mermaid state diagram, without rows that stay in their state."""
+    lines = ["stateDiagram-v2"]
+    for state, events, step in _rows(table):
+        if step.state is not state:
+            lines.append(f"    {state.name} --> {step.state.name}: {' / '.join(events)}")
+    return "\n".join(lines) + "\n"
