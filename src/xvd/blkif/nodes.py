@@ -1,0 +1,564 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The xenstore nodes of a disk: who writes them, what they may hold, what they mean.
+
+The one idea: a dict of strings that another domain wrote goes in, and a checked value comes out,
+or an error that names the node and shows what it holds. There is no other door: past this file
+every number is in range. `NODES` is the table, the functions are its two directions.
+
+Paths are relative to the disk's own directory, backend's or frontend's. A node that is empty
+counts as absent. Sources: Xen's blkif.h, libxl_disk.c, Linux xen-blkback and xen-blkfront.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from xvd.blkif.abi import (
+    MAX_INDIRECT_SEGMENTS,
+    MAX_SEGMENTS_PER_REQUEST,
+    Abi,
+    InfoFlag,
+    XenbusState,
+)
+from xvd.errors import ConfigError, PeerProtocolError
+from xvd.types import RING_SECTOR_SIZE, Domid, Gref, Port
+
+__all__ = [
+    "MAX_RING_PAGE_ORDER",
+    "MAX_SECTORS",
+    "NODES",
+    "BackendAssignment",
+    "BackendFeatures",
+    "FrontendAssignment",
+    "FrontendConfig",
+    "Node",
+    "NodeChanges",
+    "QueueConfig",
+    "Side",
+    "default_abi",
+    "format_backend",
+    "format_frontend",
+    "format_offer",
+    "format_size",
+    "parse_backend",
+    "parse_backend_assignment",
+    "parse_frontend",
+    "parse_frontend_assignment",
+    "parse_offer",
+    "parse_state",
+    "parse_xl_params",
+    "stale_frontend_nodes",
+    "writable_mode",
+]
+
+U32_MAX: Final = 0xFFFF_FFFF
+MAX_SECTORS: Final = (1 << 63) // RING_SECTOR_SIZE
+"""The largest capacity: what a signed 64-bit byte offset reaches."""
+MAX_SECTOR_SIZE: Final = 64 * 1024
+MAX_RING_PAGE_ORDER: Final = 4
+"""Our own limit, as Linux's and QEMU's: 16 pages. FreeBSD's frontend can do 5."""
+MAX_QUEUES: Final = 1024
+"""No number of queues beyond this is believed, whatever our own limit is."""
+DOMID_MAX: Final = 0x7FEF
+
+
+class Side(Enum):
+    """Whose directory a node lies in."""
+
+    BACKEND = "backend"
+    FRONTEND = "frontend"
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One row of the table. `writer` is toolstack, hotplug, backend or frontend.
+
+    `low` and `high` bound a number, both included; a node without `high` holds text. `default`
+    is what an absent node means; None makes the node mandatory for whoever reads it.
+    """
+
+    side: Side
+    name: str
+    writer: str
+    meaning: str
+    default: int | str | None = None
+    low: int = 0
+    high: int | None = None
+
+
+def _backend(*row: object, **bounds: object) -> Node:
+    return Node(Side.BACKEND, *row, **bounds)  # type: ignore[arg-type]  # the rows below
+
+
+def _frontend(*row: object, **bounds: object) -> Node:
+    return Node(Side.FRONTEND, *row, **bounds)  # type: ignore[arg-type]  # the rows below
+
+
+_B: Final = (
+    _backend("frontend", "toolstack", "the frontend's directory"),
+    _backend(
+        "frontend-id", "toolstack", "its domain: trust this, not the frontend", high=DOMID_MAX
+    ),
+    _backend("online", "toolstack", "0: go away after closing", 0, high=1),
+    _backend("state", "toolstack, then backend", "xenbus state", 0, high=8),
+    _backend("removable", "toolstack", "shown to Windows", 0, high=1),
+    _backend("bootable", "toolstack", "shown to firmware", 0, high=1),
+    _backend("dev", "toolstack", "the disk's name, for threads and logs", ""),
+    _backend("type", "toolstack", "phy, qdisk, tap, file", ""),
+    _backend("mode", "toolstack", "writable if it contains a w", "r"),
+    _backend("device-type", "toolstack", "disk or cdrom", "disk"),
+    _backend("params", "toolstack", "where the data is: path or format:path", ""),
+    _backend("direct-io-safe", "toolstack", "1: O_DIRECT on files is safe", 0, high=1),
+    _backend("discard-enable", "toolstack", "0: do not offer discard", 1, high=1),
+    _backend("physical-device", "hotplug", "major:minor in hex (Linux)", ""),
+    _backend("physical-device-path", "hotplug", "path of the device (FreeBSD, tapback)", ""),
+    _backend("hotplug-status", "hotplug", "connected, online, error or busy", ""),
+    _backend("hotplug-error", "hotplug", "why", ""),
+    _backend("sectors", "backend", "capacity in 512-byte sectors", high=MAX_SECTORS),
+    _backend("info", "backend", "1 cdrom, 2 removable, 4 read-only", high=U32_MAX),
+    _backend("sector-size", "backend", "logical block, bytes", low=512, high=MAX_SECTOR_SIZE),
+    _backend("physical-sector-size", "backend", "hint, bytes; else sector-size", 0, high=U32_MAX),
+    _backend("feature-barrier", "backend", "WRITE_BARRIER is served", 0, high=U32_MAX),
+    _backend("feature-flush-cache", "backend", "FLUSH_DISKCACHE is served", 0, high=U32_MAX),
+    _backend("feature-discard", "backend", "DISCARD is served", 0, high=U32_MAX),
+    _backend("discard-granularity", "backend", "bytes; 0: sector-size", 0, high=U32_MAX),
+    _backend("discard-alignment", "backend", "bytes to the first boundary", 0, high=U32_MAX),
+    _backend("discard-secure", "backend", "secure erase is served", 0, high=U32_MAX),
+    _backend("feature-persistent", "backend", "persistent grants", 0, high=U32_MAX),
+    _backend("feature-max-indirect-segments", "backend", "0: no INDIRECT", 0, high=U32_MAX),
+    _backend("max-ring-page-order", "backend", "largest ring: 2^order pages", 0, high=U32_MAX),
+    _backend("max-ring-pages", "(old backends)", "the same as a page count", 0, high=U32_MAX),
+    _backend("multi-queue-max-queues", "backend", "most queues", 1, high=U32_MAX),
+)
+_F: Final = (
+    _frontend("backend", "toolstack", "the backend's directory"),
+    _frontend("backend-id", "toolstack", "its domain", high=DOMID_MAX),
+    _frontend("virtual-device", "toolstack", "the vdev number", high=U32_MAX),
+    _frontend(
+        "virtual-device-ext", "toolstack", "the vdev, when the other is absent", high=U32_MAX
+    ),
+    _frontend("device-type", "toolstack", "disk or cdrom", "disk"),
+    _frontend("trusted", "toolstack", "0: bounce everything (XSA-403)", 1, high=1),
+    _frontend("state", "toolstack, then frontend", "xenbus state", 0, high=8),
+    _frontend("protocol", "frontend", "the ABI; absent: see default_abi", ""),
+    _frontend("ring-page-order", "frontend", "the ring has 2^order pages", 0, high=U32_MAX),
+    _frontend("ring-ref", "frontend", "grant of a one-page ring", high=U32_MAX),
+    _frontend("ring-ref0", "frontend", "grant of page 0; also ring-ref1 and on", high=U32_MAX),
+    _frontend("num-ring-pages", "(old frontends)", "ignored", 1, high=U32_MAX),
+    _frontend("event-channel", "frontend", "port", low=1, high=U32_MAX),
+    _frontend("multi-queue-num-queues", "frontend", "queues in queue-N/", 1, low=1, high=U32_MAX),
+    _frontend("feature-persistent", "frontend", "persistent grants", 0, high=U32_MAX),
+    _frontend("feature-persistent-grants", "(a first draft)", "ignored", 0, high=U32_MAX),
+    _frontend("feature-large-sector-size", "frontend", "old Windows dialect", 0, high=U32_MAX),
+)
+
+NODES: Final[Mapping[tuple[Side, str], Node]] = {(node.side, node.name): node for node in _B + _F}
+"""Every node that xvd reads or writes, by side and name."""
+
+_NUMBER: Final = re.compile(r"([0-9]{1,20})[ \t\r\n\0]{0,8}", re.ASCII)
+_SHOWN: Final = 40
+
+
+def _show(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
+
+
+def _text(nodes: Mapping[str, str], name: str) -> str:
+    return nodes.get(name, "").rstrip(" \t\r\n\0")
+
+
+def _number(
+    node: Node, nodes: Mapping[str, str], path: str = "", error: type[Exception] = PeerProtocolError
+) -> int:
+    """The number at `path` (or the node's own name), its default, or `error` naming both."""
+    path = path or node.name
+    text = nodes.get(path, "")
+    if not text.strip(" \t\r\n\0"):
+        if node.default is None:
+            raise error(f"{node.side.value} node {path} is missing")
+        return int(node.default)
+    high = U32_MAX if node.high is None else node.high
+    match = _NUMBER.fullmatch(text)
+    if match is None or not node.low <= int(match[1]) <= high:
+        raise error(
+            f"{node.side.value} node {path} holds {_show(text)}:"
+            f" it must be a decimal number from {node.low} to {high}"
+        )
+    return int(match[1])
+
+
+def _read(
+    side: Side, nodes: Mapping[str, str], name: str, error: type[Exception] = PeerProtocolError
+) -> int:
+    return _number(NODES[side, name], nodes, error=error)
+
+
+def parse_state(text: str | None) -> XenbusState:
+    """The value of a ``state`` node; UNKNOWN when it is missing (None) or empty.
+
+    PeerProtocolError for anything but 0 to 8.
+    """
+    return XenbusState(_read(Side.BACKEND, {"state": text or ""}, "state"))
+
+
+def writable_mode(mode: str) -> bool:
+    """Whether the ``mode`` node allows writing: ``w``, ``rw`` and the historic ``w!`` do."""
+    return "w" in mode
+
+
+def parse_xl_params(params: str) -> tuple[str, str]:
+    """Split the ``params`` node in (format, path): ``aio:/d.img`` is ("raw", "/d.img").
+
+    Split at the first colon (a path may hold others); a bare path is raw. The toolstack's names
+    aio, vhd and tap2 forms are turned into the format's own; any other is returned as it is. An
+    empty path is a CD-ROM drive without a disc.
+    """
+    head, colon, path = params.partition(":")
+    if not colon or "/" in head:
+        return "raw", params
+    return {"aio": "raw", "phy": "raw", "file": "raw", "vhd": "vpc"}.get(head, head), path
+
+
+def default_abi(host: Abi) -> Abi:
+    """The ABI of a frontend that names none: x86_32 on any x86 host, as Linux, tapdisk, QEMU do.
+
+    blkif.h says "native", and FreeBSD and NetBSD follow it; both frontends write the node.
+    """
+    return Abi.ARM if host is Abi.ARM else Abi.X86_32
+
+
+@dataclass(frozen=True, slots=True)
+class QueueConfig:
+    """One queue as a frontend published it: its ring pages in order, and its port."""
+
+    ring_refs: tuple[Gref, ...]
+    event_channel: Port
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendConfig:
+    """All that a frontend publishes. Every queue has the same power of two of ring pages.
+
+    `large_sector_size` is the key of old Windows drivers that count in ``sector-size`` units;
+    it changes nothing while ``sector-size`` is 512.
+    """
+
+    abi: Abi
+    queues: tuple[QueueConfig, ...]
+    persistent: bool = False
+    large_sector_size: bool = False
+
+    @property
+    def ring_pages(self) -> int:
+        """Pages of each queue's ring."""
+        return len(self.queues[0].ring_refs)
+
+
+def parse_frontend(
+    nodes: Mapping[str, str],
+    *,
+    host_abi: Abi,
+    max_ring_page_order: int = MAX_RING_PAGE_ORDER,
+    max_queues: int = 1,
+) -> FrontendConfig:
+    """What a frontend published, from its whole directory (``queue-0/ring-ref`` and so on).
+
+    To be called anew for each connection, on nodes read anew. PeerProtocolError, naming the node
+    and its value, for anything that is missing or out of range, for an order or a number of
+    queues beyond ours, and for an ABI that nobody has.
+    """
+    name = _text(nodes, "protocol")
+    try:
+        abi = Abi.from_protocol(name) if name else default_abi(host_abi)
+    except ValueError as unknown:
+        raise PeerProtocolError(f"frontend node protocol: {_show(name)}: {unknown}") from None
+    queues = _read(Side.FRONTEND, nodes, "multi-queue-num-queues")
+    if queues > min(max_queues, MAX_QUEUES):
+        raise PeerProtocolError(
+            f"frontend node multi-queue-num-queues holds {queues}: {max_queues} were offered"
+        )
+    # One queue lies at the top even when its number is written, as Windows does.
+    prefixes = [""] if queues == 1 else [f"queue-{number}/" for number in range(queues)]
+    return FrontendConfig(
+        abi,
+        tuple(_queue(nodes, prefix, max_ring_page_order) for prefix in prefixes),
+        _read(Side.FRONTEND, nodes, "feature-persistent") != 0,
+        _read(Side.FRONTEND, nodes, "feature-large-sector-size") != 0,
+    )
+
+
+def _queue(nodes: Mapping[str, str], prefix: str, max_order: int) -> QueueConfig:
+    """One queue. With one page, ``ring-ref`` and ``ring-ref0`` are both accepted.
+
+    Linux and QEMU read ring-ref0 when the order is written as 0, FreeBSD and tapback ring-ref;
+    frontends were written against either.
+    """
+    order = _read(Side.FRONTEND, nodes, "ring-page-order")
+    # Before 1 << order is computed: the order is a number of the guest's choice.
+    if order > max_order:
+        raise PeerProtocolError(
+            f"frontend node ring-page-order holds {order}: at most {max_order} was offered"
+        )
+    names = [f"ring-ref{page}" for page in range(1 << order)]
+    if order == 0:
+        preferred = ["ring-ref0", "ring-ref"] if _text(nodes, "ring-page-order") else ["ring-ref"]
+        spellings = [*preferred, "ring-ref0"]
+        present = (name for name in spellings if _text(nodes, prefix + name))
+        names = [next(present, "ring-ref")]
+    node = NODES[Side.FRONTEND, "ring-ref"]
+    refs = tuple(Gref(_number(node, nodes, prefix + name)) for name in names)
+    port = _number(NODES[Side.FRONTEND, "event-channel"], nodes, f"{prefix}event-channel")
+    return QueueConfig(refs, Port(port))
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChanges:
+    """What to do to a directory in one transaction: first remove each of `remove`, then write."""
+
+    write: Mapping[str, str]
+    remove: tuple[str, ...] = ()
+
+
+_OURS_IN_FRONTEND: Final = re.compile(
+    r"ring-ref[0-9]{0,4}|ring-page-order|num-ring-pages|event-channel|multi-queue-num-queues"
+    r"|queue-[0-9]{1,4}|protocol|feature-persistent(-grants)?|feature-large-sector-size",
+    re.ASCII,
+)
+
+
+def stale_frontend_nodes(present: Iterable[str]) -> tuple[str, ...]:
+    """Those of a frontend directory's children that a frontend wrote, whichever it was.
+
+    Left in place they mislead the backend of a successor that knows fewer keys; removing a
+    ``queue-N`` removes what is below it. The toolstack's nodes are not among them.
+    """
+    return tuple(sorted(name for name in present if _OURS_IN_FRONTEND.fullmatch(name)))
+
+
+def format_frontend(config: FrontendConfig, present: Iterable[str] = ()) -> NodeChanges:
+    """The nodes that publish `config`, and which of the children `present` must go first.
+
+    One page is written as ``ring-ref`` without an order (QEMU on KVM refuses any order), one
+    queue at the top without a number; ``protocol`` always, since its default differs between
+    backends.
+    """
+    write = {
+        "protocol": config.abi.protocol,
+        "feature-persistent": str(int(config.persistent)),
+    }
+    if len(config.queues) > 1:
+        write["multi-queue-num-queues"] = str(len(config.queues))
+    if config.ring_pages > 1:
+        write["ring-page-order"] = str(config.ring_pages.bit_length() - 1)
+    for number, queue in enumerate(config.queues):
+        prefix = f"queue-{number}/" if len(config.queues) > 1 else ""
+        for page, ref in enumerate(queue.ring_refs):
+            name = "ring-ref" if config.ring_pages == 1 else f"ring-ref{page}"
+            write[prefix + name] = str(ref)
+        write[f"{prefix}event-channel"] = str(queue.event_channel)
+    return NodeChanges(write, stale_frontend_nodes(present))
+
+
+@dataclass(frozen=True, slots=True)
+class BackendFeatures:
+    """All that a backend publishes. `sectors` counts 512 bytes; the sizes are in bytes.
+
+    `max_indirect_segments` is 0 where indirect requests are of no use (11 or fewer).
+    """
+
+    sectors: int
+    info: InfoFlag = InfoFlag(0)
+    sector_size: int = 512
+    physical_sector_size: int = 512
+    flush: bool = True
+    barrier: bool = False
+    discard: bool = False
+    discard_granularity: int = 0
+    discard_alignment: int = 0
+    discard_secure: bool = False
+    persistent: bool = False
+    max_indirect_segments: int = 0
+    max_ring_page_order: int = 0
+    max_queues: int = 1
+
+
+def parse_offer(
+    nodes: Mapping[str, str], *, max_ring_page_order: int, max_queues: int
+) -> tuple[int, int]:
+    """(ring page order, queues) to allocate: what the backend offers, cut down to our own limits.
+
+    All that may be relied on while the backend is at InitWait. PeerProtocolError for garbage.
+    """
+    order = _read(Side.BACKEND, nodes, "max-ring-page-order")
+    pages = _read(Side.BACKEND, nodes, "max-ring-pages")
+    if not _text(nodes, "max-ring-page-order") and pages:
+        order = pages.bit_length() - 1
+    queues = _read(Side.BACKEND, nodes, "multi-queue-max-queues")
+    return min(order, max_ring_page_order), max(1, min(queues, max_queues))
+
+
+def parse_backend(nodes: Mapping[str, str]) -> BackendFeatures:
+    """What a connected backend published; read anew at every connection, as it may shrink.
+
+    ``sectors``, ``info`` and ``sector-size`` are mandatory. PeerProtocolError, naming the node
+    and its value, for what is missing or out of range; hints that make no sense are corrected
+    (a physical sector smaller than the logical one, more than 4096 indirect segments).
+    """
+
+    def read(name: str) -> int:
+        return _read(Side.BACKEND, nodes, name)
+
+    sector_size = read("sector-size")
+    if sector_size & (sector_size - 1):
+        raise PeerProtocolError(
+            f"backend node sector-size holds {sector_size}: it must be a power of two"
+        )
+    physical = read("physical-sector-size")
+    if physical < sector_size or physical & (physical - 1):
+        physical = sector_size
+    indirect = min(read("feature-max-indirect-segments"), MAX_INDIRECT_SEGMENTS)
+    order, queues = parse_offer(nodes, max_ring_page_order=U32_MAX, max_queues=U32_MAX)
+    discard = read("feature-discard") != 0
+    return BackendFeatures(
+        sectors=read("sectors"),
+        info=InfoFlag(read("info") & 7),
+        sector_size=sector_size,
+        physical_sector_size=physical,
+        flush=read("feature-flush-cache") != 0,
+        barrier=read("feature-barrier") != 0,
+        discard=discard,
+        discard_granularity=read("discard-granularity") or (sector_size if discard else 0),
+        discard_alignment=read("discard-alignment"),
+        discard_secure=discard and read("discard-secure") != 0,
+        persistent=read("feature-persistent") != 0,
+        max_indirect_segments=indirect if indirect > MAX_SEGMENTS_PER_REQUEST else 0,
+        max_ring_page_order=order,
+        max_queues=queues,
+    )
+
+
+def format_offer(features: BackendFeatures) -> NodeChanges:
+    """The nodes that go with InitWait: what a frontend must know before it allocates.
+
+    Everything else that an instance before us may have published is removed.
+    """
+    write = {
+        "max-ring-page-order": str(features.max_ring_page_order),
+        "multi-queue-max-queues": str(features.max_queues),
+        "feature-max-indirect-segments": str(features.max_indirect_segments),
+    }
+    ours = (node.name for node in _B if node.writer in ("backend", "(old backends)"))
+    return NodeChanges(write, tuple(name for name in ours if name not in write))
+
+
+def format_backend(features: BackendFeatures) -> NodeChanges:
+    """The nodes that go with Connected: everything, with ``0`` for what is not offered.
+
+    Written as digits, since tapback reads nothing else. ``max-ring-pages`` is never written: it
+    would override the order in FreeBSD's frontend.
+    """
+    write = dict(format_offer(features).write) | {
+        "sectors": str(features.sectors),
+        "info": str(int(features.info)),
+        "sector-size": str(features.sector_size),
+        "physical-sector-size": str(features.physical_sector_size),
+        "feature-flush-cache": str(int(features.flush)),
+        "feature-barrier": str(int(features.barrier)),
+        "feature-persistent": str(int(features.persistent)),
+        "feature-discard": str(int(features.discard)),
+    }
+    details = ("discard-granularity", "discard-alignment", "discard-secure")
+    if not features.discard:
+        return NodeChanges(write, ("max-ring-pages", *details))
+    granularity = features.discard_granularity or features.sector_size
+    values = (granularity, features.discard_alignment, int(features.discard_secure))
+    write |= {name: str(value) for name, value in zip(details, values, strict=True)}
+    return NodeChanges(write, ("max-ring-pages",))
+
+
+def format_size(sectors: int) -> NodeChanges:
+    """The nodes of a live resize; ``state`` is repeated so that the frontend's watch fires.
+
+    Only for a backend that is Connected.
+    """
+    return NodeChanges({"sectors": str(sectors), "state": str(int(XenbusState.CONNECTED))})
+
+
+@dataclass(frozen=True, slots=True)
+class BackendAssignment:
+    """A disk as the toolstack hands it to a backend."""
+
+    frontend: str
+    frontend_domid: Domid
+    online: bool
+    writable: bool
+    cdrom: bool
+    image_format: str
+    image: str
+    discard_enable: bool
+    direct_io_safe: bool
+    name: str
+
+
+def parse_backend_assignment(nodes: Mapping[str, str]) -> BackendAssignment:
+    """The toolstack's part of a backend directory.
+
+    ConfigError naming the node: these are the toolstack's, so no peer is to blame. The frontend's
+    path must lie in the frontend's own domain, or a wrong entry would serve a disk to another.
+    """
+
+    def read(name: str) -> int:
+        return _read(Side.BACKEND, nodes, name, ConfigError)
+
+    domid = read("frontend-id")
+    frontend = _text(nodes, "frontend")
+    if not frontend.startswith(f"/local/domain/{domid}/"):
+        raise ConfigError(
+            f"backend node frontend holds {_show(frontend)}:"
+            f" it must lie below /local/domain/{domid}/, the domain of frontend-id"
+        )
+    image_format, image = parse_xl_params(_text(nodes, "params"))
+    return BackendAssignment(
+        frontend=frontend,
+        frontend_domid=Domid(domid),
+        online=read("online") != 0,
+        writable=writable_mode(_text(nodes, "mode") or "r"),
+        cdrom=_text(nodes, "device-type") == "cdrom",
+        image_format=image_format,
+        image=image,
+        discard_enable=read("discard-enable") != 0,
+        direct_io_safe=read("direct-io-safe") != 0,
+        name=_text(nodes, "dev"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendAssignment:
+    """A disk as the toolstack hands it to a frontend."""
+
+    backend: str
+    backend_domid: Domid
+    vdev: int
+    cdrom: bool
+    trusted: bool
+
+
+def parse_frontend_assignment(nodes: Mapping[str, str]) -> FrontendAssignment:
+    """The toolstack's part of a frontend directory; ConfigError naming the node."""
+
+    def read(name: str) -> int:
+        return _read(Side.FRONTEND, nodes, name, ConfigError)
+
+    backend = _text(nodes, "backend")
+    if not backend.startswith("/"):
+        raise ConfigError(f"frontend node backend holds {_show(backend)}: it must be a path")
+    extended = not _text(nodes, "virtual-device")
+    return FrontendAssignment(
+        backend=backend,
+        backend_domid=Domid(read("backend-id")),
+        vdev=read("virtual-device-ext" if extended else "virtual-device"),
+        cdrom=_text(nodes, "device-type") == "cdrom",
+        trusted=read("trusted") != 0,
+    )
