@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Machine` on the emulated host: one process's view, over a session here or across a socket."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from xvd.machine.emulated.evtchn import EmulatedEventChannel
+from xvd.machine.emulated.grants import EmulatedForeignGrants, EmulatedSharedPages
+from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.shared import DomainState
+from xvd.types import Domid, Gref, Port
+
+if TYPE_CHECKING:
+    from xvd.machine.xs.client import XenstoreClient
+
+
+class Calls(Protocol):
+    """The host's slow path, as `host.Session` offers it here and `link.Client` over a socket."""
+
+    number: int
+    domid: Domid
+
+    def state(self, domid: Domid) -> tuple[int, int, Limits]: ...
+    def share(self, peer: Domid, count: int) -> tuple[int, list[Gref]]: ...
+    def unshare(self, frame: int) -> None: ...
+    def alloc_unbound(self, peer: Domid) -> tuple[Port, int, int]: ...
+    def bind_interdomain(self, peer: Domid, remote: Port) -> tuple[Port, int, int]: ...
+    def unbind(self, port: Port) -> None: ...
+    def close(self) -> None: ...
+
+
+class EmulatedMachine:
+    """One process's stake in one domain: `machine.interface.Machine`.
+
+    `connect` opens a xenstore connection under the domain's identity.
+    """
+
+    def __init__(self, calls: Calls, connect: Callable[[], Awaitable["XenstoreClient"]]) -> None:
+        self._calls = calls
+        self._connect = connect
+        self._states: dict[Domid, DomainState] = {}
+        self.domid = calls.domid
+        self.grants = EmulatedGrantTable(self)
+        self.event_channels = EmulatedEventChannels(self)
+
+    @property
+    def calls(self) -> Calls:
+        """The host's slow path."""
+        return self._calls
+
+    def state(self, domid: Domid) -> DomainState:
+        """A domain's shared state, mapped once; raises `GrantError` if there is no such domain."""
+        if domid not in self._states:
+            memory_fd, heap_fd, limits = self._calls.state(domid)
+            self._states[domid] = DomainState(domid, memory_fd, heap_fd, limits)
+        return self._states[domid]
+
+    async def xenstore(self) -> "XenstoreClient":
+        """A new connection to the store under this domain's identity."""
+        return await self._connect()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._calls.close()
+
+
+class EmulatedGrantTable:
+    """`machine.interface.GrantTable`."""
+
+    def __init__(self, machine: EmulatedMachine) -> None:
+        self._machine = machine
+
+    def share(self, peer: Domid, count: int) -> EmulatedSharedPages:
+        """Take fresh pages and grant them to `peer`."""
+        calls = self._machine.calls
+        frame, grefs = calls.share(peer, count)
+
+        def release(frame: int, count: int, grefs: Sequence[Gref]) -> None:
+            calls.unshare(frame)
+
+        own = self._machine.state(self._machine.domid)
+        return EmulatedSharedPages(own, peer, frame, grefs, release)
+
+    def foreign(self, peer: Domid) -> EmulatedForeignGrants:
+        """Access to what `peer` grants us."""
+        own = self._machine.state(self._machine.domid)
+        return EmulatedForeignGrants(own, self._machine.state(peer), self._machine.calls.number)
+
+
+class EmulatedEventChannels:
+    """`machine.interface.EventChannels`."""
+
+    def __init__(self, machine: EmulatedMachine) -> None:
+        self._machine = machine
+
+    def alloc_unbound(self, peer: Domid) -> EmulatedEventChannel:
+        """A new end to which only `peer` may bind."""
+        return self._end(peer, *self._machine.calls.alloc_unbound(peer))
+
+    def bind_interdomain(self, peer: Domid, port: Port) -> EmulatedEventChannel:
+        """Bind to the peer's unbound end."""
+        return self._end(peer, *self._machine.calls.bind_interdomain(peer, port))
+
+    def _end(self, peer: Domid, port: Port, fd: int, peer_fd: int) -> EmulatedEventChannel:
+        own = self._machine.state(self._machine.domid)
+        release = self._machine.calls.unbind
+        return EmulatedEventChannel(own, self._machine.state(peer), port, fd, peer_fd, release)
