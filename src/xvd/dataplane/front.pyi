@@ -1,0 +1,37 @@
+from typing_extensions import Buffer
+
+from xvd.dataplane.types import HasPorts
+
+class FrontQueue:
+    def __init__(
+        self,
+        ring: Buffer,
+        nr_ents: int,
+        abi: int,
+        pages: HasPorts,
+        events: HasPorts,
+        *,
+        handle: int = 0,
+        segments_max: int = 11,
+    ) -> None: ...
+    @property
+    def ports(self) -> object: ...
+    def submit(
+        self,
+        operation: int,
+        sector_number: int,
+        nr_sectors: int,
+        buffer: Buffer | None,
+        token: int,
+    ) -> bool: ...
+    def reap(self) -> list[tuple[int, int]]: ...
+    def step(self, budget: int = 64) -> int: ...
+    def may_sleep(self) -> bool: ...
+    def stop(self) -> None: ...
+    @property
+    def done_fd(self) -> int: ...
+    @property
+    def in_flight(self) -> int: ...
+    @property
+    def breach(self) -> str | None: ...
+    def counters(self) -> dict[str, int]: ...

@@ -1,0 +1,18 @@
+from xvd.dataplane.front import FrontQueue
+
+class Load:
+    def __init__(
+        self,
+        queue: FrontQueue,
+        *,
+        depth: int,
+        size: int,
+        span: int,
+        operations: int,
+        write_percent: int = 0,
+        seed: int = 1,
+    ) -> None: ...
+    @property
+    def ports(self) -> object: ...
+    @property
+    def result(self) -> tuple[int, int, int]: ...

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
+"""A load on a frontend queue, kept up by the thread that steps it: no Python in what is measured.
+
+`depth` operations of one size are always under way; each one that ends starts the next at a place
+drawn by a small generator of known sequence (xorshift64*), so that a seed means the same load on
+every machine.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from xvd.dataplane.abi cimport BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_SECTOR_SIZE
+from xvd.dataplane.front cimport (FrontQueue, append, front_io, front_may_sleep, front_queue,
+                                  front_step)
+from xvd.dataplane.ports cimport STEP_DRAINED, STEP_WORKED, stepper_ports, wrap
+
+from xvd.errors import LocalProtocolError
+
+
+cdef struct load:
+    front_queue *queue
+    front_io *ios
+    uint8_t *data
+    uint32_t depth
+    uint32_t sectors             # of one operation
+    uint64_t places              # how many such fit the disk
+    uint32_t write_percent
+    uint64_t random
+    uint64_t wanted              # operations to start altogether
+    uint64_t started, ended, errors
+    uint64_t checksum            # of the first bytes of what was read
+
+
+cdef uint64_t draw(load *l) noexcept nogil:
+    l.random ^= l.random >> 12
+    l.random ^= l.random << 25
+    l.random ^= l.random >> 27
+    return l.random * <uint64_t>0x2545F4914F6CDD1D
+
+
+cdef void start(load *l, front_io *io) noexcept nogil:
+    io.operation = BLKIF_OP_WRITE if (draw(l) >> 32) % 100 < l.write_percent else BLKIF_OP_READ
+    io.sector_number = (draw(l) >> 11) % l.places * l.sectors
+    io.issued = io.started = 0
+    io.error = 0
+    append(&l.queue.queued, io)
+    l.started += 1
+
+
+cdef void go_on(load *l) noexcept nogil:
+    """Count what has ended and put the next in its place. The done list is this thread's alone."""
+    cdef front_io *io = l.queue.done.first
+    cdef front_io *following
+    l.queue.done.first = l.queue.done.last = NULL
+    while io != NULL:
+        following = io.next
+        l.ended += 1
+        l.errors += io.error != 0
+        l.checksum += (<uint64_t *>io.buffer)[0]
+        if l.started < l.wanted:
+            start(l, io)
+        io = following
+
+
+cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
+    cdef load *l = <load *>ctx
+    cdef uint32_t flags = front_step(l.queue, budget)
+    go_on(l)
+    if l.ended == l.wanted:
+        return flags | STEP_DRAINED
+    return flags
+
+
+cdef int may_sleep(void *ctx) noexcept nogil:
+    return front_may_sleep((<load *>ctx).queue)
+
+
+cdef class Load:
+    """Run by a `Loop` in place of the queue: `Loop(Load(queue, ...)).run()` returns at the end.
+
+    size: bytes of one operation, a multiple of 512. span: bytes of the disk it may touch.
+    """
+
+    cdef load l
+    cdef stepper_ports table
+    cdef FrontQueue queue
+
+    def __init__(self, FrontQueue queue, *, uint32_t depth, uint32_t size, uint64_t span,
+                 uint64_t operations, uint32_t write_percent=0, uint64_t seed=1):
+        cdef uint32_t i
+        if size == 0 or size % BLKIF_SECTOR_SIZE or span < size or depth == 0 or operations == 0:
+            raise LocalProtocolError(f"no load of {operations} x {size} bytes, {depth} deep, "
+                                     f"on {span} bytes")
+        if self.l.ios != NULL:
+            raise LocalProtocolError("a load is made once")
+        self.queue = queue
+        self.l.queue = &queue.q
+        self.l.depth = depth
+        self.l.sectors = size // BLKIF_SECTOR_SIZE
+        self.l.places = span // size
+        self.l.write_percent = write_percent
+        self.l.random = seed or 1
+        self.l.wanted = operations
+        self.l.ios = <front_io *>calloc(depth, sizeof(front_io))
+        self.l.data = <uint8_t *>calloc(depth, size)
+        if not self.l.ios or not self.l.data:
+            raise MemoryError("no memory for the load's buffers")
+        for i in range(min(<uint64_t>depth, operations)):
+            self.l.ios[i].nr_sectors = self.l.sectors
+            self.l.ios[i].buffer = self.l.data + <size_t>i * size
+            start(&self.l, &self.l.ios[i])
+        self.table.ctx = &self.l
+        self.table.step = step
+        self.table.may_sleep = may_sleep
+        self.table.events = queue.table.events
+        self.table.engine = NULL
+
+    def __dealloc__(self):
+        free(self.l.ios)
+        free(self.l.data)
+
+    @property
+    def ports(self):
+        """Capsule ``xvd.stepper_ports``, for a `Loop`."""
+        return wrap(&self.table, "xvd.stepper_ports")
+
+    @property
+    def result(self):
+        """(operations ended, errors, checksum of what was read)."""
+        return self.l.ended, self.l.errors, self.l.checksum

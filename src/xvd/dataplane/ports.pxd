@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C function tables through which a queue reaches the machine and the storage.
+
+A queue imports no machine and no engine: whoever owns one fills a table and hands it over in a
+capsule. Real Xen, the emulated machine and the simulator are each "somebody who fills the tables".
+Every function is called without the GIL, by the one thread that steps the queue, and must not
+block for longer than the work it is asked for.
+"""
+
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from posix.uio cimport iovec
+
+
+# ---- Grants of one peer, as the mapping side sees them ---------------------------------------
+
+cdef struct grant_mapping:
+    const uint32_t *grefs        # in: `count` references of the peer
+    uint32_t count               # in: 1..; the pages become virtually contiguous
+    uint32_t writable            # in: 0 or 1
+    uint8_t *base                # out: first page; valid while mapped
+    uint64_t handle              # out: what unmap needs
+    int32_t status               # out: 0, or the GNTST of the first reference that failed
+
+cdef struct grant_copy:
+    uint8_t *local               # in: our side; `size` bytes
+    uint32_t gref                # in: the peer's side
+    uint16_t offset              # in: within the peer's page; offset + size <= 4096
+    uint16_t size                # in: 1..4096
+    uint8_t to_grant             # in: 1 writes into the grant, 0 reads from it
+    int32_t status               # out: 0 or a GNTST value, each operation its own
+
+cdef struct grant_ports:
+    void *ctx
+    # Map n sets of references. One set fails alone and then maps nothing.
+    void (*map)(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil
+    # Give back n sets whose status was 0; when it returns the pages are gone from this process.
+    void (*unmap)(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil
+    void (*copy)(void *ctx, grant_copy *ops, uint32_t n) noexcept nogil
+
+
+# ---- Our own pages, granted to one peer ------------------------------------------------------
+
+cdef struct granter_ports:
+    void *ctx
+    uint8_t *base                # `count` contiguous pages of our own memory
+    const uint32_t *grefs        # page i is granted as grefs[i]
+    uint32_t count
+    void (*grant)(void *ctx, uint32_t page, uint32_t readonly) noexcept nogil
+    # 0, or -1 while the peer still has the page mapped: then it may not be reused (XSA-396).
+    int (*revoke)(void *ctx, uint32_t page) noexcept nogil
+
+
+# ---- One event channel -----------------------------------------------------------------------
+
+cdef struct event_ports:
+    void *ctx
+    int fd                       # readable while an event is pending; -1: somebody else wakes us
+    void (*notify)(void *ctx) noexcept nogil
+    # Acknowledge: 1 if an event was pending. The ring must be looked at after this, not before.
+    int (*consume)(void *ctx) noexcept nogil
+
+
+# ---- Storage, as one queue sees it -----------------------------------------------------------
+
+cdef enum engine_op:
+    ENGINE_READ = 0
+    ENGINE_WRITE = 1
+    ENGINE_FLUSH = 2
+    ENGINE_DISCARD = 3
+
+cdef struct engine_io:
+    uint8_t op                   # engine_op
+    uint16_t iovcnt
+    int32_t result               # out: 0 or -errno
+    uint64_t offset              # bytes
+    uint64_t length              # bytes; for reads and writes the sum of iov
+    iovec *iov                   # the caller's, untouched until the operation is reaped; the engine
+                                 # may advance it to resume a short transfer
+    void *owner                  # the submitter's
+    uint64_t cookie              # the engine's while it has the operation
+    engine_io *next              # likewise
+
+cdef struct engine_ports:
+    void *ctx
+    int fd                       # readable when something completed behind our back; -1: none
+    # Take n operations. Each comes back from reap exactly once, in any order, with a result.
+    void (*submit)(void *ctx, engine_io **ios, uint32_t n) noexcept nogil
+    uint32_t (*reap)(void *ctx, engine_io **done, uint32_t room) noexcept nogil
+    # An engine that uses the thread's io_uring gets it here (struct io_uring *) before the first
+    # submit, tags each entry with its engine_io, and is told of each completion.
+    void (*attach)(void *ctx, void *io_uring) noexcept nogil
+    void (*complete)(void *ctx, engine_io *io, int32_t res) noexcept nogil
+
+
+# ---- Something that a thread steps -----------------------------------------------------------
+
+cdef enum step_flag:
+    STEP_WORKED = 1              # something moved: step again before sleeping
+    STEP_BROKEN = 2              # the peer broke the ring: never step again
+    STEP_DRAINED = 4             # asked to stop, and nothing is in flight any more
+
+cdef struct stepper_ports:
+    void *ctx
+    uint32_t (*step)(void *ctx, uint32_t budget) noexcept nogil
+    # Ask for an event and look once more: 1 if the thread may sleep, 0 if there is work after all.
+    int (*may_sleep)(void *ctx) noexcept nogil
+    event_ports *events
+    engine_ports *engine         # NULL when there is none
+
+
+# ---- Capsules: how a table travels through Python --------------------------------------------
+
+cdef inline object wrap(void *table, const char *name):
+    return PyCapsule_New(table, name, NULL)
+
+cdef inline grant_ports *grants_of(object owner) except NULL:
+    return <grant_ports *>PyCapsule_GetPointer(owner.ports, "xvd.grant_ports")
+
+cdef inline granter_ports *granter_of(object owner) except NULL:
+    return <granter_ports *>PyCapsule_GetPointer(owner.ports, "xvd.granter_ports")
+
+cdef inline event_ports *events_of(object owner) except NULL:
+    return <event_ports *>PyCapsule_GetPointer(owner.ports, "xvd.event_ports")
+
+cdef inline engine_ports *engine_of(object owner) except NULL:
+    return <engine_ports *>PyCapsule_GetPointer(owner.ports, "xvd.engine_ports")
+
+cdef inline stepper_ports *stepper_of(object owner) except NULL:
+    return <stepper_ports *>PyCapsule_GetPointer(owner.ports, "xvd.stepper_ports")

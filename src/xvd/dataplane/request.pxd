@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request taken off the ring: parsed from its private copy, and judged.
+
+The order of the checks is that of blkif/validate.py, and a differential test holds it there. A
+number of the frontend's indexes nothing and bounds no loop before it has been checked.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+from xvd.dataplane.abi cimport (
+    BLKIF_DISCARD_SECURE, BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_DISCARD,
+    BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER, BLKIF_SECTORS_PER_PAGE, REFUSAL_INDIRECT_OPERATION, REFUSAL_MISALIGNED,
+    REFUSAL_NO_SEGMENTS, REFUSAL_NONE, REFUSAL_NOT_OFFERED, REFUSAL_OUT_OF_RANGE,
+    REFUSAL_READ_ONLY, REFUSAL_SECURE_NOT_OFFERED, REFUSAL_SEGMENT_ORDER,
+    REFUSAL_SEGMENT_PAST_PAGE, REFUSAL_TOO_MANY_SEGMENTS, REFUSAL_UNKNOWN_OPERATION, blkif_layout)
+from xvd.dataplane.c cimport xvd_get16, xvd_get32, xvd_get64
+
+
+cdef enum:
+    NR_SEGMENTS = 11             # of a direct request
+    OFFER_SECURE = 1 << 16       # beside the bits 1 << operation
+
+cdef struct request:
+    uint64_t id
+    uint64_t sector_number
+    uint64_t nr_sectors          # of the data, or of the discard
+    uint16_t nr_segments
+    uint8_t operation
+    uint8_t flag                 # a discard's
+    uint32_t grefs[NR_SEGMENTS]
+    uint8_t first_sect[NR_SEGMENTS]
+    uint8_t last_sect[NR_SEGMENTS]
+
+cdef struct request_limits:
+    uint64_t capacity            # 512-byte sectors
+    uint32_t logical_sectors     # logical block size / 512
+    uint32_t read_only
+    uint32_t offered             # bit 1 << operation for each that the backend advertised
+
+
+cdef inline void parse_segments(const uint8_t *slot, const blkif_layout *at,
+                                request *rq) noexcept nogil:
+    cdef const uint8_t *segment = slot + at.rw_seg
+    cdef uint32_t i
+    for i in range(rq.nr_segments if rq.nr_segments < NR_SEGMENTS else NR_SEGMENTS):
+        rq.grefs[i] = xvd_get32(segment + at.segment_gref)
+        rq.first_sect[i] = segment[at.segment_first_sect]
+        rq.last_sect[i] = segment[at.segment_last_sect]
+        segment += at.segment_size
+
+
+cdef inline void parse(const uint8_t *slot, const blkif_layout *at, request *rq) noexcept nogil:
+    """Read a private copy of a slot. Of an unknown operation only the id is believed."""
+    rq.operation = slot[0]
+    rq.nr_segments = 0
+    rq.sector_number = 0
+    rq.nr_sectors = 0
+    rq.flag = 0
+    if rq.operation == BLKIF_OP_DISCARD:
+        rq.id = xvd_get64(slot + at.discard_id)
+        rq.flag = slot[at.discard_flag]
+        rq.sector_number = xvd_get64(slot + at.discard_sector_number)
+        rq.nr_sectors = xvd_get64(slot + at.discard_nr_sectors)
+    elif rq.operation <= BLKIF_OP_FLUSH_DISKCACHE:
+        rq.id = xvd_get64(slot + at.rw_id)
+        rq.nr_segments = slot[at.rw_nr_segments]
+        rq.sector_number = xvd_get64(slot + at.rw_sector_number)
+        parse_segments(slot, at, rq)
+    else:
+        rq.id = xvd_get64(slot + at.other_id)
+
+
+cdef inline int check_segments(request *rq, const request_limits *limits) noexcept nogil:
+    """Order and page bound of each, and their sum; alignment is judged after the range."""
+    cdef uint32_t i
+    for i in range(rq.nr_segments):
+        if rq.first_sect[i] > rq.last_sect[i]:
+            return REFUSAL_SEGMENT_ORDER
+        if rq.last_sect[i] >= BLKIF_SECTORS_PER_PAGE:
+            return REFUSAL_SEGMENT_PAST_PAGE
+        rq.nr_sectors += rq.last_sect[i] - rq.first_sect[i] + 1
+    return REFUSAL_NONE
+
+
+cdef inline bint misaligned(const request *rq, const request_limits *limits) noexcept nogil:
+    cdef uint32_t i, unit = limits.logical_sectors
+    if unit <= 1:
+        return False
+    if rq.sector_number % unit:
+        return True
+    for i in range(rq.nr_segments):
+        if (rq.last_sect[i] - rq.first_sect[i] + 1) % unit:
+            return True
+    return False
+
+
+cdef inline int validate(request *rq, const request_limits *limits) noexcept nogil:
+    """The first refusal in the order of blkif/validate.py; fills in `nr_sectors`."""
+    cdef uint32_t op = rq.operation
+    cdef bint writes
+    cdef int refusal
+    if op > BLKIF_OP_INDIRECT or op == 4:
+        return REFUSAL_UNKNOWN_OPERATION
+    if not limits.offered & (<uint32_t>1 << op):
+        return REFUSAL_NOT_OFFERED
+    if op == BLKIF_OP_DISCARD:
+        if rq.flag & BLKIF_DISCARD_SECURE and not limits.offered & OFFER_SECURE:
+            return REFUSAL_SECURE_NOT_OFFERED
+    elif rq.nr_segments == 0 and (op == BLKIF_OP_READ or op == BLKIF_OP_WRITE):
+        return REFUSAL_NO_SEGMENTS
+    elif rq.nr_segments > BLKIF_MAX_SEGMENTS_PER_REQUEST:
+        return REFUSAL_TOO_MANY_SEGMENTS
+    writes = op == BLKIF_OP_DISCARD or (op != BLKIF_OP_READ and rq.nr_segments > 0)
+    if limits.read_only and writes:
+        return REFUSAL_READ_ONLY
+    refusal = check_segments(rq, limits)
+    if refusal != REFUSAL_NONE:
+        return refusal
+    if op != BLKIF_OP_DISCARD and rq.nr_segments == 0:
+        return REFUSAL_NONE
+    # By subtraction: a sum could wrap past 2^64 and look small.
+    if rq.sector_number > limits.capacity or rq.nr_sectors > limits.capacity - rq.sector_number:
+        return REFUSAL_OUT_OF_RANGE
+    if op != BLKIF_OP_DISCARD and misaligned(rq, limits):
+        return REFUSAL_MISALIGNED
+    return REFUSAL_NONE

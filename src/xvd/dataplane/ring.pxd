@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared ring: private indices of each side, and every access to the shared page.
+
+All index arithmetic is unsigned and 32 bits wide; an index is reduced modulo the ring's size only
+to address a slot. Nothing outside this file dereferences the shared page.
+"""
+
+from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from xvd.dataplane.abi cimport (BLKIF_RING_HEADER, SRING_REQ_EVENT, SRING_REQ_PROD,
+                                SRING_RSP_EVENT, SRING_RSP_PROD, blkif_layout)
+from xvd.dataplane.c cimport (DEBUG_ASSERT, xvd_copy_slot, xvd_fence, xvd_load_acquire, xvd_put16,
+                              xvd_put64, xvd_store_relaxed, xvd_store_release)
+
+
+cdef enum ring_outcome:
+    RING_EMPTY = 0
+    RING_TAKEN = 1
+    RING_BROKEN = 2              # the peer's index is further ahead than the ring is long
+
+cdef struct back_ring:
+    uint8_t *sring
+    const blkif_layout *layout
+    uint32_t nr_ents
+    uint32_t req_cons
+    uint32_t rsp_prod_pvt
+
+cdef struct front_ring:
+    uint8_t *sring
+    const blkif_layout *layout
+    uint32_t nr_ents
+    uint32_t req_prod_pvt
+    uint32_t rsp_cons
+
+
+cdef inline uint8_t *slot_at(uint8_t *sring, const blkif_layout *layout, uint32_t nr_ents,
+                             uint32_t index) noexcept nogil:
+    return sring + BLKIF_RING_HEADER + <uint64_t>(index & (nr_ents - 1)) * layout.entry_size
+
+
+cdef inline bint publish(uint8_t *prod, uint8_t *event, uint32_t new) noexcept nogil:
+    """Publish a producer index; whether the peer asked to be told (io/ring.h, PUSH_..._NOTIFY)."""
+    cdef uint32_t old = xvd_load_acquire(prod)
+    xvd_store_release(prod, new)
+    xvd_fence()
+    return <uint32_t>(new - xvd_load_acquire(event)) < <uint32_t>(new - old)
+
+
+# ---- Backend's side --------------------------------------------------------------------------
+
+cdef inline bint back_attach(back_ring *r) noexcept nogil:
+    """Start from what is on the ring: requests not yet answered are (re-)executed.
+
+    False if the frontend's index is more than a ring ahead (Linux blkback: -EIO).
+    """
+    cdef uint32_t rsp_prod = xvd_load_acquire(r.sring + SRING_RSP_PROD)
+    cdef uint32_t req_prod = xvd_load_acquire(r.sring + SRING_REQ_PROD)
+    r.req_cons = r.rsp_prod_pvt = rsp_prod
+    return <uint32_t>(req_prod - rsp_prod) <= r.nr_ents
+
+
+cdef inline int back_pending(back_ring *r, uint32_t *count) noexcept nogil:
+    """How many requests may be taken now, by one read of req_prod.
+
+    A producer further ahead than the ring is long would make us walk old entries for ever; the
+    ring is not served any more (Linux 8e3f8755). A full ring is legal.
+    """
+    cdef uint32_t req_prod = xvd_load_acquire(r.sring + SRING_REQ_PROD)
+    cdef uint32_t unread = req_prod - r.req_cons
+    cdef uint32_t room = r.nr_ents - <uint32_t>(r.req_cons - r.rsp_prod_pvt)
+    if <uint32_t>(req_prod - r.rsp_prod_pvt) > r.nr_ents:
+        count[0] = 0
+        return RING_BROKEN
+    count[0] = unread if unread < room else room
+    return RING_TAKEN if count[0] else RING_EMPTY
+
+
+cdef inline void back_copy(back_ring *r, void *private_copy) noexcept nogil:
+    """Copy the next request out and step over it. Only after `back_pending` counted it."""
+    xvd_copy_slot(private_copy, slot_at(r.sring, r.layout, r.nr_ents, r.req_cons),
+                  r.layout.entry_size)
+    r.req_cons += 1
+
+
+cdef inline void back_respond(back_ring *r, uint64_t id, uint8_t operation,
+                              int16_t status) noexcept nogil:
+    """Write a response's three fields and nothing else: what lies between them is not ours to
+    fill, and a copy of a struct would leak this process's memory (XSA-216)."""
+    cdef uint8_t *slot = slot_at(r.sring, r.layout, r.nr_ents, r.rsp_prod_pvt)
+    DEBUG_ASSERT(<uint32_t>(r.req_cons - r.rsp_prod_pvt) - 1 < r.nr_ents)
+    xvd_put64(slot + r.layout.response_id, id)
+    slot[r.layout.response_operation] = operation
+    xvd_put16(slot + r.layout.response_status, <uint16_t>status)
+    r.rsp_prod_pvt += 1
+
+
+cdef inline bint back_push(back_ring *r) noexcept nogil:
+    """Publish the responses; True if the frontend wants an event."""
+    return publish(r.sring + SRING_RSP_PROD, r.sring + SRING_RSP_EVENT, r.rsp_prod_pvt)
+
+
+cdef inline bint back_final_check(back_ring *r) noexcept nogil:
+    """Ask for an event at the next request and look once more: True if there is one already."""
+    cdef uint32_t count
+    if back_pending(r, &count) != RING_EMPTY:
+        return True
+    xvd_store_relaxed(r.sring + SRING_REQ_EVENT, r.req_cons + 1)
+    # Without it our look could come before the frontend sees the wish: both would then wait.
+    xvd_fence()
+    return back_pending(r, &count) != RING_EMPTY
+
+
+# ---- Frontend's side -------------------------------------------------------------------------
+
+cdef inline void front_init(front_ring *r) noexcept nogil:
+    """Initialise the shared header of a zeroed page: the frontend's to do, before it publishes."""
+    xvd_store_relaxed(r.sring + SRING_REQ_PROD, 0)
+    xvd_store_relaxed(r.sring + SRING_RSP_PROD, 0)
+    xvd_store_relaxed(r.sring + SRING_REQ_EVENT, 1)
+    xvd_store_release(r.sring + SRING_RSP_EVENT, 1)
+    r.req_prod_pvt = r.rsp_cons = 0
+
+
+cdef inline uint32_t front_free(front_ring *r) noexcept nogil:
+    return r.nr_ents - <uint32_t>(r.req_prod_pvt - r.rsp_cons)
+
+
+cdef inline uint8_t *front_next_slot(front_ring *r) noexcept nogil:
+    """The slot of the next request, to be filled whole; the index moves on."""
+    cdef uint8_t *slot = slot_at(r.sring, r.layout, r.nr_ents, r.req_prod_pvt)
+    DEBUG_ASSERT(front_free(r) > 0)
+    r.req_prod_pvt += 1
+    return slot
+
+
+cdef inline bint front_push(front_ring *r) noexcept nogil:
+    """Publish the requests; True if the backend wants an event."""
+    return publish(r.sring + SRING_REQ_PROD, r.sring + SRING_REQ_EVENT, r.req_prod_pvt)
+
+
+cdef inline int front_pending(front_ring *r, uint32_t *count) noexcept nogil:
+    """How many responses may be taken now, by one read of rsp_prod.
+
+    More than we have asked for is a lie of the backend: the device goes into its error state.
+    """
+    count[0] = xvd_load_acquire(r.sring + SRING_RSP_PROD) - r.rsp_cons
+    if count[0] > <uint32_t>(r.req_prod_pvt - r.rsp_cons):
+        count[0] = 0
+        return RING_BROKEN
+    return RING_TAKEN if count[0] else RING_EMPTY
+
+
+cdef inline void front_copy(front_ring *r, void *private_copy) noexcept nogil:
+    """Copy the next response's slot out and step over it. Only after `front_pending` counted it."""
+    xvd_copy_slot(private_copy, slot_at(r.sring, r.layout, r.nr_ents, r.rsp_cons),
+                  r.layout.response_size)
+    r.rsp_cons += 1
+
+
+cdef inline bint front_final_check(front_ring *r) noexcept nogil:
+    """Ask for an event at the next response and look once more: True if there is one already."""
+    cdef uint32_t count
+    if front_pending(r, &count) != RING_EMPTY:
+        return True
+    xvd_store_relaxed(r.sring + SRING_RSP_EVENT, r.rsp_cons + 1)
+    xvd_fence()
+    return front_pending(r, &count) != RING_EMPTY
+
+
+cdef class BackRing:
+    cdef back_ring r
+    cdef object memory
+    cdef uint8_t copy[128]
+
+cdef class FrontRing:
+    cdef front_ring r
+    cdef object memory
+    cdef uint8_t copy[128]

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop that one native thread runs for one queue."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from xvd.dataplane.liburing cimport io_uring
+from xvd.dataplane.ports cimport stepper_ports
+
+
+# What a completion is about; anything above is the address of an engine_io.
+cdef enum wake_tag:
+    TAG_EVENT = 1                # the event channel
+    TAG_CONTROL = 2              # `wake`, `finish`
+    TAG_ENGINE = 3               # the engine's own descriptor
+    TAG_LAST = 3
+
+cdef struct loop_state:
+    io_uring ring
+    stepper_ports *stepper
+    int control_fd
+    int budget
+    long long watchdog_ns
+    uint32_t leave               # set by `leave`: stop stepping, whatever is in flight
+    uint32_t unarmed             # bit 1 << tag for each poll that is to be armed (again)
+    uint64_t sleeps, wakeups, watchdogs
+
+
+cdef class Loop:
+    cdef loop_state s
+    cdef bint open
+    cdef object keep

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
+"""One native thread's loop over one queue's step, and the one place where it sleeps.
+
+The thread blocks in a single io_uring wait that covers the event channel, the storage's completions
+and a control wake-up. Before it blocks it asks the peer for an event and looks at the ring once
+more (`may_sleep`). A watchdog ends each sleep after some seconds: a lost event costs a delay, not
+the disk.
+"""
+
+from libc.errno cimport EINTR, ETIME
+from libc.stdint cimport int32_t, uint8_t
+from posix.unistd cimport close, read, write
+
+from xvd.dataplane.liburing cimport (
+    IORING_CQE_F_MORE, IORING_SETUP_CLAMP, __kernel_timespec, io_uring_cqe, io_uring_cqe_seen,
+    io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_poll_multishot, io_uring_queue_exit,
+    io_uring_queue_init, io_uring_sq_ready, io_uring_sqe, io_uring_sqe_set_data64, io_uring_submit,
+    io_uring_submit_and_wait_timeout)
+from xvd.dataplane.ports cimport STEP_BROKEN, STEP_DRAINED, STEP_WORKED, engine_io, stepper_of
+
+import errno
+import os
+
+from xvd.errors import LocalProtocolError
+
+cdef extern from "sys/eventfd.h" nogil:
+    int eventfd(unsigned initval, int flags)
+    enum:
+        EFD_CLOEXEC
+        EFD_NONBLOCK
+
+cdef extern from "poll.h" nogil:
+    enum:
+        POLLIN
+
+cdef enum:
+    RING_ENTRIES = 256
+
+
+cdef int fd_of(loop_state *s, uint32_t tag) noexcept nogil:
+    if tag == TAG_EVENT:
+        return s.stepper.events.fd
+    if tag == TAG_CONTROL:
+        return s.control_fd
+    return s.stepper.engine.fd if s.stepper.engine != NULL else -1
+
+
+cdef void arm(loop_state *s) noexcept nogil:
+    """Ask for every descriptor whose poll is not, or no longer, running."""
+    cdef uint32_t tag
+    cdef io_uring_sqe *sqe
+    for tag in range(TAG_EVENT, TAG_LAST + 1):
+        if not s.unarmed & (1 << tag):
+            continue
+        if fd_of(s, tag) < 0:
+            s.unarmed &= ~(<uint32_t>1 << tag)
+            continue
+        sqe = io_uring_get_sqe(&s.ring)
+        if sqe == NULL:
+            return
+        io_uring_prep_poll_multishot(sqe, fd_of(s, tag), POLLIN)
+        io_uring_sqe_set_data64(sqe, tag)
+        s.unarmed &= ~(<uint32_t>1 << tag)
+
+
+cdef void drain_fd(int fd) noexcept nogil:
+    cdef uint64_t count
+    read(fd, &count, 8)
+
+
+cdef void dispatch(loop_state *s, io_uring_cqe *cqe) noexcept nogil:
+    cdef uint64_t tag = cqe.user_data
+    if tag > TAG_LAST:
+        s.stepper.engine.complete(s.stepper.engine.ctx, <engine_io *>tag, cqe.res)
+        return
+    if not cqe.flags & IORING_CQE_F_MORE:
+        s.unarmed |= <uint32_t>1 << tag
+    if tag == TAG_EVENT:
+        s.stepper.events.consume(s.stepper.events.ctx)
+    elif tag > 0:
+        drain_fd(fd_of(s, <uint32_t>tag))
+
+
+cdef uint32_t reap(loop_state *s) noexcept nogil:
+    cdef io_uring_cqe *cqe
+    cdef uint32_t n = 0
+    while io_uring_peek_cqe(&s.ring, &cqe) == 0:
+        dispatch(s, cqe)
+        io_uring_cqe_seen(&s.ring, cqe)
+        n += 1
+    return n
+
+
+cdef int sleep(loop_state *s) noexcept nogil:
+    """Submit what is prepared and wait; 0 or -errno for what is not a time-out or a signal."""
+    cdef __kernel_timespec ts
+    cdef io_uring_cqe *cqe = NULL
+    cdef int rc
+    ts.tv_sec = s.watchdog_ns // 1000000000
+    ts.tv_nsec = s.watchdog_ns % 1000000000
+    s.sleeps += 1
+    rc = io_uring_submit_and_wait_timeout(&s.ring, &cqe, 1, &ts, NULL)
+    if rc == -ETIME:
+        s.watchdogs += 1
+        return 0
+    s.wakeups += 1
+    return rc if rc < 0 and rc != -EINTR else 0
+
+
+cdef int run(loop_state *s) noexcept nogil:
+    """Until the queue is drained or broken, or `leave`; 0 or -errno of a failed wait."""
+    cdef uint32_t flags
+    cdef int rc
+    while not s.leave:
+        flags = s.stepper.step(s.stepper.ctx, s.budget)
+        if flags & STEP_DRAINED:
+            return 0
+        arm(s)
+        if flags & STEP_WORKED or reap(s):
+            if io_uring_sq_ready(&s.ring):
+                io_uring_submit(&s.ring)
+            continue
+        if s.stepper.may_sleep(s.stepper.ctx):
+            rc = sleep(s)
+            if rc < 0:
+                return rc
+            reap(s)
+    return 0
+
+
+cdef class Loop:
+    """A queue's loop: make it, `run` it in a thread of its own, `wake` it after any change.
+
+    queue: an object with the stepper's capsule as ``ports``. watchdog_s: longest sleep, seconds.
+    """
+
+    def __init__(self, queue, *, int budget=64, double watchdog_s=5.0):
+        if self.open:
+            raise LocalProtocolError("a loop is made once")
+        self.keep = queue
+        self.s.stepper = stepper_of(queue)
+        self.s.budget = budget
+        self.s.watchdog_ns = <long long>(watchdog_s * 1e9)
+        self.s.unarmed = (1 << TAG_EVENT) | (1 << TAG_CONTROL) | (1 << TAG_ENGINE)
+        rc = io_uring_queue_init(RING_ENTRIES, &self.s.ring, IORING_SETUP_CLAMP)
+        if rc < 0:
+            raise OSError(-rc, f"io_uring is not to be had ({os.strerror(-rc)}); see "
+                               "/proc/sys/kernel/io_uring_disabled and the limits on memory")
+        self.s.control_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        self.open = True
+        if self.s.stepper.engine != NULL:
+            self.s.stepper.engine.attach(self.s.stepper.engine.ctx, &self.s.ring)
+
+    def __dealloc__(self):
+        if self.open:
+            io_uring_queue_exit(&self.s.ring)
+            close(self.s.control_fd)
+
+    def run(self):
+        """Step and sleep until the queue is drained or broken; without the GIL."""
+        cdef int rc
+        with nogil:
+            rc = run(&self.s)
+        if rc < 0:
+            raise OSError(-rc, f"waiting on io_uring failed: {errno.errorcode.get(-rc, rc)}")
+
+    def wake(self):
+        """Let the thread step now. Any thread."""
+        cdef uint64_t one = 1
+        write(self.s.control_fd, &one, 8)
+
+    def leave(self):
+        """Let the thread return as soon as it can, whatever is in flight. Any thread."""
+        self.s.leave = 1
+        self.wake()
+
+    def counters(self):
+        """How often the thread slept, was woken, and was ended by the watchdog."""
+        return {"sleeps": self.s.sleeps, "wakeups": self.s.wakeups, "watchdogs": self.s.watchdogs}
