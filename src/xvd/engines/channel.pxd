@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What compiled channels share: the list of finished operations, and the checking channel."""
+
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from posix.uio cimport iovec
+
+from xvd.dataplane.ports cimport engine_io, engine_ports
+
+
+# Finished operations waiting to be reaped, oldest first.
+cdef struct done_list:
+    engine_io *first
+    engine_io *last
+
+
+cdef inline void finish(done_list *done, engine_io *io, int32_t result) noexcept nogil:
+    io.result = result
+    io.next = NULL
+    if done.last == NULL:
+        done.first = io
+    else:
+        done.last.next = io
+    done.last = io
+
+
+cdef inline uint32_t reap_list(done_list *done, engine_io **out, uint32_t room) noexcept nogil:
+    cdef uint32_t n = 0
+    while n < room and done.first != NULL:
+        out[n] = done.first
+        done.first = done.first.next
+        n += 1
+    if done.first == NULL:
+        done.last = NULL
+    return n
+
+
+cdef struct checked:
+    engine_ports *lower
+    uint64_t size
+    uint32_t block_mask
+    uint32_t read_only
+    uint32_t can_discard
+    done_list done
+
+
+cdef class CheckedChannel:
+    cdef checked c
+    cdef engine_ports table
+    cdef object lower

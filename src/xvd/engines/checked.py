@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one validating layer in front of every engine; `open_engine` puts it there.
+
+Engines behind it may assume valid input: inside the size, whole logical blocks, no writes or
+discards where `info` rules them out.
+"""
+
+import errno
+
+from xvd.engines.channel import CheckedChannel
+from xvd.engines.interface import Channel, Engine, EngineInfo
+from xvd.errors import EngineError
+
+
+class Checked(Engine):
+    """An engine that only lets possible operations through."""
+
+    def __init__(self, lower: Engine) -> None:
+        self.lower = lower
+        self._info = lower.info
+        size, block = self._info.size, self._info.logical_block_size
+        if size % block:
+            raise EngineError(
+                errno.EINVAL,
+                f"the image has {size} bytes, no multiple of its {block}-byte blocks; "
+                f"extend it: truncate -s {-(-size // block) * block} IMAGE",
+            )
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine behind is."""
+        return self._info
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self._info.size:
+            raise EngineError(
+                errno.EINVAL, f"{length} bytes at {offset} are not within {self._info.size}"
+            )
+        if (offset | length) % self._info.logical_block_size:
+            raise EngineError(
+                errno.EINVAL,
+                f"{length} bytes at {offset}: not whole blocks of {self._info.logical_block_size}",
+            )
+
+    def _check_writable(self) -> None:
+        if self._info.read_only:
+            raise EngineError(errno.EROFS, "the disk is read-only")
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Check, then read."""
+        self._check(offset, buffer.nbytes)
+        self.lower.read(buffer, offset)
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        """Check, then write."""
+        self._check(offset, buffer.nbytes)
+        self._check_writable()
+        self.lower.write(buffer, offset)
+
+    def flush(self) -> None:
+        """Flush."""
+        self.lower.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Check, then discard."""
+        self._check(offset, length)
+        self._check_writable()
+        if not self._info.can_discard:
+            raise EngineError(errno.EOPNOTSUPP, "the storage cannot discard")
+        self.lower.discard(offset, length)
+
+    def close(self) -> None:
+        """Close the engine behind."""
+        self.lower.close()
+
+    def open_channel(self) -> Channel:
+        """A checking channel in front of the engine's own."""
+        return CheckedChannel(self.lower.open_channel(), self._info)

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
+"""An image file or a block device, by the queue thread's io_uring.
+
+Two open descriptions of the same file: one with O_DIRECT, if the file allows it, for what is
+aligned, and one through the page cache for the rest; the kernel keeps the two coherent. A flush is
+fdatasync. A discard punches a hole.
+
+Both hold a lock on the file that the kernel lets go of when the last operation in flight on that
+description has ended, even if the process was killed: a successor that gets the lock cannot be
+overtaken by a write of its predecessor.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, EIO, errno
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.string cimport memset, strerror
+
+from xvd.dataplane.liburing cimport (
+    IORING_FSYNC_DATASYNC, io_uring, io_uring_get_sqe, io_uring_prep_fallocate,
+    io_uring_prep_fsync, io_uring_prep_readv, io_uring_prep_writev, io_uring_sqe,
+    io_uring_sqe_set_data64, io_uring_submit)
+from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE,
+                                  engine_io, engine_ports, wrap)
+from xvd.engines.channel cimport done_list, finish, reap_list
+
+cdef extern from "fcntl.h" nogil:
+    enum:
+        FALLOC_FL_PUNCH_HOLE
+        FALLOC_FL_KEEP_SIZE
+    int fallocate(int fd, int mode, long long offset, long long length)
+
+
+cdef struct file_state:
+    int direct_fd                # -1: the file does not do O_DIRECT
+    int cached_fd
+    uint64_t memory_mask         # of addresses and lengths for O_DIRECT
+    uint64_t offset_mask
+    io_uring *ring
+    done_list done
+    uint64_t direct, cached      # operations by each way
+
+
+cdef bint aligned(const file_state *f, const engine_io *io) noexcept nogil:
+    cdef uint32_t i
+    if f.direct_fd < 0 or io.offset & f.offset_mask:
+        return False
+    for i in range(io.iovcnt):
+        if <size_t>io.iov[i].iov_base & f.memory_mask or io.iov[i].iov_len & f.offset_mask:
+            return False
+    return True
+
+
+cdef void prepare(file_state *f, engine_io *io) noexcept nogil:
+    """Put one operation, or what is left of it, on the thread's ring."""
+    cdef io_uring_sqe *sqe = io_uring_get_sqe(f.ring)
+    cdef int fd = f.cached_fd
+    if sqe == NULL:
+        io_uring_submit(f.ring)
+        sqe = io_uring_get_sqe(f.ring)
+    if sqe == NULL:
+        finish(&f.done, io, -EAGAIN)
+        return
+    if io.op == ENGINE_FLUSH:
+        io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC)
+    elif io.op == ENGINE_DISCARD:
+        io_uring_prep_fallocate(sqe, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, io.offset,
+                                io.length)
+    else:
+        if aligned(f, io):
+            fd = f.direct_fd
+            f.direct += 1
+        else:
+            f.cached += 1
+        if io.op == ENGINE_READ:
+            io_uring_prep_readv(sqe, fd, io.iov, io.iovcnt, io.offset)
+        else:
+            io_uring_prep_writev(sqe, fd, io.iov, io.iovcnt, io.offset)
+    io_uring_sqe_set_data64(sqe, <uint64_t><size_t>io)
+
+
+cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
+    cdef uint32_t i
+    for i in range(n):
+        prepare(<file_state *>ctx, ios[i])
+
+
+cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
+    return reap_list(&(<file_state *>ctx).done, out, room)
+
+
+cdef void attach(void *ctx, void *ring) noexcept nogil:
+    (<file_state *>ctx).ring = <io_uring *>ring
+
+
+cdef void advance(engine_io *io, uint64_t size) noexcept nogil:
+    """Step over what has been transferred."""
+    cdef uint64_t part
+    io.offset += size
+    io.length -= size
+    while size:
+        part = min(size, <uint64_t>io.iov[0].iov_len)
+        io.iov[0].iov_base = <char *>io.iov[0].iov_base + part
+        io.iov[0].iov_len -= part
+        size -= part
+        if io.iov[0].iov_len == 0:
+            io.iov += 1
+            io.iovcnt -= 1
+
+
+cdef void clear(engine_io *io) noexcept nogil:
+    cdef uint32_t i
+    for i in range(io.iovcnt):
+        memset(io.iov[i].iov_base, 0, io.iov[i].iov_len)
+
+
+cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
+    """A completion: an end, an error, or a short transfer that goes on."""
+    cdef file_state *f = <file_state *>ctx
+    if res == -EINTR or res == -EAGAIN:
+        prepare(f, io)
+    elif res < 0 or io.op == ENGINE_FLUSH or io.op == ENGINE_DISCARD:
+        finish(&f.done, io, res if res < 0 else 0)
+    elif <uint64_t>res >= io.length:
+        finish(&f.done, io, 0)
+    elif res == 0 and io.op == ENGINE_READ:
+        clear(io)                # the file was cut short behind our back: what is not there is zero
+        finish(&f.done, io, 0)
+    elif res == 0:
+        finish(&f.done, io, -EIO)
+    else:
+        advance(io, res)
+        prepare(f, io)
+
+
+cdef class FileChannel:
+    """`Channel` of `image.FileEngine`, which owns the descriptors."""
+
+    cdef file_state f
+    cdef engine_ports table
+
+    def __init__(self, int direct_fd, int cached_fd, uint32_t memory_align, uint32_t offset_align):
+        self.f.direct_fd = direct_fd
+        self.f.cached_fd = cached_fd
+        self.f.memory_mask = memory_align - 1
+        self.f.offset_mask = offset_align - 1
+        self.table.ctx = &self.f
+        self.table.fd = -1
+        self.table.submit = submit
+        self.table.reap = reap
+        self.table.attach = attach
+        self.table.complete = complete
+
+    @property
+    def ports(self):
+        """Capsule ``xvd.engine_ports``."""
+        return wrap(&self.table, "xvd.engine_ports")
+
+    @property
+    def counts(self):
+        """Operations (direct, through the page cache)."""
+        return self.f.direct, self.f.cached
+
+    def close(self):
+        """The descriptors are the engine's."""
+
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <unistd.h>
+    #include <sys/syscall.h>
+    #include <linux/stat.h>
+    #include <fcntl.h>
+    #include <string.h>
+    #ifndef STATX_DIOALIGN
+    #define STATX_DIOALIGN 0x2000U
+    #endif
+    /* statx's stx_dio_mem_align and stx_dio_offset_align lie at 0x98 and 0x9c (linux/stat.h, 6.1);
+     * by offset, because the header of an older system does not have them. */
+    static int xvd_dio_align(int fd, uint32_t *memory, uint32_t *offset)
+    {
+        unsigned char buf[256];
+        uint32_t mask;
+        memset(buf, 0, sizeof buf);
+        if (syscall(SYS_statx, fd, "", 0x1000 /* AT_EMPTY_PATH */, STATX_DIOALIGN, buf))
+            return -1;
+        memcpy(&mask, buf, 4);
+        memcpy(memory, buf + 0x98, 4);
+        memcpy(offset, buf + 0x9c, 4);
+        return mask & STATX_DIOALIGN ? 0 : -1;
+    }
+    """
+    int xvd_dio_align(int fd, uint32_t *memory, uint32_t *offset) nogil
+
+
+def direct_alignment(int fd):
+    """(memory, offset) alignment in bytes that O_DIRECT asks of this file.
+
+    (0, 0) if the file does not do O_DIRECT; (4096, 4096) where the kernel cannot tell.
+    """
+    cdef uint32_t memory = 0, offset = 0
+    if xvd_dio_align(fd, &memory, &offset) != 0:
+        return 4096, 4096
+    return memory, offset
+
+def punch_hole(int fd, long long offset, long long length):
+    """Free a range of a file; raises OSError."""
+    cdef int rc
+    with nogil:
+        rc = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+    if rc != 0:
+        raise OSError(errno, f"cannot punch a hole: {strerror(errno).decode()}")

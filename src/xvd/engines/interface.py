@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of storage: what an engine is, and what may be asked of it when.
+
+An engine is opened once and passed around as a handle. Its life:
+
+    open -> info -> open_channel for each queue -> ... -> close each channel -> close
+
+Bytes move in one of two ways. A compiled engine overrides `open_channel` and is called by the
+queue's thread without the GIL (dataplane/ports.pxd, `engine_ports`). Any other engine implements
+the four calls below in Python, and `open_channel` puts a worker thread between it and the queue:
+slower, the same to everybody else. A layer is an engine in front of another.
+
+Calls arrive checked (checked.py): inside the size, whole logical blocks, no writes if read-only.
+An engine raises OSError with an errno; that one request fails and nothing else. What `write` has
+accepted need not be durable; what was accepted before `flush` returned must be.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class ThreadModel(Enum):
+    """How many of an engine's calls may run at the same time."""
+
+    SERIAL = "serial"
+    """One, over all channels."""
+    PARALLEL = "parallel"
+    """Any number, also on overlapping ranges: the order of those is nobody's promise."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine is, fixed while it is open.
+
+    size: bytes, a multiple of `logical_block_size`. Block sizes: bytes, powers of two, 512..65536.
+    discard_granularity: bytes, 0 if it has no preference.
+    """
+
+    size: int
+    logical_block_size: int = 512
+    physical_block_size: int = 512
+    read_only: bool = False
+    can_flush: bool = True
+    can_discard: bool = False
+    discard_granularity: int = 0
+    discard_alignment: int = 0
+    thread_model: ThreadModel = ThreadModel.SERIAL
+
+
+class Channel(Protocol):
+    """An engine as one queue sees it; one thread at a time."""
+
+    @property
+    def ports(self) -> object:
+        """Capsule ``xvd.engine_ports``."""
+
+    def close(self) -> None:
+        """Let go; nothing may be in flight."""
+
+
+class Engine(ABC):
+    """Storage. Subclass it and implement `read`, `write` and what `info` promises."""
+
+    @property
+    @abstractmethod
+    def info(self) -> EngineInfo:
+        """What this engine is."""
+
+    @abstractmethod
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Fill the whole buffer from `offset` bytes on."""
+
+    @abstractmethod
+    def write(self, buffer: memoryview, offset: int) -> None:
+        """Store the whole buffer from `offset` bytes on."""
+
+    def flush(self) -> None:
+        """Make everything accepted so far durable."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Forget a range: afterwards it reads as anything. Called only if `info.can_discard`."""
+
+    def close(self) -> None:
+        """Give everything back. Idempotent."""
+
+    def open_channel(self) -> Channel:
+        """One queue's way in; see the module's text."""
+        from xvd.engines.bridge import ThreadedChannel
+
+        return ThreadedChannel(self)
+
+
+def describe(engine: Engine) -> dict[str, object]:
+    """An engine's info by name, for people and JSON."""
+    info = engine.info
+    return {
+        "engine": type(engine).__name__,
+        "size": info.size,
+        "logical_block_size": info.logical_block_size,
+        "physical_block_size": info.physical_block_size,
+        "read_only": info.read_only,
+        "can_flush": info.can_flush,
+        "can_discard": info.can_discard,
+    }

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every layer is: an engine that passes everything on, to be overridden where it does not."""
+
+from xvd.engines.interface import Engine, EngineInfo
+
+
+class Layer(Engine):
+    """Passes everything to `lower`. A layer is called in Python, whatever is behind it."""
+
+    def __init__(self, lower: Engine) -> None:
+        self.lower = lower
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine behind is."""
+        return self.lower.info
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Pass on."""
+        self.lower.read(buffer, offset)
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        """Pass on."""
+        self.lower.write(buffer, offset)
+
+    def flush(self) -> None:
+        """Pass on."""
+        self.lower.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Pass on."""
+        self.lower.discard(offset, length)
+
+    def close(self) -> None:
+        """Close what is behind."""
+        self.lower.close()

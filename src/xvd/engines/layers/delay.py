@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``delay``: slower storage, by a fixed time for each kind of operation."""
+
+import time
+from collections.abc import Callable
+
+from xvd.engines.interface import Engine
+from xvd.engines.layers.base import Layer
+
+
+class Delay(Layer):
+    """Waits before each operation. Times in seconds; `sleep` is replaced by tests and simulator."""
+
+    def __init__(
+        self,
+        lower: Engine,
+        *,
+        read_s: float = 0.0,
+        write_s: float = 0.0,
+        flush_s: float = 0.0,
+        discard_s: float = 0.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        super().__init__(lower)
+        self._read_s, self._write_s = read_s, write_s
+        self._flush_s, self._discard_s = flush_s, discard_s
+        self._sleep = sleep
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Wait, then read."""
+        self._sleep(self._read_s)
+        self.lower.read(buffer, offset)
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        """Wait, then write."""
+        self._sleep(self._write_s)
+        self.lower.write(buffer, offset)
+
+    def flush(self) -> None:
+        """Wait, then flush."""
+        self._sleep(self._flush_s)
+        self.lower.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Wait, then discard."""
+        self._sleep(self._discard_s)
+        self.lower.discard(offset, length)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``error``: storage that fails now and then, the same way for the same seed."""
+
+import errno as errno_names
+import random
+from collections.abc import Collection
+
+from xvd.engines.interface import Engine
+from xvd.engines.layers.base import Layer
+from xvd.errors import EngineError
+
+OPERATIONS = ("read", "write", "flush", "discard")
+
+
+class Error(Layer):
+    """Fails `one_in`-th operations on average (1 fails all), drawn from `seed`.
+
+    operations: which kinds may fail. error: the errno they fail with.
+    """
+
+    def __init__(
+        self,
+        lower: Engine,
+        *,
+        one_in: int = 10,
+        seed: int = 0,
+        operations: Collection[str] = OPERATIONS,
+        error: int = errno_names.EIO,
+    ) -> None:
+        super().__init__(lower)
+        self.failed = 0
+        self._one_in = one_in
+        self._random = random.Random(seed)
+        self._operations = frozenset(operations)
+        self._error = error
+
+    def _draw(self, operation: str) -> None:
+        if operation in self._operations and self._random.randrange(self._one_in) == 0:
+            self.failed += 1
+            raise EngineError(self._error, f"{operation} failed on request of the error layer")
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        """Fail, or read."""
+        self._draw("read")
+        self.lower.read(buffer, offset)
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        """Fail, or write."""
+        self._draw("write")
+        self.lower.write(buffer, offset)
+
+    def flush(self) -> None:
+        """Fail, or flush."""
+        self._draw("flush")
+        self.lower.flush()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Fail, or discard."""
+        self._draw("discard")
+        self.lower.discard(offset, length)

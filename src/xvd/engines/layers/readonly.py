@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``readonly``: whatever is behind, this disk is not written to."""
+
+import dataclasses
+import errno
+
+from xvd.engines.interface import Engine, EngineInfo
+from xvd.engines.layers.base import Layer
+from xvd.errors import EngineError
+
+
+class ReadOnly(Layer):
+    """Refuses writes and discards with EROFS, and says so beforehand."""
+
+    def __init__(self, lower: Engine) -> None:
+        super().__init__(lower)
+        self._info = dataclasses.replace(lower.info, read_only=True, can_discard=False)
+
+    @property
+    def info(self) -> EngineInfo:
+        """The same engine, read-only."""
+        return self._info
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        """Refuse."""
+        raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
+
+    def discard(self, offset: int, length: int) -> None:
+        """Refuse."""
+        raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")

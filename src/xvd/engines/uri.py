@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what the user writes to an open engine: URIs, sizes, times, and chains of layers.
+
+``file:PATH`` or a bare path, ``memory:SIZE``, ``null:SIZE``; layers as ``NAME`` or
+``NAME:key=value,key=value``, the first one nearest to the guest.
+"""
+
+import errno
+import re
+from collections.abc import Callable, Sequence
+
+from xvd.engines.checked import Checked
+from xvd.engines.image import FileEngine
+from xvd.engines.interface import Engine
+from xvd.engines.layers.delay import Delay
+from xvd.engines.layers.error import OPERATIONS, Error
+from xvd.engines.layers.log import Log
+from xvd.engines.layers.readonly import ReadOnly
+from xvd.engines.layers.stats import Stats
+from xvd.engines.memory import MemoryEngine
+from xvd.engines.null import NullEngine
+from xvd.errors import ConfigError
+
+_UNITS = {"": 1, "s": 512, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+_TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
+
+
+def parse_size(text: str) -> int:
+    """Bytes from ``4096``, ``4K``, ``1GiB``, ``8s`` (sectors of 512): units of 1024."""
+    match = re.fullmatch(r"(\d+)\s*([KMGTP]?)(?:i?B)?|(\d+)s", text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is no size; write bytes, or a number with K, M, G, T or s")
+    if match[3]:
+        return int(match[3]) * 512
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def parse_time(text: str) -> float:
+    """Seconds from ``10ms``, ``250us``, ``1s`` or a bare number of seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|ms|us)?", text.strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is no time; write 10ms, 250us or 1s")
+    return float(match[1]) * _TIMES[match[2] or "s"]
+
+
+def _file(rest: str, read_only: bool, patience_s: float) -> Engine:
+    return FileEngine(rest, read_only=read_only, patience_s=patience_s)
+
+
+def _sized(make: Callable[[int], Engine]) -> Callable[[str, bool, float], Engine]:
+    def build(rest: str, read_only: bool, patience_s: float) -> Engine:
+        size = parse_size(rest)
+        if size == 0 or size % 512:
+            raise ConfigError(f"{rest!r} is no size of a disk: a multiple of 512, above 0")
+        engine = make(size)
+        return ReadOnly(engine) if read_only else engine
+
+    return build
+
+
+SCHEMES: dict[str, Callable[[str, bool, float], Engine]] = {
+    "file": _file,
+    "memory": _sized(MemoryEngine),
+    "null": _sized(NullEngine),
+}
+"""Engine URI schemes: (rest of the URI, read-only, patience for locks) -> engine."""
+
+
+def _options(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if any(not sep for _, sep, _ in pairs):
+        raise ConfigError(f"layer options are key=value, separated by commas, not {text!r}")
+    return {key: value for key, _, value in pairs}
+
+
+def _delay(lower: Engine, options: dict[str, str]) -> Engine:
+    times = {key + "_s": parse_time(options.pop(key)) for key in OPERATIONS if key in options}
+    return Delay(lower, **times)
+
+
+def _error(lower: Engine, options: dict[str, str]) -> Engine:
+    named = options.pop("errno", "EIO")
+    if not hasattr(errno, named):
+        raise ConfigError(f"there is no errno {named!r}; write a name like EIO or ENOSPC")
+    kinds = options.pop("on", "+".join(OPERATIONS)).split("+")
+    if not set(kinds) <= set(OPERATIONS):
+        raise ConfigError(f"on= takes {', '.join(OPERATIONS)}, joined by +, not {'+'.join(kinds)}")
+    numbers = {key: options.pop(key, default) for key, default in (("one_in", "10"), ("seed", "0"))}
+    for key, value in numbers.items():
+        if not value.isdigit() or (key == "one_in" and int(value) == 0):
+            raise ConfigError(f"{key}= takes a positive number, not {value!r}")
+    return Error(
+        lower,
+        one_in=int(numbers["one_in"]),
+        seed=int(numbers["seed"]),
+        operations=kinds,
+        error=getattr(errno, named),
+    )
+
+
+LAYERS: dict[str, Callable[[Engine, dict[str, str]], Engine]] = {
+    "delay": _delay,
+    "error": _error,
+    "readonly": lambda lower, options: ReadOnly(lower),
+    "stats": lambda lower, options: Stats(lower),
+    "log": lambda lower, options: Log(lower),
+}
+"""Layer names: (engine behind, options) -> layer; a layer removes the options that it knows."""
+
+
+def add_layer(lower: Engine, text: str) -> Engine:
+    """Put the layer that `text` describes in front; raises `ConfigError`."""
+    name, _, rest = text.partition(":")
+    if name not in LAYERS:
+        raise ConfigError(f"there is no layer {name!r}; there are {', '.join(sorted(LAYERS))}")
+    options = _options(rest)
+    layer = LAYERS[name](lower, options)
+    if options:
+        raise ConfigError(f"layer {name} has no option {', '.join(sorted(options))}")
+    return layer
+
+
+def open_engine(
+    uri: str, *, read_only: bool = False, layers: Sequence[str] = (), patience_s: float = 0.0
+) -> Engine:
+    """Open what `uri` names, with `layers` in front and checked.
+
+    Raises `ConfigError` for what cannot be understood, `EngineError` for what cannot be opened.
+    """
+    match = _SCHEME.fullmatch(uri)
+    scheme, rest = (match[1], match[2]) if match else ("file", uri)
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}:" for name in sorted(SCHEMES))
+        raise ConfigError(f"unknown storage {uri!r}; there are {known} and a bare path is a file")
+    if not rest:
+        raise ConfigError(f"{uri!r} names no storage; write a path or a size after {scheme}:")
+    engine = SCHEMES[scheme](rest, read_only, patience_s)
+    try:
+        for text in reversed(layers):
+            engine = add_layer(engine, text)
+        return Checked(engine)
+    except BaseException:
+        engine.close()
+        raise
