@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a connected disk holds: a mapped ring, a bound port, a queue and its thread.
+
+Made in one piece or not at all, and given back in the opposite order.
+"""
+
+from collections.abc import Callable
+
+from xvd.blkif.abi import Op, nr_ents
+from xvd.blkif.nodes import BackendFeatures, FrontendConfig
+from xvd.dataplane.queue import BackendQueue
+from xvd.dataplane.thread import QueueThread
+from xvd.engines.interface import Engine
+from xvd.machine.interface import Machine
+from xvd.types import RING_SECTOR_SIZE, Domid
+
+_SECURE_DISCARD = 1 << 16
+
+
+def offered_operations(features: BackendFeatures) -> int:
+    """The operations that a frontend was told of, as bits for the queue."""
+    bits = 1 << Op.READ | 1 << Op.WRITE
+    bits |= features.flush << Op.FLUSH_DISKCACHE
+    bits |= features.barrier << Op.WRITE_BARRIER
+    bits |= features.discard << Op.DISCARD
+    return bits | (_SECURE_DISCARD if features.discard_secure else 0)
+
+
+class Connection:
+    """One frontend, served. `on_exit` is called when its thread has ended, for whatever reason.
+
+    Raises `GrantError`, `EventChannelError`, `PeerProtocolError` or OSError, holding nothing.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        peer: Domid,
+        config: FrontendConfig,
+        features: BackendFeatures,
+        engine: Engine,
+        *,
+        name: str,
+        copying: bool,
+        on_exit: Callable[[Exception | None], None],
+    ) -> None:
+        self._undo: list[Callable[[], None]] = []
+        self.config = config
+        try:
+            queue = config.queues[0]
+            grants = machine.grants.foreign(peer)
+            self._undo.append(grants.close)
+            ring = grants.map(queue.ring_refs)
+            self._undo.append(ring.close)
+            self.channel = machine.event_channels.bind_interdomain(peer, queue.event_channel)
+            self._undo.append(self.channel.close)
+            storage = engine.open_channel()
+            self._undo.append(storage.close)
+            self.queue = BackendQueue(
+                ring.view,
+                nr_ents(config.ring_pages, config.abi),
+                config.abi.number,
+                grants,
+                self.channel,
+                storage,
+                capacity=features.sectors,
+                logical_sectors=features.sector_size // RING_SECTOR_SIZE,
+                read_only=engine.info.read_only,
+                offered=offered_operations(features),
+                copying=copying,
+            )
+            self.thread = QueueThread(self.queue, name, on_exit)
+        except BaseException:
+            self.release()
+            raise
+
+    def kick(self) -> None:
+        """One event to the frontend: responses of a predecessor may lie there unannounced."""
+        self.channel.notify()
+
+    def release(self) -> None:
+        """Unmap and unbind; only after the thread has ended."""
+        while self._undo:
+            self._undo.pop()()

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One disk's backend: it acts out what blkif/handshake.py says.
+
+An actor: watches and finished work put events into one queue, one task takes them out, one at a
+time. Nothing negotiated survives a disconnect: every connect reads every node again.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from xvd.backend.connection import Connection
+from xvd.blkif.abi import Abi, InfoFlag, XenbusState
+from xvd.blkif.handshake import (
+    BackendAction,
+    BackendEvent,
+    BackendState,
+    BackendStep,
+    backend_step,
+    frontend_event,
+    initial_backend,
+    removal_event,
+)
+from xvd.blkif.nodes import (
+    NODES,
+    BackendAssignment,
+    BackendFeatures,
+    NodeChanges,
+    Side,
+    format_backend,
+    format_offer,
+    format_size,
+    parse_backend_assignment,
+    parse_frontend,
+    parse_state,
+    stale_frontend_nodes,
+)
+from xvd.engines.interface import Engine
+from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
+from xvd.machine.interface import Machine
+from xvd.machine.xs.client import Watch, XenstoreClient
+from xvd.machine.xs.xenbus import change_device, read_directory, report_error
+from xvd.types import RING_SECTOR_SIZE
+
+StorageOpener = Callable[[BackendAssignment], Awaitable[Engine]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the administrator decides for every disk of a daemon. copying: grant copy."""
+
+    copying: bool = False
+
+
+def features_of(engine: Engine, assignment: BackendAssignment) -> BackendFeatures:
+    """What a backend offers, from its storage and the toolstack's wishes."""
+    info = engine.info
+    flags = InfoFlag(0)
+    if info.read_only:
+        flags |= InfoFlag.READONLY
+    if assignment.cdrom:
+        flags |= InfoFlag.CDROM | InfoFlag.REMOVABLE
+    return BackendFeatures(
+        sectors=info.size // RING_SECTOR_SIZE,
+        info=flags,
+        sector_size=info.logical_block_size,
+        physical_sector_size=max(info.logical_block_size, info.physical_block_size),
+        flush=info.can_flush,
+        discard=info.can_discard and assignment.discard_enable and not info.read_only,
+        discard_granularity=info.discard_granularity,
+        discard_alignment=info.discard_alignment,
+    )
+
+
+def _own_node(name: str) -> bool:
+    return (Side.BACKEND, name) in NODES
+
+
+def _frontends_node(name: str) -> bool:
+    return (Side.FRONTEND, name) in NODES or bool(stale_frontend_nodes([name]))
+
+
+class Device:
+    """One disk of this backend domain; `run` returns when it is gone or `stop` has ended it.
+
+    path: its directory, relative to this domain (``backend/vbd/1/51712``).
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        store: XenstoreClient,
+        path: str,
+        open_storage: StorageOpener,
+        settings: Settings | None = None,
+    ) -> None:
+        self.path = path
+        self.state = BackendState.STARTING
+        self.assignment: BackendAssignment | None = None
+        self.engine: Engine | None = None
+        self.connection: Connection | None = None
+        self.features: BackendFeatures | None = None
+        self._machine = machine
+        self._store = store
+        self._open_storage = open_storage
+        self._settings = settings or Settings()
+        self._log = logging.LoggerAdapter(logging.getLogger(__name__), {"device": path})
+        self._log.process = lambda text, kwargs: (f"{path}: {text}", kwargs)  # type: ignore[method-assign]
+        self._events: asyncio.Queue[BackendEvent | None] = asyncio.Queue()
+        self._connecting: asyncio.Task[None] | None = None
+        self._released: asyncio.Event = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._error = ""
+        self._written: XenbusState | None = None
+        self._broken = False
+        self.totals: dict[str, object] = {}
+
+    # ---- The actor ----
+
+    async def run(self) -> None:
+        """Serve the disk until the toolstack removes it, or `stop`."""
+        watches: list[Watch] = []
+        try:
+            nodes = await read_directory(self._store, self.path, _own_node)
+            self.assignment = parse_backend_assignment(nodes)
+            self._written = own = parse_state(nodes.get("state"))
+            self.state = initial_backend(own, await self._frontend_state()).state
+            for path in (f"{self.assignment.frontend}/state", self.path):
+                watches.append(await self._store.watch(path))
+                self._spawn(self._follow(watches[-1]))
+            self._spawn(self._open())
+            while self.state is not BackendState.GONE:
+                event = await self._events.get()
+                if event is None:
+                    break
+                await self._feed(event)
+        except XvdError as error:
+            self._log.error("%s; this disk is not served", error)
+            await report_error(self._store, self.path, str(error))
+        finally:
+            await self._end(watches)
+
+    async def stop(self) -> None:
+        """Finish what is in flight, unmap, and leave the nodes as they are.
+
+        The frontend's ring stays live: whoever serves this directory next attaches to it.
+        """
+        await self._disconnect()
+        self._events.put_nowait(None)
+
+    async def _end(self, watches: list[Watch]) -> None:
+        await self._disconnect()
+        for watch in watches:
+            with contextlib.suppress(XvdError):
+                await watch.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.engine is not None:
+            engine, self.engine = self.engine, None
+            await asyncio.to_thread(engine.close)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def put(self, event: BackendEvent) -> None:
+        """Tell the device something, from the event loop's thread."""
+        self._events.put_nowait(event)
+
+    async def _feed(self, event: BackendEvent) -> None:
+        step = backend_step(self.state, event)
+        if step.state is not self.state:
+            self._log.debug("%s: %s -> %s", event.name, self.state.name, step.state.name)
+        self.state = step.state
+        await self._act(step)
+
+    async def _act(self, step: BackendStep) -> None:
+        """Do a step's actions in order; the state goes with the nodes of one, or before all."""
+        if not any(action in _NODES for action in step.actions):
+            await self._write(NodeChanges({}))
+        for action in step.actions:
+            await getattr(self, f"_do_{action.name.lower()}")()
+
+    async def _write(self, changes: NodeChanges, *, always: bool = False) -> None:
+        state = self.state.xenbus
+        if state == self._written and not always:
+            state = None
+        if state is None and not changes.write and not changes.remove:
+            return
+        there = await change_device(
+            self._store, self.path, state=state, write=changes.write, remove=changes.remove
+        )
+        if there and state is not None:
+            self._written = state
+
+    # ---- Looking ----
+
+    async def _follow(self, watch: Watch) -> None:
+        try:
+            async for _ in watch:
+                await self._do_look()
+        except PeerClosed:
+            self._events.put_nowait(None)  # no store, no toolstack: nobody to serve for
+
+    async def _frontend_state(self) -> XenbusState:
+        assert self.assignment is not None
+        try:
+            return parse_state(await self._store.try_read(f"{self.assignment.frontend}/state"))
+        except (PeerProtocolError, XenstoreError):
+            return XenbusState.UNKNOWN
+
+    async def _do_look(self) -> None:
+        frontend = await self._frontend_state()
+        online = await self._store.try_read(f"{self.path}/online")
+        if online is None or online.strip("\0 \n") == "0":
+            self.put(removal_event(frontend))
+        self.put(frontend_event(frontend))
+
+    # ---- Storage ----
+
+    async def _open(self) -> None:
+        assert self.assignment is not None
+        try:
+            self.engine = await self._open_storage(self.assignment)
+        except (OSError, XvdError) as error:
+            self._error = f"cannot open {self.assignment.image!r}: {error}"
+            self._log.error("%s", self._error)
+            self.put(BackendEvent.STORAGE_FAILED)
+            return
+        self.features = features_of(self.engine, self.assignment)
+        self.put(BackendEvent.STORAGE_READY)
+
+    # ---- Actions ----
+
+    async def _do_offer(self) -> None:
+        assert self.features is not None
+        await self._write(format_offer(self.features))
+
+    async def _do_publish(self) -> None:
+        assert self.features is not None
+        await self._write(format_backend(self.features))
+
+    async def _do_publish_size(self) -> None:
+        assert self.features is not None
+        await self._write(format_size(self.features.sectors), always=True)
+
+    async def _do_report_error(self) -> None:
+        await self._write(NodeChanges({}))
+        await report_error(self._store, self.path, self._error or "the disk failed")
+
+    async def _do_connect(self) -> None:
+        self._start_connecting(kick=False)
+
+    async def _do_reconnect(self) -> None:
+        self._start_connecting(kick=True)
+
+    def _start_connecting(self, *, kick: bool) -> None:
+        self._connecting = asyncio.ensure_future(self._connect(kick))
+
+    async def _connect(self, kick: bool) -> None:
+        assert self.assignment is not None
+        assert self.engine is not None
+        assert self.features is not None
+        try:
+            nodes = await read_directory(self._store, self.assignment.frontend, _frontends_node)
+            config = parse_frontend(
+                nodes,
+                host_abi=Abi.native(),
+                max_ring_page_order=self.features.max_ring_page_order,
+                max_queues=self.features.max_queues,
+            )
+            self._released.clear()
+            self._broken = False
+            self.connection = Connection(
+                self._machine,
+                self.assignment.frontend_domid,
+                config,
+                self.features,
+                self.engine,
+                name=f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}",
+                copying=self._settings.copying,
+                on_exit=self._thread_ended,
+            )
+        except (XvdError, OSError) as error:
+            self._error = f"cannot connect to {self.assignment.frontend}: {error}"
+            self._log.error("%s", self._error)
+            self.put(BackendEvent.CONNECT_FAILED)
+            return
+        if kick:
+            self.connection.kick()
+        self._log.info("connected (%s, %s)", config.abi.protocol, self._mode())
+        self.put(BackendEvent.CONNECT_DONE)
+
+    def _mode(self) -> str:
+        return "grant copy" if self._settings.copying else "mapping"
+
+    def _thread_ended(self, failure: Exception | None) -> None:
+        """The queue is drained, or its ring is broken: give everything back at once."""
+        assert self.connection is not None
+        connection, self.connection = self.connection, None
+        self._broken = connection.queue.broken
+        self._remember(connection)
+        connection.release()
+        self._released.set()
+        if self._broken or failure is not None:
+            self._error = str(failure or "the frontend broke the ring: indices out of bounds")
+            self._log.error("%s", self._error)
+            self.put(BackendEvent.RING_BROKEN)
+
+    def _remember(self, connection: Connection) -> None:
+        """Counters outlive the connection they were counted on."""
+        self.totals = merge_counters(self.totals, connection.queue.counters())
+
+    async def _do_stop_taking(self) -> None:
+        """Everything that the frontend has put on the ring before it closed is served as it comes;
+        the ring is drained and given back in DISCONNECT."""
+
+    async def _do_disconnect(self) -> None:
+        self._spawn(self._disconnect_and_tell())
+
+    async def _disconnect_and_tell(self) -> None:
+        await self._disconnect()
+        self.put(BackendEvent.DISCONNECT_DONE)
+
+    async def _disconnect(self) -> None:
+        """Drain what is in flight, unmap, unbind; whatever had begun to connect is undone."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.gather(self._connecting, return_exceptions=True)
+            self._connecting = None
+        if self.connection is not None:
+            self.connection.thread.drain()
+            await self._released.wait()
+
+    async def _do_unregister(self) -> None:
+        self._log.info("gone")
+
+    # ---- Figures ----
+
+    def counters(self) -> dict[str, object]:
+        """Everything counted since the disk came up, over all connections."""
+        if self.connection is None:
+            return dict(self.totals)
+        return merge_counters(self.totals, self.connection.queue.counters())
+
+
+_NODES = (
+    BackendAction.OFFER,
+    BackendAction.PUBLISH,
+    BackendAction.PUBLISH_SIZE,
+    BackendAction.REPORT_ERROR,
+)
+
+
+def merge_counters(a: dict[str, object], b: dict[str, object]) -> dict[str, object]:
+    """Add counters by name, the refusals by reason."""
+    merged = dict(a)
+    for name, value in b.items():
+        if isinstance(value, dict):
+            merged[name] = merge_counters(merged.get(name, {}), value)  # type: ignore[arg-type]
+        else:
+            merged[name] = merged.get(name, 0) + value  # type: ignore[operator]
+    return merged

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All disks of a backend domain: it watches the toolstack's paths and keeps a device for each."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Sequence
+
+from xvd.backend.device import Device, Settings, StorageOpener
+from xvd.errors import PeerClosed, XenstoreError
+from xvd.machine.interface import Machine
+from xvd.machine.xs.client import Watch, XenstoreClient
+
+logger = logging.getLogger(__name__)
+
+
+class Server:
+    """Serves every disk under ``backend/<kind>`` of this domain.
+
+    One store connection for all, no polling. A device that fails costs itself only.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        store: XenstoreClient,
+        open_storage: StorageOpener,
+        *,
+        kinds: Sequence[str] = ("vbd",),
+        settings: Settings | None = None,
+    ) -> None:
+        self.devices: dict[str, Device] = {}
+        self._machine = machine
+        self._store = store
+        self._open_storage = open_storage
+        self._kinds = kinds
+        self._settings = settings
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._watches: list[Watch] = []
+        self._followers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Watch, and serve what is assigned already."""
+        for kind in self._kinds:
+            watch = await self._store.watch(f"backend/{kind}")
+            self._watches.append(watch)
+            self._followers.append(asyncio.create_task(self._follow(kind, watch)))
+
+    async def wait(self) -> None:
+        """Return when the store is lost."""
+        await asyncio.gather(*self._followers)
+
+    async def close(self) -> None:
+        """Drain and release every disk, leaving its nodes for whoever serves it next."""
+        for task in self._followers:
+            task.cancel()
+        await asyncio.gather(*self._followers, return_exceptions=True)
+        for watch in self._watches:
+            with contextlib.suppress(PeerClosed, XenstoreError):
+                await watch.close()
+        await asyncio.gather(*(device.stop() for device in list(self.devices.values())))
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+    async def _follow(self, kind: str, watch: Watch) -> None:
+        """A path names the disk that changed; anything shorter means: look at all of them."""
+        with contextlib.suppress(PeerClosed):
+            async for path in watch:
+                parts = path.removeprefix(f"backend/{kind}").strip("/").split("/")
+                if len(parts) >= 2:
+                    await self._consider(f"backend/{kind}/{parts[0]}/{parts[1]}")
+                else:
+                    await self._scan(f"backend/{kind}")
+
+    async def _scan(self, path: str) -> None:
+        for domid in await self._children(path):
+            for vdev in await self._children(f"{path}/{domid}"):
+                await self._consider(f"{path}/{domid}/{vdev}")
+
+    async def _children(self, path: str) -> list[str]:
+        try:
+            return await self._store.ls(path)
+        except XenstoreError:
+            return []
+
+    async def _consider(self, path: str) -> None:
+        """Begin to serve a directory that the toolstack has completed and nobody serves yet."""
+        if path in self._running or await self._store.try_read(f"{path}/frontend") is None:
+            return
+        device = Device(self._machine, self._store, path, self._open_storage, self._settings)
+        self.devices[path] = device
+        task = asyncio.create_task(device.run())
+        self._running[path] = task
+        task.add_done_callback(lambda _: self._ended(path))
+
+    def _ended(self, path: str) -> None:
+        task = self._running.pop(path)
+        self.devices.pop(path, None)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("%s: %r; this disk is not served any more", path, task.exception())

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One disk's frontend: it acts out what blkif/handshake.py says.
+
+An actor like the backend's: watches and finished work put events into one queue, one task takes
+them out. What goes over the ring is the disk's (disk.py), which is told when a connection is up,
+when it is down, and when there will be none again.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable
+from typing import Protocol
+
+from xvd.blkif.abi import Abi, XenbusState
+from xvd.blkif.handshake import (
+    FrontendAction,
+    FrontendEvent,
+    FrontendState,
+    FrontendStep,
+    backend_event,
+    frontend_step,
+    initial_frontend,
+)
+from xvd.blkif.nodes import (
+    NODES,
+    BackendFeatures,
+    FrontendAssignment,
+    NodeChanges,
+    Side,
+    format_frontend,
+    parse_backend,
+    parse_frontend_assignment,
+    parse_state,
+    stale_frontend_nodes,
+)
+from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
+from xvd.frontend.connection import Connection
+from xvd.machine.interface import Machine
+from xvd.machine.xs.client import Watch, XenstoreClient
+from xvd.machine.xs.xenbus import change_device, read_directory, report_error
+
+RESET_STEP_S = 5.0
+"""Longest wait in each step of a reset, as Linux has it (xenbus_probe_frontend.c)."""
+
+
+class User(Protocol):
+    """Who uses the device; called in the event loop's thread."""
+
+    def connected(self, connection: Connection, features: BackendFeatures) -> None:
+        """The queue may be used."""
+
+    def resized(self, features: BackendFeatures) -> None:
+        """The capacity has changed."""
+
+    def disconnected(self) -> None:
+        """The queue is gone; what was outstanding has to be submitted again to the next one."""
+
+    def ended(self, error: OSError | XvdError) -> None:
+        """There will be no next one."""
+
+
+class Device:
+    """One disk of this domain; `run` returns when it has ended.
+
+    path: its directory, relative to this domain (``device/vbd/51712``).
+    """
+
+    def __init__(
+        self, machine: Machine, store: XenstoreClient, path: str, user: User, *, abi: Abi | None
+    ) -> None:
+        self.path = path
+        self.state = FrontendState.STARTING
+        self.assignment: FrontendAssignment | None = None
+        self.features: BackendFeatures | None = None
+        self.connection: Connection | None = None
+        self._machine = machine
+        self._store = store
+        self._user = user
+        self._abi = abi or Abi.native()
+        self._log = logging.getLogger(__name__)
+        self._events: asyncio.Queue[FrontendEvent | None] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._written: XenbusState | None = None
+        self._closing = False
+        self._failing = False
+        self._failure: XvdError | None = None
+        self._released = asyncio.Event()
+        self._released.set()
+
+    # ---- The actor ----
+
+    async def run(self) -> None:
+        """Connect, reconnect, until the user closes it or the toolstack removes it."""
+        watch: Watch | None = None
+        error: OSError | XvdError = PeerClosed(f"{self.path}: the disk was closed")
+        try:
+            nodes = await read_directory(self._store, self.path, _own_node)
+            self.assignment = parse_frontend_assignment(nodes)
+            self._written = own = parse_state(nodes.get("state"))
+            watch = await self._store.watch(f"{self.assignment.backend}/state")
+            self._spawn(self._follow(watch))
+            await self._take(initial_frontend(own, await self._backend_state()))
+            while self.state is not FrontendState.VACANT:
+                event = await self._events.get()
+                if event is None:
+                    break
+                await self._take(frontend_step(self.state, event))
+                await self._after()
+            error = self._failure or error
+        except (OSError, XvdError) as failure:
+            error = failure
+        finally:
+            await self._end(watch)
+            self._user.ended(error)
+
+    async def _after(self) -> None:
+        """CLOSED is where a way is chosen: away for good, or back for the next backend."""
+        if self.state is not FrontendState.CLOSED:
+            return
+        if not self._closing and not self._failure and await self._online():
+            await self._take(frontend_step(self.state, FrontendEvent.REOPEN))
+        else:
+            if not self._closing and not self._failure:
+                self._failure = PeerClosed(f"{self.path}: the disk was removed")
+            await self._take(frontend_step(self.state, FrontendEvent.LEAVE))
+
+    async def _online(self) -> bool:
+        """Whether the backend will come back: its directory is there and not being removed."""
+        assert self.assignment is not None
+        try:
+            online = await self._store.try_read(f"{self.assignment.backend}/online")
+        except XenstoreError:
+            return False
+        return online is not None and online.strip("\0 \n") != "0"
+
+    async def _end(self, watch: Watch | None) -> None:
+        self._stop_timer()
+        if self.connection is not None:
+            if self.connection.thread is not None:
+                self.connection.thread.abandon()
+            await self._released.wait()
+            self._release()
+        if watch is not None:
+            with contextlib.suppress(XvdError):
+                await watch.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def close(self) -> None:
+        """Finish what is on the ring and give the disk back; `run` then returns."""
+        self._closing = True
+        if self.state in (FrontendState.CLOSED, FrontendState.HANDED_BACK):
+            return
+        self.put(FrontendEvent.CLOSE)
+
+    def abandon(self) -> None:
+        """Return from `run` at once, leaving the nodes as they are."""
+        self._closing = True
+        self._events.put_nowait(None)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def put(self, event: FrontendEvent) -> None:
+        """Tell the device something, from the event loop's thread."""
+        self._events.put_nowait(event)
+
+    async def _take(self, step: FrontendStep) -> None:
+        """Go where a step leads and act; the state goes with an action's nodes, or before all."""
+        if step.state is not self.state:
+            self._log.debug("%s: %s -> %s", self.path, self.state.name, step.state.name)
+            self._stop_timer()
+        self.state = step.state
+        if not any(action in _NODES for action in step.actions):
+            await self._write(NodeChanges({}))
+        for action in step.actions:
+            await getattr(self, f"_do_{action.name.lower()}")()
+
+    async def _write(self, changes: NodeChanges) -> None:
+        state = self.state.xenbus
+        if state == self._written:
+            state = None
+        if state is None and not changes.write and not changes.remove:
+            return
+        there = await change_device(
+            self._store, self.path, state=state, write=changes.write, remove=changes.remove
+        )
+        if not there:
+            raise PeerClosed(f"{self.path}: the toolstack has removed the disk")
+        if state is not None:
+            self._written = state
+
+    # ---- Looking ----
+
+    async def _follow(self, watch: Watch) -> None:
+        try:
+            async for _ in watch:
+                await self._do_look()
+        except PeerClosed as error:
+            self._failure = error
+            self._events.put_nowait(None)
+
+    async def _backend_state(self) -> XenbusState:
+        assert self.assignment is not None
+        try:
+            return parse_state(await self._store.try_read(f"{self.assignment.backend}/state"))
+        except (PeerProtocolError, XenstoreError):
+            return XenbusState.UNKNOWN
+
+    async def _do_look(self) -> None:
+        state = await self._backend_state()
+        if state is XenbusState.UNKNOWN and self.state is FrontendState.STARTING:
+            self._failure = PeerClosed(f"{self.path}: there is no backend; the disk was removed")
+            self._events.put_nowait(None)
+            return
+        self.put(backend_event(state))
+
+    # ---- Actions ----
+
+    async def _do_publish(self) -> None:
+        assert self.assignment is not None
+        self._released.set()
+        self._failing = False
+        self.connection = Connection(
+            self._machine,
+            self.assignment.backend_domid,
+            abi=self._abi,
+            handle=self.assignment.vdev,
+            name=f"xvd-front-{self.assignment.vdev}",
+            on_exit=self._thread_ended,
+        )
+        present = await self._store.ls(self.path)
+        await self._write(format_frontend(self.connection.config, present))
+
+    async def _do_clean_up(self) -> None:
+        present = await self._store.ls(self.path)
+        await self._write(NodeChanges({}, stale_frontend_nodes(present)))
+
+    async def _do_read_features(self) -> None:
+        self._spawn(self._read_features())
+
+    async def _read_features(self) -> None:
+        try:
+            self.features = await self._backend_features()
+        except XvdError as error:
+            self._failure = error
+            self.put(FrontendEvent.FEATURES_BAD)
+        else:
+            self.put(FrontendEvent.FEATURES_READ)
+
+    async def _backend_features(self) -> BackendFeatures:
+        assert self.assignment is not None
+        nodes = await read_directory(self._store, self.assignment.backend, _backends_node)
+        return parse_backend(nodes)
+
+    async def _do_start_io(self) -> None:
+        assert self.connection is not None
+        assert self.features is not None
+        self._released.clear()
+        self.connection.start()
+        self._user.connected(self.connection, self.features)
+
+    async def _do_read_size(self) -> None:
+        assert self.features is not None
+        try:
+            features = await self._backend_features()
+        except XvdError as error:
+            self._log.warning("%s: %s; the size stays as it was", self.path, error)
+            return
+        if features.sectors != self.features.sectors:
+            self.features = features
+            self._user.resized(features)
+
+    async def _do_stop_io(self) -> None:
+        if self.connection is None or self.connection.thread is None:
+            self.put(FrontendEvent.DRAINED)
+        else:
+            self.connection.thread.drain()
+
+    async def _do_fail_io(self) -> None:
+        self._failing = True
+        if self.connection is None or self.connection.thread is None or self._released.is_set():
+            self.put(FrontendEvent.DRAINED)
+        else:
+            self.connection.thread.abandon()
+
+    def _thread_ended(self, failure: Exception | None) -> None:
+        """Drained, abandoned, or broken by the backend."""
+        assert self.connection is not None
+        self._user.disconnected()
+        self._released.set()
+        breach = self.connection.queue.breach
+        if breach is not None or failure is not None:
+            self._failure = PeerProtocolError(
+                f"{self.path}: the backend broke the protocol: {breach or failure}; "
+                "detach the disk and attach it again"
+            )
+            self.put(FrontendEvent.BREACH)
+        self.put(FrontendEvent.DRAINED)
+
+    async def _do_release(self) -> None:
+        if self.connection is not None and not self._released.is_set():
+            assert self.connection.thread is not None
+            self.connection.thread.abandon()
+            await self._released.wait()
+        self._release()
+
+    def _release(self) -> None:
+        if self.connection is not None:
+            self.connection.release()
+            self.connection = None
+
+    async def _do_report_error(self) -> None:
+        await self._write(NodeChanges({}))
+        await report_error(self._store, self.path, str(self._failure or "the disk failed"))
+
+    async def _do_arm_timer(self) -> None:
+        self._stop_timer()
+        events = asyncio.get_running_loop()
+        self._timer = events.call_later(RESET_STEP_S, self.put, FrontendEvent.TIMEOUT)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+_NODES = (FrontendAction.PUBLISH, FrontendAction.CLEAN_UP, FrontendAction.REPORT_ERROR)
+
+
+def _own_node(name: str) -> bool:
+    return (Side.FRONTEND, name) in NODES
+
+
+def _backends_node(name: str) -> bool:
+    return (Side.BACKEND, name) in NODES

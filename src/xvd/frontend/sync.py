@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same disk for code without an event loop: each call submits to the asynchronous one, waits.
+
+Any number of threads may use one `SyncDisk`; each call blocks its own thread only.
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from xvd.frontend.disk import Disk
+
+T = TypeVar("T")
+
+
+class SyncDisk:
+    """Runs an event loop in a thread of its own; `connect` makes the `Disk` in it."""
+
+    def __init__(self, connect: Callable[[], Awaitable[Disk]]) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="xvd-disk", daemon=True)
+        self._thread.start()
+        try:
+            self._disk = self._wait(self._connect(connect))
+        except BaseException:
+            self._stop()
+            raise
+
+    @staticmethod
+    async def _connect(connect: Callable[[], Awaitable[Disk]]) -> Disk:
+        return await connect()
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> "SyncDisk":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def disk(self) -> Disk:
+        """The disk behind, for what it is; its operations belong to its own thread."""
+        return self._disk
+
+    @property
+    def size(self) -> int:
+        """Capacity in bytes."""
+        return self._disk.size
+
+    def read(self, offset: int, length: int) -> bytearray:
+        """As `Disk.read`."""
+        return self._wait(self._disk.read(offset, length))
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """As `Disk.write`."""
+        self._wait(self._disk.write(offset, data))
+
+    def flush(self) -> None:
+        """As `Disk.flush`."""
+        self._wait(self._disk.flush())
+
+    def discard(self, offset: int, length: int) -> None:
+        """As `Disk.discard`."""
+        self._wait(self._disk.discard(offset, length))
+
+    def close(self) -> None:
+        """As `Disk.close`, and end the thread."""
+        if self._loop.is_closed():
+            return
+        self._wait(self._disk.close())
+        self._stop()

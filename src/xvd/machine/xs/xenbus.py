@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a device lives in the store: its directory read as a dict, and changed in one transaction."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final
+
+from xvd.errors import XenstoreError
+from xvd.machine.xs.client import Transaction, XenstoreClient
+
+READS_MAX: Final = 2048
+"""Most nodes read from one device's directory: 64 queues of 16 pages and more; a directory with
+more was filled by somebody to keep us busy."""
+
+_ABSENT: Final = ("ENOENT", "EACCES")
+
+
+async def read_directory(
+    store: XenstoreClient | Transaction, path: str, wanted: Callable[[str], bool]
+) -> dict[str, str]:
+    """The nodes below `path`, two levels deep, by relative path; empty if it is not there.
+
+    `wanted` is asked for each name of the first level: what it does not want is not read. A value
+    that is no text is read as an empty one, which every parser takes as absent. Raises
+    `XenstoreError` E2BIG for a directory of more than `READS_MAX` wanted nodes.
+    """
+    found: dict[str, str] = {}
+    names = [name for name in await _children(store, path) if wanted(name)]
+    paths = [*names]
+    for name in names:
+        if name.startswith("queue-"):
+            paths += [f"{name}/{child}" for child in await _children(store, f"{path}/{name}")]
+        if len(paths) > READS_MAX:
+            raise XenstoreError("E2BIG", f"{path} holds more than {READS_MAX} nodes")
+    for name in paths:
+        try:
+            found[name] = (await store.read_bytes(f"{path}/{name}")).decode("ascii", "replace")
+        except XenstoreError as error:
+            if error.code not in _ABSENT:
+                raise
+    return found
+
+
+async def _children(store: XenstoreClient | Transaction, path: str) -> list[str]:
+    try:
+        return await store.ls(path)
+    except XenstoreError as error:
+        if error.code in _ABSENT:
+            return []
+        raise
+
+
+async def change_device(
+    store: XenstoreClient,
+    path: str,
+    *,
+    state: int | None,
+    write: Mapping[str, str] | None = None,
+    remove: Iterable[str] = (),
+) -> bool:
+    """Write a device's own nodes and its state in one transaction; False if the device is gone.
+
+    A state node that is not there any more was removed by the toolstack: nothing is written, or a
+    late write would bring back a directory that nobody removes again.
+    """
+
+    async def work(tx: Transaction) -> bool:
+        if await tx.try_read(f"{path}/state") is None:
+            return False
+        for name in remove:
+            if await tx.exists(f"{path}/{name}"):
+                await tx.rm(f"{path}/{name}")
+        for name, value in (write or {}).items():
+            await tx.write(f"{path}/{name}", value)
+        if state is not None:
+            await tx.write(f"{path}/state", str(state))
+        return True
+
+    return await store.transact(work)
+
+
+async def report_error(store: XenstoreClient, path: str, text: str) -> None:
+    """Write a device's error where Linux writes it: ``error/<path>/error`` of our own domain.
+
+    `path` is relative to our domain. A store that refuses (quota) is no second failure.
+    """
+    try:
+        await store.write(f"error/{path}/error", text)
+    except XenstoreError:
+        return
