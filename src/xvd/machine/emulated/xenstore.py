@@ -79,6 +79,7 @@ class XenstoreStore:
             INTRODUCE_DOMAIN: DOM0_ONLY,
             RELEASE_DOMAIN: DOM0_ONLY,
         }
+        self.requests_handled = 0
         self._connections: dict[Connection, None] = {}
 
     @property
@@ -133,9 +134,13 @@ class XenstoreStore:
 
         Raises `XenstoreError` EINVAL for dom0, ENOENT for a domain not introduced.
         """
+        self.destroy(self.releasable(domid))
+
+    def releasable(self, domid: Domid) -> Domain:
+        """The domain, if `release` can be done to it; raises as that does."""
         if domid == 0:
             raise XenstoreError("EINVAL", "dom0 cannot be released")
-        self._destroy(self.domains.find_introduced(domid))
+        return self.domains.find_introduced(domid)
 
     def resume(self, domid: Domid) -> None:
         """What RESUME does: a later shutdown of the domain is reported again."""
@@ -154,12 +159,13 @@ class XenstoreStore:
         """Release every domain that `domain_exists` now denies, as after a notice of death."""
         for domain in self.domains:
             if self.domains.is_gone(domain):
-                self._destroy(domain)
+                self.destroy(domain)
 
     def _connections_of(self, domain: Domain) -> list["Connection"]:
         return [connection for connection in self._connections if connection.domain is domain]
 
-    def _destroy(self, domain: Domain) -> None:
+    def destroy(self, domain: Domain) -> None:
+        """The domain is gone: whatever it held ends, and ``@releaseDomain`` is fired."""
         for connection in self._connections_of(domain):
             connection.close()
             connection.drop()
@@ -172,16 +178,21 @@ class XenstoreStore:
 
     def _remove_orphans(self, domain: Domain) -> None:
         # Nodes would else become those of the next domain with this number. Whole subtrees go,
-        # whoever owns what is below.
+        # whoever owns what is below; the root, which nobody gives away, would go to dom0.
         roots: list[str] = []
+        root = self.tree.nodes["/"]
+        if root.perms[0].domid == domain.domid:
+            perms = forget_domain(root.perms, domain.domid)
+            self.tree.write("/", replace(root, perms=perms), None, limited=False)
+            self.tree.count_node(domain.domid, -1, None)
+            self.tree.count_node(0, 1, None)
         if domain.nodes > 0:
             for path, node, leaving in self.tree.walk("/", None):
                 covered = roots and path.startswith(roots[-1] + "/")
                 if not leaving and not covered and node.perms[0].domid == domain.domid:
                     roots.append(path)
         for path in roots:
-            if path != "/":
-                self.remove_subtree(path, None)
+            self.remove_subtree(path, None)
 
     def remove_subtree(self, path: str, tx: Transaction | None) -> None:
         """Remove a node and all below it, children first; its parent must have been read.
@@ -248,8 +259,11 @@ class Connection:
         self.transactions: dict[int, Transaction] = {}
         self.watches: dict[tuple[str, str], Watch] = {}
         self._send = send
-        self._first_event: Watch | None = None
+        self.after_reply: Callable[[], None] | None = None
+        """What the request in hand still has to do once its reply is sent."""
         self._last_tx_id = 0
+        self._events_of_request = 0
+        self._events: set[bytes] = set()
 
     @property
     def limited(self) -> bool:
@@ -258,6 +272,7 @@ class Connection:
 
     def handle(self, message: Message) -> None:
         """Answer one request: exactly one reply, with the events that it causes around it."""
+        self.store.requests_handled += 1
         try:
             payload = requests.answer(self, message)
             if len(payload) > PAYLOAD_MAX:
@@ -267,9 +282,9 @@ class Connection:
             answered = MessageType.ERROR
             payload = (error.code if error.code in ERROR_NAMES else "EINVAL").encode() + b"\0"
         self._send(Message(answered, message.req_id, message.tx_id, payload))
-        if self._first_event is not None:
-            self._first_event.fire(self._first_event.path)
-            self._first_event = None
+        if self.after_reply is not None:
+            after_reply, self.after_reply = self.after_reply, None
+            after_reply()
 
     def close(self) -> None:
         """The client went: its watches and transactions end."""
@@ -408,7 +423,7 @@ class Connection:
         self.watches[full, token] = watch
         self.store.watches.add(watch)
         self.domain.watches += 1
-        self._first_event = watch
+        self.after_reply = lambda: watch.fire(full)
 
     def remove_watch(self, watch: Watch) -> None:
         """End one of this connection's watches."""
@@ -418,6 +433,13 @@ class Connection:
 
     def _send_event(self, path: str, token: str) -> None:
         payload = f"{path}\0{token}\0".encode("latin-1")
-        # As C xenstored: an event that does not fit a message is not sent.
-        if len(payload) <= PAYLOAD_MAX:
-            self._send(Message(MessageType.WATCH_EVENT, 0, 0, payload))
+        if self._events_of_request != self.store.requests_handled:
+            self._events_of_request = self.store.requests_handled
+            self._events.clear()
+        # As C xenstored: an event is not sent if it does not fit a message, nor twice for one
+        # request (two watches may share a token), unless it is a special one.
+        if len(payload) > PAYLOAD_MAX or payload in self._events:
+            return
+        if not path.startswith("@"):
+            self._events.add(payload)
+        self._send(Message(MessageType.WATCH_EVENT, 0, 0, payload))

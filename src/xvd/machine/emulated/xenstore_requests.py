@@ -146,7 +146,8 @@ def _rm(connection: Connection, payload: bytes, tx: Transaction | None) -> bytes
         raise
     if path == "/":
         raise XenstoreError("EINVAL", "the root cannot be removed")
-    store.tree.read(parent_path(path), tx)
+    if store.tree.read(parent_path(path), tx) is None:
+        raise XenstoreError("EINVAL", f"{path} has no parent")
     try:
         store.remove_subtree(path, tx)
     except XenstoreError as error:
@@ -233,7 +234,10 @@ def _introduce(connection: Connection, payload: bytes, _tx: Transaction | None) 
 
 
 def _release(connection: Connection, payload: bytes, _tx: Transaction | None) -> bytes:
-    connection.store.release(Domid(parse_c_uint(_one_string(payload))))
+    store = connection.store
+    domain = store.releasable(Domid(parse_c_uint(_one_string(payload))))
+    # The caller hears that it worked before it hears of what that did, as with C xenstored.
+    connection.after_reply = lambda: store.destroy(domain)
     return _OK
 
 

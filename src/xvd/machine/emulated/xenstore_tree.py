@@ -167,6 +167,8 @@ class Tree:
         """Every node at and under `root`: (path, node, whether it is left for good).
 
         A node comes twice, before and after its children, which are read one by one between.
+        Raises `XenstoreError` EIO for a child that is listed and not there: a transaction may see
+        a parent as it was and its child as it has become since.
         """
         node = self.read(root, tx)
         stack = [(root, node, iter(node.children))] if node is not None else []
@@ -181,17 +183,24 @@ class Tree:
                 continue
             below = child_path(path, name)
             child = self.read(below, tx)
-            if child is not None:
-                stack.append((below, child, iter(child.children)))
-                yield below, child, False
+            if child is None:
+                raise XenstoreError("EIO", f"{below} is listed and does not exist")
+            stack.append((below, child, iter(child.children)))
+            yield below, child, False
 
     def remove_child(self, path: str, tx: Transaction | None) -> None:
-        """Take a removed node's name out of its parent, which was read before."""
+        """Take a removed node's name out of its parent, which was read before.
+
+        Raises `XenstoreError` EIO if it is not in there, for the reason that `walk` gives.
+        """
         parent = parent_path(path)
         node = self.read(parent, tx)
         assert node is not None
         name = path[path.rindex("/") + 1 :]
-        children = tuple(child for child in node.children if child != name)
+        if name not in node.children:
+            raise XenstoreError("EIO", f"{path} exists and {parent} does not list it")
+        at = node.children.index(name)
+        children = node.children[:at] + node.children[at + 1 :]
         self.write(parent, replace(node, children=children), tx, limited=False)
 
     def check_counts(self, tx: Transaction, limited: bool) -> None:
