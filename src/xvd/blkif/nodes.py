@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Final
 
 from xvd.blkif.abi import (
@@ -88,13 +89,8 @@ class Node:
     high: int | None = None
 
 
-def _backend(*row: object, **bounds: object) -> Node:
-    return Node(Side.BACKEND, *row, **bounds)  # type: ignore[arg-type]  # the rows below
-
-
-def _frontend(*row: object, **bounds: object) -> Node:
-    return Node(Side.FRONTEND, *row, **bounds)  # type: ignore[arg-type]  # the rows below
-
+_backend: Final = partial(Node, Side.BACKEND)
+_frontend: Final = partial(Node, Side.FRONTEND)
 
 _B: Final = (
     _backend("frontend", "toolstack", "the frontend's directory"),
@@ -195,12 +191,12 @@ def _read(
     return _number(NODES[side, name], nodes, error=error)
 
 
-def parse_state(text: str | None) -> XenbusState:
-    """The value of a ``state`` node; UNKNOWN when it is missing (None) or empty.
+def parse_state(side: Side, text: str | None) -> XenbusState:
+    """The value of `side`'s ``state`` node; UNKNOWN when it is missing (None) or empty.
 
     PeerProtocolError for anything but 0 to 8.
     """
-    return XenbusState(_read(Side.BACKEND, {"state": text or ""}, "state"))
+    return XenbusState(_read(side, {"state": text or ""}, "state"))
 
 
 def writable_mode(mode: str) -> bool:
@@ -303,8 +299,9 @@ def _queue(nodes: Mapping[str, str], prefix: str, max_order: int) -> QueueConfig
         )
     names = [f"ring-ref{page}" for page in range(1 << order)]
     if order == 0:
-        preferred = ["ring-ref0", "ring-ref"] if _text(nodes, "ring-page-order") else ["ring-ref"]
-        spellings = [*preferred, "ring-ref0"]
+        spellings = ["ring-ref", "ring-ref0"]
+        if _text(nodes, "ring-page-order"):
+            spellings.reverse()
         present = (name for name in spellings if _text(nodes, prefix + name))
         names = [next(present, "ring-ref")]
     node = NODES[Side.FRONTEND, "ring-ref"]
@@ -361,6 +358,9 @@ def format_frontend(config: FrontendConfig, present: Iterable[str] = ()) -> Node
     return NodeChanges(write, stale_frontend_nodes(present))
 
 
+_NO_INFO: Final = InfoFlag(0)
+
+
 @dataclass(frozen=True, slots=True)
 class BackendFeatures:
     """All that a backend publishes. `sectors` counts 512 bytes; the sizes are in bytes.
@@ -369,7 +369,7 @@ class BackendFeatures:
     """
 
     sectors: int
-    info: InfoFlag = InfoFlag(0)
+    info: InfoFlag = _NO_INFO
     sector_size: int = 512
     physical_sector_size: int = 512
     flush: bool = True
