@@ -368,11 +368,11 @@ def _frontend_table() -> dict[tuple[FrontendState, FrontendEvent], FrontendStep]
     row([s.CLOSED], [e.LEAVE], Step(s.VACANT))
 
     # After a crash of our predecessor: the steps of Linux's xenbus reset, each with its time-out.
-    closed, anew = [*gone, e.TIMEOUT], [e.BACKEND_INITIALISING, e.BACKEND_INIT_WAIT]
+    # A backend still at InitWait is led round too: it may be about to map the dead one's rings.
+    closed = [*gone, e.TIMEOUT]
     closing = [e.BACKEND_CLOSING, *closed]
     row([s.RESET_CLOSING], closing, Step(s.RESET_CLOSED, (a.ARM_TIMER, a.LOOK)))
-    row([s.RESET_CLOSING], anew, Step(s.STARTING, (a.CLEAN_UP, a.LOOK)))
-    row([s.RESET_CLOSED], [*closed, *anew], Step(s.STARTING, (a.CLEAN_UP, a.LOOK)))
+    row([s.RESET_CLOSED], closed, Step(s.STARTING, (a.CLEAN_UP, a.LOOK)))
     return table
 
 
@@ -425,17 +425,18 @@ def initial_frontend(own: XenbusState, backend: XenbusState) -> FrontendStep:
     """Where a frontend begins that finds its own node at `own` and the backend's at `backend`.
 
     An own node beyond Initialising was written by a predecessor that did not clean up; the
-    backend may have its rings mapped, so it is led through Closing and Closed first.
+    backend may have its rings mapped, so it is led through Closing and Closed first, from where
+    it stands.
     """
     look = FrontendAction.LOOK
     timer = FrontendAction.ARM_TIMER
     if own in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
         return Step(FrontendState.STARTING, (look,))
-    if backend in (XenbusState.INITIALISED, XenbusState.CONNECTED):
-        return Step(FrontendState.RESET_CLOSING, (timer, look))
-    if backend is XenbusState.CLOSING:
+    if backend in (XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.CLOSED):
+        return Step(FrontendState.STARTING, (FrontendAction.CLEAN_UP, look))
+    if own is XenbusState.CLOSED or backend is XenbusState.CLOSING:
         return Step(FrontendState.RESET_CLOSED, (timer, look))
-    return Step(FrontendState.STARTING, (FrontendAction.CLEAN_UP, look))
+    return Step(FrontendState.RESET_CLOSING, (timer, look))
 
 
 def _label(state: BackendState | FrontendState) -> str:
