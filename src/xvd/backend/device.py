@@ -125,7 +125,7 @@ class Device:
         try:
             nodes = await read_directory(self._store, self.path, _own_node)
             self.assignment = parse_backend_assignment(nodes)
-            self._written = own = parse_state(nodes.get("state"))
+            self._written = own = parse_state(Side.BACKEND, nodes.get("state"))
             self.state = initial_backend(own, await self._frontend_state()).state
             for path in (f"{self.assignment.frontend}/state", self.path):
                 watches.append(await self._store.watch(path))
@@ -209,7 +209,8 @@ class Device:
     async def _frontend_state(self) -> XenbusState:
         assert self.assignment is not None
         try:
-            return parse_state(await self._store.try_read(f"{self.assignment.frontend}/state"))
+            text = await self._store.try_read(f"{self.assignment.frontend}/state")
+            return parse_state(Side.FRONTEND, text)
         except (PeerProtocolError, XenstoreError):
             return XenbusState.UNKNOWN
 

@@ -98,7 +98,7 @@ class Device:
         try:
             nodes = await read_directory(self._store, self.path, _own_node)
             self.assignment = parse_frontend_assignment(nodes)
-            self._written = own = parse_state(nodes.get("state"))
+            self._written = own = parse_state(Side.FRONTEND, nodes.get("state"))
             watch = await self._store.watch(f"{self.assignment.backend}/state")
             self._spawn(self._follow(watch))
             await self._take(initial_frontend(own, await self._backend_state()))
@@ -208,7 +208,8 @@ class Device:
     async def _backend_state(self) -> XenbusState:
         assert self.assignment is not None
         try:
-            return parse_state(await self._store.try_read(f"{self.assignment.backend}/state"))
+            text = await self._store.try_read(f"{self.assignment.backend}/state")
+            return parse_state(Side.BACKEND, text)
         except (PeerProtocolError, XenstoreError):
             return XenbusState.UNKNOWN
 
