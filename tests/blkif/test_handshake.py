@@ -220,7 +220,7 @@ def test_backend_that_died_connected_attaches_to_the_live_ring(frontend: XenbusS
 def test_backend_that_finds_no_live_ring_begins_at_the_start(
     own: XenbusState, frontend: XenbusState
 ) -> None:
-    assert initial_backend(own, frontend) == Step(B.STARTING)
+    assert initial_backend(own, frontend) == Step(B.STARTING, (BackendAction.LOOK,))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ class World:
         self.jobs = [job for job in self.jobs if not job.startswith("b:")]
         self.mapped = None
         self.backend = initial_backend(self.nodes["backend"], self.nodes["frontend"]).state
-        self.feed_backend(BackendEvent.STORAGE_READY)
+        self.jobs += ["b:look", "b:STORAGE_READY"]
 
     def start_frontend(self) -> None:
         self.jobs = [job for job in self.jobs if not job.startswith("f:")]
@@ -475,7 +475,10 @@ class World:
                 self.feed_backend(removal_event(self.nodes["frontend"]))
             self.feed_backend(frontend_event(self.nodes["frontend"]))
         else:
-            self.mapped = self.ring if name == "CONNECT_DONE" else None
+            if name == "CONNECT_DONE":
+                self.mapped = self.ring
+            elif name == "DISCONNECT_DONE":
+                self.mapped = None
             self.feed_backend(BackendEvent[name])
 
     def remove(self) -> None:
@@ -550,3 +553,19 @@ def test_a_backend_that_dies_at_any_moment_is_succeeded(schedule: list[int], ear
 
     assert (world.backend, world.frontend) == (B.CONNECTED, F.CONNECTED)
     assert world.mapped == world.ring
+
+
+@given(schedule=SCHEDULES, early=EARLY, later=EARLY)
+def test_a_backend_that_dies_while_its_disk_is_removed_still_lets_it_go(
+    schedule: list[int], early: int, later: int
+) -> None:
+    world = World(schedule)
+    world.run(early)
+    world.remove()
+    world.run(later)
+
+    world.start_backend()
+    world.run()
+
+    assert (world.backend, world.mapped) == (B.GONE, None)
+    assert world.frontend in (F.CLOSED, F.STARTING)

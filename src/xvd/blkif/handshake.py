@@ -418,7 +418,8 @@ def initial_backend(own: XenbusState, frontend: XenbusState) -> BackendStep:
     """
     live = frontend in (XenbusState.INITIALISED, XenbusState.CONNECTED)
     resume = own is XenbusState.CONNECTED and live
-    return Step(BackendState.RESUMING if resume else BackendState.STARTING)
+    start = BackendState.RESUMING if resume else BackendState.STARTING
+    return Step(start, (BackendAction.LOOK,))
 
 
 def initial_frontend(own: XenbusState, backend: XenbusState) -> FrontendStep:
