@@ -19,7 +19,7 @@ XEN_STRUCTS = {
     "struct blkif_request_indirect": abi.INDIRECT,
     "struct blkif_response": abi.RESPONSE,
 }
-CONSTANTS = {
+CONSTANTS: dict[str, int] = {
     "BLKIF_OP_READ": abi.Op.READ,
     "BLKIF_OP_WRITE": abi.Op.WRITE,
     "BLKIF_OP_WRITE_BARRIER": abi.Op.WRITE_BARRIER,
@@ -60,7 +60,7 @@ def missing(what: str) -> None:
 
 def assertions(one: Abi) -> list[str]:
     """One _Static_assert for each fact that the table claims."""
-    facts = dict(CONSTANTS) | {
+    facts = CONSTANTS | {
         "sizeof(union blkif_sring_entry)": one.entry_size,
         "__CONST_RING_SIZE(blkif, 4096)": abi.nr_ents(1, one),
         "__CONST_RING_SIZE(blkif, 65536)": abi.nr_ents(16, one),

@@ -295,6 +295,22 @@ def test_an_offer_is_cut_down_to_our_own_limits(
     assert nodes.parse_offer(found, max_ring_page_order=4, max_queues=8) == offer
 
 
+@given(
+    found=st.dictionaries(
+        st.sampled_from(
+            ["sectors", "info", "sector-size", "physical-sector-size", "max-ring-pages"]
+        ),
+        st.one_of(st.integers(-1, 2**65).map(str), st.text(max_size=12)),
+    )
+)
+def test_no_backend_directory_raises_anything_else(found: dict[str, str]) -> None:
+    try:
+        features = nodes.parse_backend(GEOMETRY | found)
+    except PeerProtocolError:
+        return
+    assert features.physical_sector_size >= features.sector_size >= 512
+
+
 # The backend's directory, written by a backend.
 
 RICH = BackendFeatures(

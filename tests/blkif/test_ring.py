@@ -42,7 +42,7 @@ class RingPair:
         return self.back.push()
 
     def taken(self) -> list[int]:
-        ids = []
+        ids: list[int] = []
         while True:
             outcome, slot = self.back.take()
             if outcome is not Outcome.REQUEST:

@@ -246,6 +246,7 @@ class FrontendAction(Enum):
 
 
 _S = TypeVar("_S", BackendState, FrontendState)
+_E = TypeVar("_E", BackendEvent, FrontendEvent)
 _A = TypeVar("_A", BackendAction, FrontendAction)
 
 
@@ -261,28 +262,40 @@ BackendStep = Step[BackendState, BackendAction]
 FrontendStep = Step[FrontendState, FrontendAction]
 
 
-def _backend_table() -> dict[tuple[BackendState, BackendEvent], BackendStep]:
-    s, e, a = BackendState, BackendEvent, BackendAction
-    table: dict[tuple[BackendState, BackendEvent], BackendStep] = {}
+class _Table(dict[tuple[_S, _E], Step[_S, _A]]):
+    """A table while it is written down."""
 
-    def row(sources: list[BackendState], events: list[BackendEvent], to: BackendStep) -> None:
+    def row(self, sources: list[_S], events: list[_E], to: Step[_S, _A]) -> None:
+        """Each of `events` leads each of `sources` to `to`."""
         for source in sources:
             for event in events:
-                assert (source, event) not in table
-                table[source, event] = to
+                assert (source, event) not in self, f"{source} and {event} have a row already"
+                self[source, event] = to
 
+
+_BackendTable = _Table[BackendState, BackendEvent, BackendAction]
+_FrontendTable = _Table[FrontendState, FrontendEvent, FrontendAction]
+
+
+def _backend_table() -> _BackendTable:
+    table = _BackendTable()
+    _serve_frontends(table)
+    _give_up(table)
+    return table
+
+
+def _serve_frontends(table: _BackendTable) -> None:
+    """Rows for frontends that come, go and return, and for storage that works."""
+    s, e, a = BackendState, BackendEvent, BackendAction
+    row = table.row
     gone = [e.FRONTEND_UNKNOWN, e.FRONTEND_CLOSED]
     fresh = [e.FRONTEND_INITIALISING]
     # Minimal frontends (mini-os, OVMF, U-Boot) never write 3, the others write 3 and then 4.
     ready = [e.FRONTEND_INITIALISED, e.FRONTEND_CONNECTED]
-    remove = [e.REMOVE, e.REMOVE_ALONE]
-    bad = [e.STORAGE_FAILED, e.RING_BROKEN, e.CONNECT_FAILED]
     disconnect = (a.DISCONNECT,)
-    unregister = Step(s.GONE, (a.UNREGISTER,))
 
     # Coming up.
     row([s.STARTING, s.NO_STORAGE], [e.STORAGE_READY], Step(s.WAITING, (a.OFFER, a.LOOK)))
-    row([s.STARTING, s.RESUMING], [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.LOOK)))
     row([s.WAITING], ready, Step(s.CONNECTING, (a.CONNECT,)))
     row([s.CONNECTING, s.RECONNECTING], [e.CONNECT_DONE], Step(s.CONNECTED, (a.PUBLISH, a.LOOK)))
     row([s.CONNECTED], [e.RESIZED], Step(s.CONNECTED, (a.PUBLISH_SIZE,)))
@@ -308,7 +321,19 @@ def _backend_table() -> dict[tuple[BackendState, BackendEvent], BackendStep]:
     row([s.DISCONNECTING], [*fresh, *ready], Step(s.RESETTING))
     row([s.RESETTING], [e.DISCONNECT_DONE], Step(s.WAITING, (a.OFFER, a.LOOK)))
 
-    # Giving up on this frontend; the process and the other disks go on.
+
+def _give_up(table: _BackendTable) -> None:
+    """Rows for what cannot go on, and for disks that the toolstack takes away."""
+    s, e, a = BackendState, BackendEvent, BackendAction
+    row = table.row
+    disconnect = (a.DISCONNECT,)
+    remove = [e.REMOVE, e.REMOVE_ALONE]
+    bad = [e.STORAGE_FAILED, e.RING_BROKEN, e.CONNECT_FAILED]
+    active = [s.WAITING, s.CONNECTING, s.RECONNECTING, s.CONNECTED, s.CLOSING, s.FAILED]
+    unregister = Step(s.GONE, (a.UNREGISTER,))
+
+    # The process and the other disks go on.
+    row([s.STARTING, s.RESUMING], [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.LOOK)))
     failed = Step(s.FAILED, (a.REPORT_ERROR, a.DISCONNECT, a.LOOK))
     row([s.CONNECTING, s.RECONNECTING], bad, failed)
     row([s.CONNECTED, s.CLOSING], [e.STORAGE_FAILED, e.RING_BROKEN], failed)
@@ -319,24 +344,18 @@ def _backend_table() -> dict[tuple[BackendState, BackendEvent], BackendStep]:
     row([s.CONNECTED, s.CLOSING, s.FAILED, s.WAITING], [e.REMOVE], Step(s.REMOVING))
     row([s.CONNECTING], [e.REMOVE], Step(s.REMOVING, disconnect))
     row([s.REMOVING], [e.FRONTEND_CLOSING], Step(s.REMOVING, (a.STOP_TAKING,)))
-    row([s.REMOVING], [*gone, *fresh], Step(s.LEAVING, disconnect))
+    left = [e.FRONTEND_UNKNOWN, e.FRONTEND_CLOSED, e.FRONTEND_INITIALISING]
+    row([s.REMOVING], left, Step(s.LEAVING, disconnect))
     row([s.REMOVING], [e.RING_BROKEN, e.STORAGE_FAILED], Step(s.REMOVING, disconnect))
     row([*active, s.REMOVING], [e.REMOVE_ALONE], Step(s.LEAVING, disconnect))
     row([s.DISCONNECTING, s.RESETTING], remove, Step(s.LEAVING))
     row([s.LEAVING], [e.DISCONNECT_DONE], unregister)
-    return table
 
 
-def _frontend_table() -> dict[tuple[FrontendState, FrontendEvent], FrontendStep]:
+def _frontend_table() -> _FrontendTable:
     s, e, a = FrontendState, FrontendEvent, FrontendAction
-    table: dict[tuple[FrontendState, FrontendEvent], FrontendStep] = {}
-
-    def row(sources: list[FrontendState], events: list[FrontendEvent], to: FrontendStep) -> None:
-        for source in sources:
-            for event in events:
-                assert (source, event) not in table
-                table[source, event] = to
-
+    table = _FrontendTable()
+    row = table.row
     gone = [e.BACKEND_UNKNOWN, e.BACKEND_CLOSED]
     running = [s.PUBLISHED, s.CONNECTING, s.CONNECTED]
 
