@@ -7,7 +7,9 @@ time. Nothing negotiated survives a disconnect: every connect reads every node a
 
 import asyncio
 import contextlib
+import errno
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -293,10 +295,13 @@ class Device:
             return
         if kick:
             self.connection.kick()
-        self._log.info("connected (%s, %s)", config.abi.protocol, self._mode())
+        asyncio.get_running_loop().add_reader(self.connection.queue.alarm_fd, self._storage_failed)
+        self._log.info("connected (%s, %s)", config.abi.protocol, self.mode)
         self.put(BackendEvent.CONNECT_DONE)
 
-    def _mode(self) -> str:
+    @property
+    def mode(self) -> str:
+        """How data is moved: "grant copy" or "mapping" (for each request)."""
         return "grant copy" if self._settings.copying else "mapping"
 
     def _thread_ended(self, failure: Exception | None) -> None:
@@ -304,6 +309,7 @@ class Device:
         assert self.connection is not None
         connection, self.connection = self.connection, None
         self._broken = connection.queue.broken
+        asyncio.get_running_loop().remove_reader(connection.queue.alarm_fd)
         self._remember(connection)
         connection.release()
         self._released.set()
@@ -311,6 +317,23 @@ class Device:
             self._error = str(failure or "the frontend broke the ring: indices out of bounds")
             self._log.error("%s", self._error)
             self.put(BackendEvent.RING_BROKEN)
+
+    def _storage_failed(self) -> None:
+        """Say it once, and not again for a while: a guest can cause as many failures as it likes."""
+        assert self.connection is not None
+        connection = self.connection
+        events = asyncio.get_running_loop()
+        events.remove_reader(connection.queue.alarm_fd)
+        number, failures = connection.queue.failure()
+        remedy = _REMEDIES.get(number, "look at the storage")
+        text = "storage fails: %s (%d failures so far); the guest sees I/O errors: %s"
+        self._log.error(text, os.strerror(number), failures, remedy)
+
+        def listen_again() -> None:
+            if self.connection is connection:
+                events.add_reader(connection.queue.alarm_fd, self._storage_failed)
+
+        events.call_later(_QUIET_S, listen_again)
 
     def _remember(self, connection: Connection) -> None:
         """Counters outlive the connection they were counted on."""
@@ -348,6 +371,13 @@ class Device:
             return dict(self.totals)
         return merge_counters(self.totals, self.connection.queue.counters())
 
+
+_QUIET_S = 10.0
+_REMEDIES = {
+    errno.ENOSPC: "free some space where the image lies",
+    errno.EDQUOT: "raise the quota of the image's owner",
+    errno.EFBIG: "the file system cannot hold a file this large",
+}
 
 _NODES = (
     BackendAction.OFFER,

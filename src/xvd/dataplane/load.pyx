@@ -125,6 +125,11 @@ cdef class Load:
         """Capsule ``xvd.stepper_ports``, for a `Loop`."""
         return wrap(&self.table, "xvd.stepper_ports")
 
+    def stop(self):
+        """End early: what is on the ring is waited for. Any thread."""
+        self.l.wanted = self.l.started
+        self.queue.stop()
+
     @property
     def result(self):
         """(operations ended, errors, checksum of what was read)."""

@@ -15,7 +15,7 @@ from xvd.dataplane.ring cimport back_ring
 cdef struct queue_counters:
     uint64_t rd_req, wr_req, f_req, ds_req, oo_req
     uint64_t rd_sect, wr_sect, ds_sect
-    uint64_t requests, responses, errors
+    uint64_t requests, responses, errors, storage_errors
     uint64_t mapped, unmapped, copied
     uint64_t notified, suppressed, steps
     uint64_t refusals[REFUSAL_COUNT]
@@ -51,6 +51,9 @@ cdef struct backend_queue:
     grant_copy *copies
     engine_io **ios
     uint8_t *bounce
+    int alarm_fd                 # rung when storage fails, once until `failure` is asked
+    uint32_t alarmed
+    int32_t last_error           # -errno
     uint8_t copy[BLKIF_MAX_ENTRY_SIZE]
     queue_counters count
 

@@ -14,6 +14,7 @@ mapping): a guest that changes its own data in flight hurts only itself.
 from libc.errno cimport EOPNOTSUPP
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
+from posix.unistd cimport close, read, write
 
 from xvd.dataplane.abi cimport (
     BLKIF_NR_ABI, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE,
@@ -26,6 +27,8 @@ from xvd.dataplane.ports cimport (
 from xvd.dataplane.request cimport OFFER_SECURE, parse, validate
 from xvd.dataplane.ring cimport (
     RING_BROKEN, back_attach, back_copy, back_final_check, back_pending, back_push, back_respond)
+
+import os
 
 from xvd.errors import LocalProtocolError, PeerProtocolError
 
@@ -270,8 +273,19 @@ cdef uint32_t collect(backend_queue *q) noexcept nogil:
         elif p.io.result == -EOPNOTSUPP:
             answer(q, p, BLKIF_RSP_EOPNOTSUPP)
         else:
+            alarm(q, p.io.result)
             answer(q, p, BLKIF_RSP_ERROR)
     return n
+
+
+cdef void alarm(backend_queue *q, int32_t error) noexcept nogil:
+    """Let the control plane know that storage fails: it can say so, this thread cannot."""
+    cdef uint64_t one = 1
+    q.last_error = error
+    q.count.storage_errors += 1
+    if not q.alarmed:
+        q.alarmed = 1
+        write(q.alarm_fd, &one, 8)
 
 
 cdef void restart_as_write(backend_queue *q, pending *p) noexcept nogil:
@@ -360,6 +374,7 @@ cdef class BackendQueue:
         self.q.limits.read_only = read_only
         self.q.limits.offered = offered
         self.q.copying = copying
+        self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.allocate(nr_ents)
         if not back_attach(&self.q.ring):
             raise PeerProtocolError(f"the frontend has put more requests on the ring than its "
@@ -392,15 +407,16 @@ cdef class BackendQueue:
         q.nr_free = nr_ents
 
     def __dealloc__(self):
-        for block in range(1):
-            free(self.q.pendings)
-            free(self.q.free_list)
-            free(self.q.batch)
-            free(self.q.sets)
-            free(self.q.owners)
-            free(self.q.copies)
-            free(self.q.ios)
-            free(self.q.bounce)
+        free(self.q.pendings)
+        free(self.q.free_list)
+        free(self.q.batch)
+        free(self.q.sets)
+        free(self.q.owners)
+        free(self.q.copies)
+        free(self.q.ios)
+        free(self.q.bounce)
+        if self.q.alarm_fd > 0:
+            close(self.q.alarm_fd)
 
     @property
     def ports(self):
@@ -435,6 +451,18 @@ cdef class BackendQueue:
     def broken(self):
         """Whether the frontend broke the ring."""
         return bool(self.q.broken)
+
+    @property
+    def alarm_fd(self):
+        """Readable when storage has failed; rung once, until `failure` is called."""
+        return self.q.alarm_fd
+
+    def failure(self):
+        """(errno of the last failure, failures so far); the alarm is set again."""
+        cdef uint64_t count
+        read(self.q.alarm_fd, &count, 8)
+        self.q.alarmed = 0
+        return -self.q.last_error, self.q.count.storage_errors
 
     def counters(self):
         """Everything counted, by name: blkback's names where it has them. Any thread."""

@@ -17,7 +17,8 @@ from libc.string cimport memset, strerror
 
 from xvd.dataplane.liburing cimport (
     IORING_FSYNC_DATASYNC, io_uring, io_uring_get_sqe, io_uring_prep_fallocate,
-    io_uring_prep_fsync, io_uring_prep_readv, io_uring_prep_writev, io_uring_sqe,
+    io_uring_prep_fsync, io_uring_prep_readv, io_uring_prep_writev, io_uring_queue_exit,
+    io_uring_queue_init, io_uring_sqe,
     io_uring_sqe_set_data64, io_uring_submit)
 from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE,
                                   engine_io, engine_ports, wrap)
@@ -202,6 +203,16 @@ def direct_alignment(int fd):
     if xvd_dio_align(fd, &memory, &offset) != 0:
         return 4096, 4096
     return memory, offset
+
+def probe_io_uring():
+    """Why io_uring is not to be had, or an empty text."""
+    cdef io_uring ring
+    cdef int rc = io_uring_queue_init(8, &ring, 0)
+    if rc < 0:
+        return strerror(-rc).decode()
+    io_uring_queue_exit(&ring)
+    return ""
+
 
 def punch_hole(int fd, long long offset, long long length):
     """Free a range of a file; raises OSError."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
 from xvd.blkif.nodes import FrontendConfig, QueueConfig
 from xvd.dataplane.front import FrontQueue
-from xvd.dataplane.thread import QueueThread
+from xvd.dataplane.thread import Queue, QueueThread
 from xvd.machine.interface import Machine
 from xvd.types import Domid
 
@@ -39,9 +39,8 @@ class Connection:
             self._undo.append(pages.close)
             self.channel = machine.event_channels.alloc_unbound(peer)
             self._undo.append(self.channel.close)
-            self.config = FrontendConfig(
-                abi, (QueueConfig(tuple(ring.grefs), self.channel.port),)
-            )  # fmt: skip
+            queue = QueueConfig(tuple(ring.grefs), self.channel.port)
+            self.config = FrontendConfig(abi, (queue,))
             self.queue = FrontQueue(
                 ring.view, entries, abi.number, pages, self.channel, handle=handle & 0xFFFF
             )
@@ -51,9 +50,10 @@ class Connection:
             self.release()
             raise
 
-    def start(self) -> None:
-        """Let the queue run: the backend is connected."""
-        self.thread = QueueThread(self.queue, self._name, self._on_exit)
+    def start(self, stepper: Callable[[FrontQueue], Queue] | None = None) -> None:
+        """Let the queue run: the backend is connected. `stepper` may put a load in its place."""
+        queue = stepper(self.queue) if stepper is not None else self.queue
+        self.thread = QueueThread(queue, self._name, self._on_exit)
 
     def release(self) -> None:
         """End the grants, free the port; only after the thread has ended.

@@ -9,7 +9,7 @@ when it is down, and when there will be none again.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from xvd.blkif.abi import Abi, XenbusState
@@ -34,6 +34,8 @@ from xvd.blkif.nodes import (
     parse_state,
     stale_frontend_nodes,
 )
+from xvd.dataplane.front import FrontQueue
+from xvd.dataplane.thread import Queue
 from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
 from xvd.frontend.connection import Connection
 from xvd.machine.interface import Machine
@@ -67,7 +69,14 @@ class Device:
     """
 
     def __init__(
-        self, machine: Machine, store: XenstoreClient, path: str, user: User, *, abi: Abi | None
+        self,
+        machine: Machine,
+        store: XenstoreClient,
+        path: str,
+        user: User,
+        *,
+        abi: Abi | None = None,
+        stepper: Callable[[FrontQueue], Queue] | None = None,
     ) -> None:
         self.path = path
         self.state = FrontendState.STARTING
@@ -78,13 +87,13 @@ class Device:
         self._store = store
         self._user = user
         self._abi = abi or Abi.native()
+        self._stepper = stepper
         self._log = logging.getLogger(__name__)
         self._events: asyncio.Queue[FrontendEvent | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._written: XenbusState | None = None
         self._closing = False
-        self._failing = False
         self._failure: XvdError | None = None
         self._released = asyncio.Event()
         self._released.set()
@@ -226,7 +235,6 @@ class Device:
     async def _do_publish(self) -> None:
         assert self.assignment is not None
         self._released.set()
-        self._failing = False
         self.connection = Connection(
             self._machine,
             self.assignment.backend_domid,
@@ -263,7 +271,7 @@ class Device:
         assert self.connection is not None
         assert self.features is not None
         self._released.clear()
-        self.connection.start()
+        self.connection.start(self._stepper)
         self._user.connected(self.connection, self.features)
 
     async def _do_read_size(self) -> None:
@@ -277,17 +285,24 @@ class Device:
             self.features = features
             self._user.resized(features)
 
+    def _nothing_runs(self) -> bool:
+        """Whether there is no thread to wait for, or it has ended."""
+        return self.connection is None or self.connection.thread is None or self._released.is_set()
+
     async def _do_stop_io(self) -> None:
-        if self.connection is None or self.connection.thread is None:
+        if self._nothing_runs():
             self.put(FrontendEvent.DRAINED)
         else:
+            assert self.connection is not None
+            assert self.connection.thread is not None
             self.connection.thread.drain()
 
     async def _do_fail_io(self) -> None:
-        self._failing = True
-        if self.connection is None or self.connection.thread is None or self._released.is_set():
+        if self._nothing_runs():
             self.put(FrontendEvent.DRAINED)
         else:
+            assert self.connection is not None
+            assert self.connection.thread is not None
             self.connection.thread.abandon()
 
     def _thread_ended(self, failure: Exception | None) -> None:

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``xvd``: the verbs, and the one place where an error becomes a line and an exit status.
+
+Exit status: 0 success, 1 failure, 2 wrong usage; ``--run`` passes its command's status on.
+"""
+
+import sys
+from collections.abc import Callable
+
+import click
+import typer
+
+from xvd import __version__
+from xvd.cli import attach, backend, bench, doctor, host, nbd, serve, sim, stats
+from xvd.errors import ConfigError, XvdError
+
+app = typer.Typer(
+    name="xvd",
+    help="Xen virtual disks: both ends of the Xen paravirtual block device, in user space.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+VERBS: dict[str, Callable[..., object]] = {
+    "serve": serve.serve,
+    "host": host.host,
+    "backend": backend.backend,
+    "attach": attach.attach,
+    "detach": attach.detach,
+    "list": attach.list_disks,
+    "nbd": nbd.nbd,
+    "stats": stats.stats,
+    "bench": bench.bench,
+    "sim": sim.sim,
+    "doctor": doctor.doctor,
+}
+for _name, _verb in VERBS.items():
+    app.command(_name)(_verb)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"xvd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Xen virtual disks: both ends of the Xen paravirtual block device, in user space."""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main() -> None:
+    """Run a verb; print what went wrong as one line on stderr."""
+    try:
+        status = app(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except ConfigError as error:
+        sys.stderr.write(f"xvd: {_one_line(error)}\n")
+        sys.exit(2)
+    except (XvdError, OSError) as error:
+        sys.stderr.write(f"xvd: {_one_line(error)}\n")
+        sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs share: where the host is, logging, signals, the captive command, JSON."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from xvd.blkif.nodes import BackendAssignment
+from xvd.engines.interface import Engine
+from xvd.engines.uri import open_engine
+from xvd.errors import ConfigError
+
+HostDir = Annotated[
+    Path,
+    typer.Option(
+        "--host",
+        envvar="XVD_HOST",
+        help="Directory of the emulated host (xvd host DIR).",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log more; twice: all.")]
+Layers = Annotated[
+    list[str],
+    typer.Option(
+        "--layer",
+        help="A layer in front of the storage: delay:read=1ms, error:one_in=10,seed=1, readonly, "
+        "stats, log. May be given several times; the first is nearest to the guest.",
+    ),
+]
+DEFAULT_HOST = Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
+
+
+def start_logging(verbose: int) -> None:
+    """Log to stderr: warnings, with -v what happens, with -vv everything."""
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(
+        stream=sys.stderr, level=level, format="xvd: %(levelname)s: %(message)s", force=True
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Run a verb's coroutine; its result is the exit status."""
+    return asyncio.run(main)
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
+    sys.stdout.write(text.decode() + "\n")
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for a clean end; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._ask)
+
+    def _ask(self) -> None:
+        if self.asked.is_set():
+            os._exit(1)
+        self.asked.set()
+
+    async def wait(self) -> None:
+        """Until the first signal."""
+        await self.asked.wait()
+
+
+async def run_captive(command: str, stop: Stop, **variables: str) -> int:
+    """Run a shell command with `variables` set; its exit status, 128+n if a signal ended it.
+
+    A signal to us is passed on to it.
+    """
+    process = await asyncio.create_subprocess_shell(
+        command, env={**os.environ, **variables}, start_new_session=True
+    )
+    ending = asyncio.ensure_future(process.wait())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((ending, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not ending.done():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    status = await ending
+    stopping.cancel()
+    return status if status >= 0 else 128 - status
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[Path]:
+    """A directory for sockets that only this user may enter, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="xvd-") as path:
+        yield Path(path)
+
+
+def storage_uri(assignment: BackendAssignment) -> str:
+    """The engine URI of a disk that the toolstack assigned."""
+    if assignment.image_format in ("raw", "file"):
+        return f"file:{assignment.image}"
+    return f"{assignment.image_format}:{assignment.image}"
+
+
+LOCK_PATIENCE_S = 5.0
+"""How long a backend waits for the lock of a predecessor that was killed with I/O in flight."""
+
+
+async def open_assigned(assignment: BackendAssignment, layers: list[str]) -> Engine:
+    """Open the storage of an assigned disk without holding up the event loop."""
+    return await asyncio.to_thread(
+        open_engine,
+        storage_uri(assignment),
+        read_only=not assignment.writable,
+        layers=layers,
+        patience_s=LOCK_PATIENCE_S,
+    )
+
+
+def parse_tcp(text: str) -> tuple[str, int]:
+    """``HOST:PORT`` or ``PORT`` (then on loopback)."""
+    host, _, port = text.rpartition(":")
+    if not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"{text!r} is no address; write HOST:PORT, or PORT for loopback")
+    return host.strip("[]") or "127.0.0.1", int(port)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemons' control socket: JSON-RPC 2.0, one document a line, on a unix socket.
+
+Each daemon listens under ``DIR/control`` of its host; ``xvd stats`` asks all that are there.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from xvd.errors import ConfigError, PeerClosed
+
+logger = logging.getLogger(__name__)
+
+LINE_MAX = 1 << 20
+_PARSE_ERROR, _NO_METHOD = -32700, -32601
+
+
+class Call(msgspec.Struct):
+    """A JSON-RPC request."""
+
+    method: str
+    id: int | str | None = None
+    jsonrpc: str = "2.0"
+
+
+class ControlServer:
+    """Answers calls of `methods`; everything in the event loop's thread."""
+
+    def __init__(self, methods: dict[str, Callable[[], object]]) -> None:
+        self._methods = {**methods, "rpc_get_methods": lambda: sorted(self._methods)}
+        self._server: asyncio.Server | None = None
+        self._path: Path | None = None
+
+    async def listen(self, path: Path) -> None:
+        """Listen at `path`, mode 0660; `ConfigError` if another daemon answers there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            with contextlib.suppress(PeerClosed):
+                await ask(path, "rpc_get_methods")
+                raise ConfigError(f"{path}: another daemon serves there; stop it first")
+            path.unlink(missing_ok=True)
+        self._server = await asyncio.start_unix_server(self._serve, path, limit=LINE_MAX)
+        path.chmod(0o660)
+        self._path = path
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, ValueError, asyncio.CancelledError):
+            while line := await reader.readline():
+                writer.write(msgspec.json.encode(self._answer(line)) + b"\n")
+                await writer.drain()
+        writer.close()
+
+    def _answer(self, line: bytes) -> dict[str, object]:
+        try:
+            call = msgspec.json.decode(line, type=Call)
+        except msgspec.MsgspecError as error:
+            problem = {"code": _PARSE_ERROR, "message": str(error)}
+            return {"jsonrpc": "2.0", "id": None, "error": problem}
+        method = self._methods.get(call.method)
+        if method is None:
+            problem = {"code": _NO_METHOD, "message": f"no method {call.method!r}"}
+            return {"jsonrpc": "2.0", "id": call.id, "error": problem}
+        return {"jsonrpc": "2.0", "id": call.id, "result": method()}
+
+    async def close(self) -> None:
+        """Stop listening, remove the socket."""
+        if self._server is not None:
+            self._server.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+async def ask(path: Path, method: str) -> Any:
+    """Call a daemon; `PeerClosed` if none answers there."""
+    try:
+        reader, writer = await asyncio.open_unix_connection(path, limit=LINE_MAX)
+        writer.write(msgspec.json.encode({"jsonrpc": "2.0", "id": 1, "method": method}) + b"\n")
+        line = await reader.readline()
+        writer.close()
+    except OSError as error:
+        raise PeerClosed(f"{path}: no daemon answers: {error.strerror}") from None
+    if not line:
+        raise PeerClosed(f"{path}: the daemon closed the connection")
+    answer = msgspec.json.decode(line)
+    if "error" in answer:
+        raise PeerClosed(f"{path}: {answer['error']['message']}")
+    return answer["result"]

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``xvd doctor``: what this machine can do, and what stands in the way."""
+
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from xvd.cli import common
+from xvd.engines.file import probe_io_uring
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check. needed: what fails without it; remedy: empty if all is well."""
+
+    what: str
+    ok: bool
+    needed: str
+    detail: str = ""
+    remedy: str = ""
+
+
+def _io_uring() -> Finding:
+    problem = probe_io_uring()
+    remedy = "allow it: sysctl kernel.io_uring_disabled=0, and no seccomp filter against it"
+    return Finding("io_uring", not problem, "everything", problem, remedy if problem else "")
+
+
+def _memfd() -> Finding:
+    try:
+        os.close(os.memfd_create("xvd-doctor"))
+    except OSError as error:
+        return Finding("memfd", False, "the emulated machine", str(error), "use Linux 3.17 or later")
+    return Finding("memfd", True, "the emulated machine")
+
+
+def _maps() -> Finding:
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    ok = limit >= 65530
+    return Finding(
+        "memory mappings", ok, "many disks with mapped grants", f"vm.max_map_count is {limit}",
+        "" if ok else "sysctl vm.max_map_count=262144",
+    )  # fmt: skip
+
+
+def _descriptors() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ok = soft >= 1024
+    return Finding(
+        "open files", ok, "about eight for each disk", f"the limit is {soft}",
+        "" if ok else "ulimit -n 4096",
+    )  # fmt: skip
+
+
+def _tool(name: str, package: str, needed: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        found = shutil.which(name)
+        remedy = "" if found else f"apt-get install {package}"
+        return Finding(name, bool(found), needed, found or "not found", remedy)
+
+    return check
+
+
+def _device(path: str, needed: str, remedy: str) -> Callable[[], Finding]:
+    def check() -> Finding:
+        ok = os.access(path, os.R_OK | os.W_OK)
+        there = Path(path).exists()
+        detail = "" if ok else ("no permission" if there else "not there")
+        return Finding(path, ok, needed, detail, "" if ok else remedy)
+
+    return check
+
+
+_ESSENTIAL: tuple[Callable[[], Finding], ...] = (_io_uring, _memfd, _maps, _descriptors)
+_OPTIONAL: tuple[Callable[[], Finding], ...] = (
+    _tool("qemu-img", "qemu-utils", "converting and comparing images"),
+    _tool("nbdinfo", "libnbd-bin", "looking at an export"),
+    _tool("nbdfuse", "libnbd-bin", "mounting an export where there is no kernel nbd"),
+    _tool("fio", "fio", "the bench's peer figures"),
+    _device("/dev/fuse", "nbdfuse", "modprobe fuse"),
+    _device("/dev/xen/evtchn", "real Xen", "only on a Xen domain: modprobe xen-evtchn"),
+    _device("/dev/xen/gntdev", "a backend on real Xen", "only on a Xen domain: modprobe xen-gntdev"),
+    _device("/dev/xen/xenbus", "real Xen", "only on a Xen domain: mount xenfs"),
+)
+
+
+def doctor(json: common.Json = False) -> int:
+    """Check what this machine can do. Fails if the emulated machine cannot run on it."""
+    essential = [check() for check in _ESSENTIAL]
+    optional = [check() for check in _OPTIONAL]
+    fit = all(finding.ok for finding in essential)
+    if json:
+        rows = [
+            {"what": f.what, "ok": f.ok, "needed_for": f.needed, "detail": f.detail,
+             "remedy": f.remedy, "essential": f in essential}
+            for f in essential + optional
+        ]  # fmt: skip
+        common.print_json({"fit": fit, "checks": rows})
+        return 0 if fit else 1
+    for finding in essential + optional:
+        mark = "ok     " if finding.ok else ("MISSING" if finding in essential else "absent ")
+        text = f"{mark} {finding.what:<18} for {finding.needed}"
+        if finding.detail:
+            text += f" ({finding.detail})"
+        if finding.remedy:
+            text += f"; {finding.remedy}"
+        sys.stdout.write(text + "\n")
+    return 0 if fit else 1

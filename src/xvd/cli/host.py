@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``xvd host``: an emulated Xen host for several processes."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xvd.cli import common
+from xvd.errors import ConfigError
+from xvd.machine.emulated.service import MACHINE_SOCKET, XENSTORE_SOCKET, EmulatedHost
+
+
+def host(
+    directory: Annotated[Path, typer.Argument(help="Where its sockets go; made if need be.")],
+    verbose: common.Verbose = 0,
+) -> int:
+    """Run an emulated Xen host: its xenstore at DIRECTORY/socket, its machine at DIRECTORY/machine.
+
+    Xen's own xenstore tools find it with XENSTORED_RUNDIR=DIRECTORY. Prints the directory when it
+    is up, and runs until SIGINT or SIGTERM.
+    """
+    common.start_logging(verbose)
+    try:
+        directory.mkdir(mode=0o770, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror}; choose another directory") from None
+    for name in (XENSTORE_SOCKET, MACHINE_SOCKET):
+        if len(os.fsencode(directory / name)) > 107:
+            raise ConfigError(f"{directory}: too long for a socket's path; choose a shorter one")
+    return common.run(_host(directory))
+
+
+async def _host(directory: Path) -> int:
+    stop = common.Stop()
+    async with EmulatedHost() as emulated:
+        await emulated.listen(directory)
+        sys.stdout.write(f"{directory}\n")
+        sys.stdout.flush()
+        await stop.wait()
+    return 0

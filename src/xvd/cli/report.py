@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of a disk for people: a short account, and the dict behind it."""
+
+from typing import Any
+
+from xvd.backend.device import Device
+from xvd.frontend.disk import Disk
+
+
+def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
+    """Everything known of a disk: what it is, what was negotiated, what was counted."""
+    features, connection = device.features, device.connection
+    figures: dict[str, Any] = {
+        "disk": device.path,
+        "state": device.state.name,
+        "image": device.assignment.image if device.assignment else "",
+        "counters": device.counters(),
+    }
+    if features is not None:
+        figures["sectors"] = features.sectors
+        figures["flush"] = features.flush
+        figures["discard"] = features.discard
+    if connection is not None:
+        figures["protocol"] = connection.config.abi.protocol
+        figures["ring_pages"] = connection.config.ring_pages
+        figures["queues"] = len(connection.config.queues)
+        figures["loop"] = connection.thread.loop.counters()
+        figures["mode"] = device.mode
+    if disk is not None:
+        figures["frontend"] = disk.counters()
+    return figures
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return ""
+
+
+def account(figures: dict[str, Any], seconds: float) -> str:
+    """What happened on one disk, in a few lines."""
+    back = figures["counters"]
+    front = figures.get("frontend", {})
+    sent = back["notified"] + front.get("notified", 0)
+    saved = back["suppressed"] + front.get("suppressed", 0)
+    refused = sum(back["refusals"].values())
+    handled = f"{back['mapped']} mapped and {back['unmapped']} unmapped"
+    if figures.get("mode") == "grant copy":
+        handled = f"{back['copied']} copied"
+    return "\n".join(
+        (
+            f"disk           {figures['image']}, {_size(figures['sectors'] * 512)}",
+            f"negotiated     {figures['protocol']}, {figures['queues']} queue, "
+            f"{figures['ring_pages']} ring page, {figures['mode']}, "
+            f"flush {_yes(figures['flush'])}, discard {_yes(figures['discard'])}",
+            f"requests       {back['requests']}: {back['rd_req']} reads, {back['wr_req']} writes, "
+            f"{back['f_req']} flushes, {back['ds_req']} discards; {refused} refused, "
+            f"{back['errors']} failed",
+            f"data           {_size(back['rd_sect'] * 512)} read, "
+            f"{_size(back['wr_sect'] * 512)} written",
+            f"grants         {handled}",
+            f"notifications  {sent} sent, {saved} saved "
+            f"({back['requests'] + back['responses']} messages)",
+            f"time           {seconds:.1f} s",
+            "",
+        )
+    )
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"

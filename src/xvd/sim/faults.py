@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What may go wrong in a run, and how often: drawn from the seed.
+
+The fault model: storage answers late, in any order, or with an error (a failed write may have
+changed any part of its range); an event is lost (a watchdog finds the work seconds later) or comes
+for nothing; either end dies at any moment with requests in flight, and a successor comes. What an
+end had done when it died stays done. Not modelled here: a medium that lies about flush.
+"""
+
+from dataclasses import dataclass
+
+from xvd.sim.prng import Prng
+
+
+@dataclass(slots=True)
+class Faults:
+    """One in so many chances; 0 is never. Each is asked for at each occasion."""
+
+    storage_error: int = 0
+    lost_event: int = 0
+    spurious_event: int = 0
+    backend_death: int = 0
+    frontend_death: int = 0
+    bad_grant: int = 0
+
+    @classmethod
+    def draw(cls, prng: Prng) -> "Faults":
+        """Any mix, from none at all to everything: half of the kinds are off in a run."""
+
+        def maybe(*choices: int) -> int:
+            return prng.choose(choices) if prng.chance(2) else 0
+
+        return cls(
+            storage_error=maybe(5, 20, 100),
+            lost_event=maybe(3, 10, 50),
+            spurious_event=maybe(3, 10, 50),
+            backend_death=maybe(200, 500),
+            frontend_death=maybe(300, 800),
+            bad_grant=maybe(20, 100),
+        )
