@@ -7,7 +7,7 @@ xenstored answers by plan is drawn: after a payload without its NUL, for instanc
 whatever error was the last one anywhere.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from xenstored_oracle import Channel, Oracle, Ours, port_of
@@ -33,10 +33,21 @@ class Client:
     theirs: Channel
     ours: Channel
     tx_ids: list[int] = field(default_factory=list)
+    held: list[Message] = field(default_factory=list)
+    """Messages of xenstored that were read already."""
 
     def close(self) -> None:
         self.theirs.close()
         self.ours.close()
+
+
+def comparable(message: Message) -> Message:
+    """The same, without what our store does not count: memory and outstanding requests."""
+    if message.type != T.CONTROL or not message.payload.startswith(b"Domain "):
+        return message
+    lines = message.payload.decode().split("\n")
+    kept = [line for line in lines if not line.startswith(("outstanding", "memory"))]
+    return replace(message, payload="\n".join(kept).encode())
 
 
 class Disagreement(AssertionError):
@@ -99,13 +110,28 @@ class Conversation:
         self.history.append(f"{name} {label} tx={tx_id} {payload[:80]!r} {len(payload)}")
         client.theirs.send(request)
         client.ours.send(request)
+        if kind == T.RELEASE:
+            self.settle_release(client)
         reply = self.receive_until(client, self.operations)
         self.note(client, kind, tx_id, payload, reply)
         self.drain()
         return reply
 
+    def settle_release(self, client: Client) -> None:
+        """Let what follows a RELEASE's reply at xenstored come before it, as it may do as well.
+
+        It frees the released domain's connection at once or, if that is the one it looks at next,
+        then: an accident of its main loop.
+        """
+        barrier = Message(T.GET_DOMAIN_PATH, BARRIER_REQ_ID, 0, b"0\0")
+        replied = self.read(client.theirs, self.operations)
+        client.theirs.send(barrier)
+        late = self.read(client.theirs, BARRIER_REQ_ID)[:-1]
+        client.held = [*replied[:-1], *late, replied[-1]]
+
     def receive_until(self, client: Client, req_id: int) -> Message:
-        theirs = self.read(client.theirs, req_id)
+        theirs, client.held = client.held or self.read(client.theirs, req_id), []
+        theirs = [comparable(message) for message in theirs]
         ours = self.read(client.ours, req_id)
         if theirs != ours:
             recent = "\n".join(self.history[-25:])
@@ -180,14 +206,14 @@ class Conversation:
             T.WRITE: 24, T.READ: 12, T.MKDIR: 8, T.RM: 7, T.DIRECTORY: 8, T.DIRECTORY_PART: 3,
             T.GET_PERMS: 6, T.SET_PERMS: 9, T.WATCH: 7, T.UNWATCH: 3, T.TRANSACTION_START: 6,
             T.TRANSACTION_END: 8, T.RESET_WATCHES: 0.3, T.GET_DOMAIN_PATH: 0.5,
-            T.IS_DOMAIN_INTRODUCED: 0.5, T.INTRODUCE: 1.5, T.RELEASE: 0 if self.targets else 0.5,
-            T.RESUME: 0.3, T.SET_TARGET: 0.5 if self.targets else 0, T.CONTROL: 0.3,
+            T.IS_DOMAIN_INTRODUCED: 0.5, T.INTRODUCE: 1.5, T.RESUME: 0.3, T.CONTROL: 1,
+            T.SET_TARGET if self.targets else T.RELEASE: 0.5,
             T.WATCH_EVENT: 0.1, 20: 0.1, 23: 0.1, 4711: 0.1,
         }  # fmt: skip
         kind = self.random.choices(list(weights), list(weights.values()))[0]
-        return kind, self.draw_payload(kind)
+        return kind, self.draw_payload(client, kind)
 
-    def draw_payload(self, kind: int) -> bytes:
+    def draw_payload(self, client: Client, kind: int) -> bytes:
         random = self.random
         path = self.draw_path()
         if kind == T.WRITE:
@@ -197,7 +223,9 @@ class Conversation:
             return f"{path}\0{random.choice([0, 0, 0, 1, 2, 4, 100])}\0".encode()
         if kind == T.SET_PERMS:
             # Not the root: C xenstored destroys the whole store if its owner dies.
-            path = "/a" if path == "/" else path
+            path = "/a" if path == "/" or path.startswith("@") else path
+            if client.domid == 0 and random.random() < 0.05:
+                path = random.choice(["@introduceDomain", "@releaseDomain"])
             return f"{path}\0".encode() + self.draw_perms()
         if kind in (T.WATCH, T.UNWATCH):
             if random.random() < 0.25:
@@ -215,6 +243,8 @@ class Conversation:
             return f"{domid}\0{random.choice([*DOMIDS, 9])}\0".encode()
         if kind in (T.RELEASE, T.RESUME, T.GET_DOMAIN_PATH, T.IS_DOMAIN_INTRODUCED):
             return f"{domid}\0".encode()
+        if kind == T.CONTROL and domid in DOMIDS:
+            return f"quota\0{domid}\0".encode()
         if kind == T.CONTROL:
             return random.choice(
                 [b"check\0", b"print\0x\0", b"nonsense\0", b"quota\0set\0no\0001\0"]

@@ -134,13 +134,9 @@ class XenstoreStore:
 
         Raises `XenstoreError` EINVAL for dom0, ENOENT for a domain not introduced.
         """
-        self.destroy(self.releasable(domid))
-
-    def releasable(self, domid: Domid) -> Domain:
-        """The domain, if `release` can be done to it; raises as that does."""
         if domid == 0:
             raise XenstoreError("EINVAL", "dom0 cannot be released")
-        return self.domains.find_introduced(domid)
+        self._destroy(self.domains.find_introduced(domid))
 
     def resume(self, domid: Domid) -> None:
         """What RESUME does: a later shutdown of the domain is reported again."""
@@ -159,13 +155,12 @@ class XenstoreStore:
         """Release every domain that `domain_exists` now denies, as after a notice of death."""
         for domain in self.domains:
             if self.domains.is_gone(domain):
-                self.destroy(domain)
+                self._destroy(domain)
 
     def _connections_of(self, domain: Domain) -> list["Connection"]:
         return [connection for connection in self._connections if connection.domain is domain]
 
-    def destroy(self, domain: Domain) -> None:
-        """The domain is gone: whatever it held ends, and ``@releaseDomain`` is fired."""
+    def _destroy(self, domain: Domain) -> None:
         for connection in self._connections_of(domain):
             connection.close()
             connection.drop()

@@ -234,10 +234,7 @@ def _introduce(connection: Connection, payload: bytes, _tx: Transaction | None) 
 
 
 def _release(connection: Connection, payload: bytes, _tx: Transaction | None) -> bytes:
-    store = connection.store
-    domain = store.releasable(Domid(parse_c_uint(_one_string(payload))))
-    # The caller hears that it worked before it hears of what that did, as with C xenstored.
-    connection.after_reply = lambda: store.destroy(domain)
+    connection.store.release(Domid(parse_c_uint(_one_string(payload))))
     return _OK
 
 
