@@ -6,20 +6,23 @@ real one (this file is the guest's end of it) and a socket pair with ours.
 """
 
 import asyncio
+import fcntl
 import mmap
 import os
 import select
 import socket
 import struct
 import subprocess
+import termios
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
 from xvd.machine.emulated.xenstore import XenstoreStore
 from xvd.machine.emulated.xenstore_domains import Quotas
-from xvd.machine.xs.messages import Framer, Message
+from xvd.machine.xs.messages import Framer, Message, MessageType
 from xvd.machine.xs.server import XenstoreServer
 from xvd.types import Domid
 
@@ -163,6 +166,12 @@ class Oracle:
     def kill_domain(self, domid: int) -> None:
         (self.directory / f"domain-{domid}").unlink()
         self.fire(VIRQ_PORT)
+        # It takes one port in each round of its loop, so this one may stand behind others. Every
+        # question answered is a round.
+        with closing(self.connect_dom0()) as channel:
+            while fcntl.ioctl(self.ports_fd, termios.FIONREAD, bytes(4)) != bytes(4):
+                channel.send(Message(MessageType.GET_DOMAIN_PATH, 1, 0, b"0\0"))
+                channel.receive()
 
     def connect_dom0(self) -> Channel:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
