@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Permissions, quotas and the life of domains in the store."""
 
+from contextlib import AbstractContextManager
+
 import pytest
 from xs_rig import Caller, T, store_with_guests
 
@@ -9,7 +11,7 @@ from xvd.machine.emulated.xenstore import XenstoreStore
 from xvd.machine.emulated.xenstore_domains import Quotas
 
 
-def refused(code: str) -> pytest.RaisesExc[XenstoreError]:
+def refused(code: str) -> AbstractContextManager[object]:
     return pytest.raises(XenstoreError, match=f"^{code}$")
 
 

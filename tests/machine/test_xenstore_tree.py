@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nodes and transactions of the store, counted after each step."""
 
+from contextlib import AbstractContextManager
+
 import pytest
 from xs_rig import Caller, T, store_with_guests
 
 from xvd.errors import XenstoreError
 
 
-def refused(code: str) -> pytest.RaisesExc[XenstoreError]:
+def refused(code: str) -> AbstractContextManager[object]:
     return pytest.raises(XenstoreError, match=f"^{code}$")
 
 

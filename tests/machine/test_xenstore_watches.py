@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches of the store: exactly which events, to whom, in which order."""
 
+from contextlib import AbstractContextManager
+
 import pytest
 from xs_rig import Caller, T, store_with_guests
 
@@ -8,7 +10,7 @@ from xvd.errors import XenstoreError
 from xvd.machine.xs.messages import Message
 
 
-def refused(code: str) -> pytest.RaisesExc[XenstoreError]:
+def refused(code: str) -> AbstractContextManager[object]:
     return pytest.raises(XenstoreError, match=f"^{code}$")
 
 

@@ -3,6 +3,7 @@
 
 import asyncio
 import socket
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from xvd.machine.xs.messages import Message, MessageType
 from xvd.machine.xs.server import XenstoreServer
 
 
-def refused(code: str) -> pytest.RaisesExc[XenstoreError]:
+def refused(code: str) -> AbstractContextManager[object]:
     return pytest.raises(XenstoreError, match=f"^{code}")
 
 

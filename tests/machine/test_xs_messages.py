@@ -2,6 +2,7 @@
 """The wire format: numbers against Xen's own header, framing, paths, permissions."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,28 +28,26 @@ from xvd.machine.xs.messages import (
 )
 
 
+@pytest.fixture
+def xs_wire_h(requires_tool: Callable[[str, str], str]) -> str:
+    return Path(requires_tool("/usr/include/xen/io/xs_wire.h", "libxen-dev")).read_text()
+
+
 def test_a_message_packs_to_the_bytes_of_xs_wire_h() -> None:
     message = Message(MessageType.READ, 0x01020304, 0x0A, b"/a\0")
     packed = message.pack()
     assert packed.hex(" ") == "02 00 00 00 04 03 02 01 0a 00 00 00 03 00 00 00 2f 61 00"
 
 
-def test_limits_and_error_names_are_those_of_xens_header() -> None:
-    header = Path("/usr/include/xen/io/xs_wire.h")
-    if not header.exists():
-        pytest.skip("xs_wire.h is missing: install the package libxen-dev")
-    text = header.read_text()
-    defines = dict(re.findall(r"#define XENSTORE_(\w+_MAX)\s+(\d+)", text))
-    errors = set(re.findall(r"XSD_ERROR\((E\w+)\)", text))
+def test_limits_and_error_names_are_those_of_xens_header(xs_wire_h: str) -> None:
+    defines = dict(re.findall(r"#define XENSTORE_(\w+_MAX)\s+(\d+)", xs_wire_h))
+    errors = set(re.findall(r"XSD_ERROR\((E\w+)\)", xs_wire_h))
     assert {name: str(getattr(messages, name)) for name in defines} == defines
     assert errors == messages.ERROR_NAMES
 
 
-def test_types_are_those_of_xens_header() -> None:
-    header = Path("/usr/include/xen/io/xs_wire.h")
-    if not header.exists():
-        pytest.skip("xs_wire.h is missing: install the package libxen-dev")
-    body = re.search(r"enum xsd_sockmsg_type\s*{(.*?)XS_TYPE_COUNT", header.read_text(), re.S)
+def test_types_are_those_of_xens_header(xs_wire_h: str) -> None:
+    body = re.search(r"enum xsd_sockmsg_type\s*{(.*?)XS_TYPE_COUNT", xs_wire_h, re.S)
     assert body is not None
     names = re.findall(r"^\s+XS_(\w+)(?= =|,)", body[1], re.M)
     numbers = {MessageType[name] for name in names}

@@ -220,6 +220,9 @@ class XenstoreStore:
         if tx is not None:
             tx.queue_event(path, exact)
             return
+        watches = self.watches.matching(path, exact)
+        if not watches:
+            return
         if perms is None:
             node = self.tree.read(path, None)
             perms = None if node is None else node.perms
@@ -227,7 +230,7 @@ class XenstoreStore:
         parent = self.tree.read(parent_path(path), None)
         if parent is not None and perms is not None:
             entitling.append(parent.perms)
-        for watch in self.watches.matching(path, exact):
+        for watch in watches:
             if any(known and rights(watch.domain, known) & READ for known in entitling):
                 watch.fire(path)
 

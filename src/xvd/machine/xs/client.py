@@ -385,7 +385,8 @@ class XenstoreClient(_Operations):
         watch.end()
         strings = [watch.path.encode(), watch.token.encode()]
         try:
-            await self.request(MessageType.UNWATCH, join_strings(strings))
+            with suppress(PeerClosed):
+                await self.request(MessageType.UNWATCH, join_strings(strings))
         finally:
             self._watches.pop(watch.token, None)
 
@@ -455,10 +456,10 @@ class XenstoreClient(_Operations):
 
     def _dispatch(self, message: Message) -> None:
         if message.type == MessageType.WATCH_EVENT:
-            strings = split_strings(message.payload)
-            watch = self._watches.get(strings[1].decode()) if len(strings) > 1 else None
+            path, token, *_ = [*split_strings(message.payload), b"", b""]
+            watch = self._watches.get(token.decode(errors="replace"))
             if watch is not None:
-                watch.deliver(strings[0].decode())
+                watch.deliver(path.decode(errors="replace"))
             return
         reply = self._replies.pop(message.req_id, None)
         if reply is None or reply.done():
