@@ -14,6 +14,7 @@ from xenstore_operations import Conversation
 from xenstored_oracle import Oracle, Ours, build_shim
 
 from xvd.machine.emulated.xenstore_domains import Quotas
+from xvd.machine.xs.messages import MessageType
 
 pytestmark = [pytest.mark.tools, pytest.mark.slow]
 
@@ -88,3 +89,26 @@ def test_short_conversations_agree(talk: Talk, random: Random, small: bool) -> N
     conversation = talk(random, SMALL_QUOTAS if small else Quotas(), False)
     for _ in range(30):
         conversation.step()
+
+
+def test_the_parts_of_a_large_directory_agree(talk: Talk) -> None:
+    conversation = talk(Random(0), Quotas(), False)
+    for index in range(500):
+        conversation.ask("dom0a", MessageType.MKDIR, f"/d/{'n' * (index % 20)}{index}\0".encode())
+    whole = conversation.ask("dom0a", MessageType.DIRECTORY, b"/d\0")
+    sizes = []
+    for offset in (0, 1, 7, 3000, 4079, 4080, 4081, 4085, 4090, 4095, 4096, 4100, 9000, 2**31):
+        payload = f"/d\0{offset}\0".encode()
+        reply = conversation.ask("dom0a", MessageType.DIRECTORY_PART, payload)
+        sizes.append(len(reply.payload))
+    assert whole.payload == b"E2BIG\0"
+    assert max(sizes) <= 4096
+
+
+def test_values_at_the_limits_of_a_node_and_a_message_agree(talk: Talk) -> None:
+    conversation = talk(Random(0), Quotas(), False)
+    for name, path in (("guest1", "limit"), ("dom0a", "/limit")):
+        for size in (0, 1, 2010, 2014, 2015, 2016, 2017, 2048, 4085, 4089):
+            conversation.ask(name, MessageType.WRITE, f"{path}\0".encode() + bytes(size))
+            conversation.ask(name, MessageType.READ, f"{path}\0".encode())
+    assert conversation.errors == {"ENOSPC": 5}
