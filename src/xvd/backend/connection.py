@@ -5,12 +5,15 @@ Made in one piece or not at all, and given back in the opposite order.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
+from xvd.backend.journal import Journal
 from xvd.blkif.abi import Op, nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig
-from xvd.dataplane.queue import BackendQueue
+from xvd.dataplane.queue import BackendQueue, unanswered
 from xvd.dataplane.thread import QueueThread
 from xvd.engines.interface import Engine
+from xvd.errors import PeerProtocolError
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
 
@@ -29,6 +32,9 @@ def offered_operations(features: BackendFeatures) -> int:
 class Connection:
     """One frontend, served. `on_exit` is called when its thread has ended, for whatever reason.
 
+    state_dir: where the journal outlives this process, or None. resume: the ring is live, and was
+    served by a predecessor.
+
     Raises `GrantError`, `EventChannelError`, `PeerProtocolError` or OSError, holding nothing.
     """
 
@@ -42,6 +48,8 @@ class Connection:
         *,
         name: str,
         copying: bool,
+        state_dir: Path | None,
+        resume: bool,
         on_exit: Callable[[Exception | None], None],
     ) -> None:
         self._undo: list[Callable[[], None]] = []
@@ -56,9 +64,17 @@ class Connection:
             self._undo.append(self.channel.close)
             storage = engine.open_channel()
             self._undo.append(storage.close)
+            entries = nr_ents(config.ring_pages, config.abi)
+            ring_name = f"{queue.ring_refs[0]}-{queue.event_channel}"
+            self.journal = Journal(state_dir, name, ring_name, entries, resume=resume)
+            if resume and not self.journal.found and unanswered(ring.view):
+                raise PeerProtocolError(
+                    "its ring holds requests of a backend that left no journal: what was answered "
+                    "cannot be known; the frontend has to reconnect"
+                )
             self.queue = BackendQueue(
                 ring.view,
-                nr_ents(config.ring_pages, config.abi),
+                entries,
                 config.abi.number,
                 grants,
                 self.channel,
@@ -68,6 +84,7 @@ class Connection:
                 read_only=engine.info.read_only,
                 offered=offered_operations(features),
                 copying=copying,
+                journal=self.journal.memory,
             )
             self.thread = QueueThread(self.queue, name, on_exit)
         except BaseException:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from xvd.backend.connection import Connection
 from xvd.blkif.abi import Abi, InfoFlag, XenbusState
@@ -51,9 +52,14 @@ StorageOpener = Callable[[BackendAssignment], Awaitable[Engine]]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the administrator decides for every disk of a daemon. copying: grant copy."""
+    """What the administrator decides for every disk of a daemon.
+
+    copying: grant copy instead of mapping. state_dir: where the journals of live rings are kept
+    for a successor; None keeps none, and then only an idle ring can be taken over.
+    """
 
     copying: bool = False
+    state_dir: Path | None = None
 
 
 def features_of(engine: Engine, assignment: BackendAssignment) -> BackendFeatures:
@@ -256,15 +262,15 @@ class Device:
         await report_error(self._store, self.path, self._error or "the disk failed")
 
     async def _do_connect(self) -> None:
-        self._start_connecting(kick=False)
+        self._start_connecting(resume=False)
 
     async def _do_reconnect(self) -> None:
-        self._start_connecting(kick=True)
+        self._start_connecting(resume=True)
 
-    def _start_connecting(self, *, kick: bool) -> None:
-        self._connecting = asyncio.ensure_future(self._connect(kick))
+    def _start_connecting(self, *, resume: bool) -> None:
+        self._connecting = asyncio.ensure_future(self._connect(resume))
 
-    async def _connect(self, kick: bool) -> None:
+    async def _connect(self, resume: bool) -> None:
         assert self.assignment is not None
         assert self.engine is not None
         assert self.features is not None
@@ -286,6 +292,8 @@ class Device:
                 self.engine,
                 name=f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}",
                 copying=self._settings.copying,
+                state_dir=self._settings.state_dir,
+                resume=resume,
                 on_exit=self._thread_ended,
             )
         except (XvdError, OSError) as error:
@@ -293,7 +301,7 @@ class Device:
             self._log.error("%s", self._error)
             self.put(BackendEvent.CONNECT_FAILED)
             return
-        if kick:
+        if resume:
             self.connection.kick()
         asyncio.get_running_loop().add_reader(self.connection.queue.alarm_fd, self._storage_failed)
         self._log.info("connected (%s, %s)", config.abi.protocol, self.mode)
@@ -347,7 +355,10 @@ class Device:
         self._spawn(self._disconnect_and_tell())
 
     async def _disconnect_and_tell(self) -> None:
+        connection = self.connection
         await self._disconnect()
+        if connection is not None:
+            connection.journal.end()
         self.put(BackendEvent.DISCONNECT_DONE)
 
     async def _disconnect(self) -> None:

@@ -52,7 +52,8 @@ async def _backend(
         async def storage(assignment: BackendAssignment) -> Engine:
             return await common.open_assigned(assignment, layers)
 
-        server = Server(machine, store, storage, kinds=kinds, settings=Settings(copying=copy))
+        settings = Settings(copying=copy, state_dir=host / "state" / f"backend-{domid}")
+        server = Server(machine, store, storage, kinds=kinds, settings=settings)
         control = ControlServer(
             {"stats": lambda: [disk_figures(device) for device in server.devices.values()]}
         )

@@ -17,12 +17,33 @@ cdef struct queue_counters:
     uint64_t rd_sect, wr_sect, ds_sect
     uint64_t requests, responses, errors, storage_errors
     uint64_t mapped, unmapped, copied
-    uint64_t notified, suppressed, steps
+    uint64_t notified, suppressed, steps, recovered
     uint64_t refusals[REFUSAL_COUNT]
+
+cdef enum entry_state:
+    ENTRY_FREE = 0
+    ENTRY_TAKEN = 1              # to be executed, and executed again if we die
+    ENTRY_ANSWERING = 2          # executed; its response goes to slot `index`
+
+# A request in flight, in memory that outlives the process (queue.pyx, "The journal").
+cdef struct journal_entry:
+    uint32_t state               # written last when an entry begins or moves on
+    uint32_t index               # of the request's slot, then of the response's
+    int16_t status
+    uint16_t pad
+    uint32_t pad2
+    uint8_t slot[BLKIF_MAX_ENTRY_SIZE]
+
+cdef struct journal_header:
+    uint32_t magic
+    uint32_t nr_ents
+    uint32_t req_cons
+    uint32_t rsp_prod_pvt
 
 # A request between the ring and its response.
 cdef struct pending:
     request rq
+    journal_entry *entry
     uint32_t second_stage        # 1: a flush that carries data is in its flush; the write follows
     grant_mapping mapping
     uint32_t mapped
@@ -51,10 +72,11 @@ cdef struct backend_queue:
     grant_copy *copies
     engine_io **ios
     uint8_t *bounce
+    journal_header *journal
+    uint32_t recovering          # 1: requests of a predecessor are to be executed first
     int alarm_fd                 # rung when storage fails, once until `failure` is asked
     uint32_t alarmed
     int32_t last_error           # -errno
-    uint8_t copy[BLKIF_MAX_ENTRY_SIZE]
     queue_counters count
 
 
@@ -64,3 +86,5 @@ cdef class BackendQueue:
     cdef object keep             # what the tables hang off must live as long as the queue
 
     cdef allocate(self, uint32_t nr_ents)
+    cdef bint open_journal(self, object journal, uint32_t nr_ents) except -1
+    cdef attach(self, bint resume)

@@ -9,6 +9,14 @@ makes them visible, together. Nothing here sleeps, allocates or touches a Python
 
 The descriptor is copied because the frontend may rewrite it while we look. The data is not (when
 mapping): a guest that changes its own data in flight hurts only itself.
+
+The journal. A response goes into the next slot, whoever's request lay there: once requests are
+answered out of order, the ring itself no longer says which are outstanding, and a successor that
+executed everything between rsp_prod and req_prod would answer some twice and some never. So the
+private copies of the requests in flight, and the two private indices, live in memory that may
+outlive this process. Each change is a few stores, the one that makes it count last; a process
+killed between any two of them leaves what `recover` can finish. It guards against the death of a
+process, not of the machine: that takes the frontend's memory too.
 """
 
 from libc.errno cimport EOPNOTSUPP
@@ -19,8 +27,9 @@ from posix.unistd cimport close, read, write
 from xvd.dataplane.abi cimport (
     BLKIF_NR_ABI, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE,
     BLKIF_PAGE_SIZE, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, BLKIF_SECTOR_SIZE,
-    REFUSAL_BAD_GRANT, REFUSAL_NONE, blkif_layouts, blkif_refusal_names, blkif_refusal_status)
-from xvd.dataplane.c cimport DEBUG_ASSERT
+    REFUSAL_BAD_GRANT, REFUSAL_NONE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts,
+    blkif_refusal_names, blkif_refusal_status)
+from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_load_acquire, xvd_store_release
 from xvd.dataplane.ports cimport (
     ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE, STEP_BROKEN, STEP_DRAINED, STEP_WORKED,
     engine_of, events_of, grants_of, wrap)
@@ -33,12 +42,38 @@ import os
 from xvd.errors import LocalProtocolError, PeerProtocolError
 
 
+cdef enum:
+    JOURNAL_MAGIC = 0x316A7678   # "xvj1"
+
+
+def journal_size(nr_ents):
+    """Bytes of a journal for a ring of so many entries."""
+    return sizeof(journal_header) + nr_ents * sizeof(journal_entry)
+
+
+def unanswered(const uint8_t[::1] ring):
+    """Requests on a ring that have no response yet, by its shared indices."""
+    cdef uint32_t req_prod = xvd_load_acquire(&ring[SRING_REQ_PROD])
+    return <uint32_t>(req_prod - xvd_load_acquire(&ring[SRING_RSP_PROD]))
+
+
 # ---- Answering -------------------------------------------------------------------------------
+
+cdef void respond(backend_queue *q, pending *p, int16_t status) noexcept nogil:
+    """Write the response and strike the request from the journal, in steps that can be resumed."""
+    cdef journal_entry *entry = p.entry
+    entry.status = status
+    entry.index = q.ring.rsp_prod_pvt
+    xvd_store_release(&entry.state, ENTRY_ANSWERING)
+    back_respond(&q.ring, p.rq.id, p.rq.operation, status)
+    xvd_store_release(&q.journal.rsp_prod_pvt, q.ring.rsp_prod_pvt)
+    xvd_store_release(&entry.state, ENTRY_FREE)
+
 
 cdef void answer(backend_queue *q, pending *p, int16_t status) noexcept nogil:
     """The one place where a request gets its one response."""
     DEBUG_ASSERT(q.in_flight > 0)
-    back_respond(&q.ring, p.rq.id, p.rq.operation, status)
+    respond(q, p, status)
     q.count.responses += 1
     if status != BLKIF_RSP_OKAY:
         q.count.errors += 1
@@ -69,29 +104,68 @@ cdef void publish_responses(backend_queue *q) noexcept nogil:
 cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
     """Copy and judge new requests; those accepted are in `batch`. How many were taken."""
     cdef uint32_t count, i
-    cdef int refusal
     cdef pending *p
-    q.nr_batch = 0
     if back_pending(&q.ring, &count) == RING_BROKEN:
         q.broken = 1
         return 0
     count = min(count, budget, q.nr_free)
     for i in range(count):
-        back_copy(&q.ring, q.copy)
         q.nr_free -= 1
         p = q.free_list[q.nr_free]
+        p.entry.index = q.ring.req_cons
+        back_copy(&q.ring, p.entry.slot)
+        xvd_store_release(&p.entry.state, ENTRY_TAKEN)
+        xvd_store_release(&q.journal.req_cons, q.ring.req_cons)
         q.in_flight += 1
-        parse(q.copy, q.ring.layout, &p.rq)
-        refusal = validate(&p.rq, &q.limits)
-        if refusal != REFUSAL_NONE:
-            refuse(q, p, refusal)
-            continue
-        account(q, &p.rq)
-        prepare(q, p)
-        q.batch[q.nr_batch] = p
-        q.nr_batch += 1
+        begin(q, p)
     q.count.requests += count
     return count
+
+
+cdef void begin(backend_queue *q, pending *p) noexcept nogil:
+    """Judge the private copy of a request; into the batch, or refused."""
+    cdef int refusal
+    parse(p.entry.slot, q.ring.layout, &p.rq)
+    refusal = validate(&p.rq, &q.limits)
+    if refusal != REFUSAL_NONE:
+        refuse(q, p, refusal)
+        return
+    account(q, &p.rq)
+    prepare(q, p)
+    q.batch[q.nr_batch] = p
+    q.nr_batch += 1
+
+
+cdef void recover(backend_queue *q) noexcept nogil:
+    """Take up what a predecessor left: finish the answer it was at, execute the rest again.
+
+    At most one entry can be between two stores of `take`, and one between two of `respond`; the
+    indices tell on which side. Executing again is right: the frontend was not told of any of them.
+    """
+    cdef uint32_t i
+    cdef pending *p
+    q.recovering = 0
+    for i in range(q.ring.nr_ents):
+        p = &q.pendings[i]
+        if p.entry.state == ENTRY_ANSWERING:
+            parse(p.entry.slot, q.ring.layout, &p.rq)
+            if p.entry.index == q.ring.rsp_prod_pvt:
+                respond(q, p, p.entry.status)
+            xvd_store_release(&p.entry.state, ENTRY_FREE)
+    q.nr_free = 0
+    for i in range(q.ring.nr_ents):
+        p = &q.pendings[i]
+        if p.entry.state == ENTRY_TAKEN:
+            q.in_flight += 1
+            q.count.requests += 1
+            q.count.recovered += 1
+        else:
+            q.free_list[q.nr_free] = p
+            q.nr_free += 1
+    for i in range(q.ring.nr_ents):
+        if q.pendings[i].entry.state == ENTRY_TAKEN:
+            begin(q, &q.pendings[i])
+    q.unpushed += 1
 
 
 cdef void account(backend_queue *q, const request *rq) noexcept nogil:
@@ -326,7 +400,10 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     cdef uint32_t moved = 0
     q.count.steps += 1
     if not q.stopping and not q.broken:
-        moved = take(q, budget)
+        q.nr_batch = 0
+        if q.recovering:
+            recover(q)
+        moved = q.nr_batch + take(q, budget)
         gather(q)
         start(q)
     moved += collect(q)
@@ -349,15 +426,19 @@ cdef class BackendQueue:
     ring: writable buffer over the mapped ring pages. abi: number of `blkif.abi.Abi`. grants,
     events, engine: objects with the tables' capsules as ``ports``; they are kept alive. capacity:
     512-byte sectors. offered: bit ``1 << operation`` for each operation advertised, bit 16 for
-    secure discard. copying: grant copy instead of mapping for each request.
+    secure discard. copying: grant copy instead of mapping for each request. journal: writable memory
+    of `journal_size` bytes that outlives the process, or None; one that a predecessor on the same
+    ring left is taken up, anything else is to be zeroed by the caller.
 
     Raises PeerProtocolError if the ring's indices are insane (more requests than entries).
     """
 
     def __init__(self, ring, uint32_t nr_ents, int abi, grants, events, engine, *,
                  uint64_t capacity, uint32_t logical_sectors=1, bint read_only=False,
-                 uint32_t offered=0x3, bint copying=False):
+                 uint32_t offered=0x3, bint copying=False, journal=None):
         cdef uint8_t[::1] page = ring
+        if journal is None:
+            journal = bytearray(journal_size(nr_ents))
         if self.q.pendings != NULL:
             raise LocalProtocolError("a queue is made once")
         if not 0 <= abi < BLKIF_NR_ABI or nr_ents == 0 or nr_ents & (nr_ents - 1):
@@ -376,14 +457,50 @@ cdef class BackendQueue:
         self.q.copying = copying
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.allocate(nr_ents)
-        if not back_attach(&self.q.ring):
-            raise PeerProtocolError(f"the frontend has put more requests on the ring than its "
-                                    f"{nr_ents} entries hold")
+        self.attach(self.open_journal(journal, nr_ents))
         self.table.ctx = &self.q
         self.table.step = step
         self.table.may_sleep = may_sleep
         self.table.events = self.q.events
         self.table.engine = self.q.engine
+
+    cdef bint open_journal(self, object journal, uint32_t nr_ents) except -1:
+        """Take the journal's memory; whether a predecessor's requests are in it."""
+        cdef uint8_t[::1] memory = journal
+        cdef journal_entry *entries
+        cdef uint32_t i
+        if memory.shape[0] < <Py_ssize_t>journal_size(nr_ents):
+            raise LocalProtocolError(f"a journal of {nr_ents} requests has {journal_size(nr_ents)} "
+                                     f"bytes, not {memory.shape[0]}")
+        self.keep += (journal,)
+        self.q.journal = <journal_header *>&memory[0]
+        entries = <journal_entry *>(self.q.journal + 1)
+        for i in range(nr_ents):
+            self.q.pendings[i].entry = &entries[i]
+        return self.q.journal.magic == JOURNAL_MAGIC and self.q.journal.nr_ents == nr_ents
+
+    cdef attach(self, bint resume):
+        """Start from the journal, or from what is on the ring. Called by the constructor."""
+        cdef backend_queue *q = &self.q
+        cdef uint32_t req_prod, i
+        if resume:
+            q.ring.req_cons, q.ring.rsp_prod_pvt = q.journal.req_cons, q.journal.rsp_prod_pvt
+            for i in range(q.ring.nr_ents):
+                if (q.pendings[i].entry.state == ENTRY_TAKEN
+                        and q.pendings[i].entry.index == q.ring.req_cons):
+                    q.ring.req_cons += 1
+                    break
+            q.recovering = 1
+        req_prod = xvd_load_acquire(q.ring.sring + SRING_REQ_PROD)
+        if not resume and not back_attach(&q.ring) or (
+                <uint32_t>(req_prod - q.ring.rsp_prod_pvt) > q.ring.nr_ents):
+            raise PeerProtocolError(f"the frontend has put more requests on the ring than its "
+                                    f"{q.ring.nr_ents} entries hold")
+        if not resume:
+            memset(q.journal, 0, journal_size(q.ring.nr_ents))
+            q.journal.nr_ents = q.ring.nr_ents
+            q.journal.req_cons, q.journal.rsp_prod_pvt = q.ring.req_cons, q.ring.rsp_prod_pvt
+            xvd_store_release(&q.journal.magic, JOURNAL_MAGIC)
 
     cdef allocate(self, uint32_t nr_ents):
         cdef backend_queue *q = &self.q
@@ -437,6 +554,18 @@ cdef class BackendQueue:
     def stop(self):
         """Take no more requests; those taken are finished by further steps. Any thread."""
         self.q.stopping = 1
+
+    def abandon(self):
+        """What the system does for a process that died here: its mappings go, nothing is answered.
+
+        For the simulator: the queue is not to be used any more.
+        """
+        cdef uint32_t i
+        self.q.broken = 1
+        for i in range(self.q.ring.nr_ents):
+            if self.q.pendings[i].mapped == 1:
+                self.q.grants.unmap(self.q.grants.ctx, &self.q.pendings[i].mapping, 1)
+                self.q.pendings[i].mapped = 0
 
     def set_capacity(self, uint64_t sectors):
         """Change what is out of range for requests taken from now on. Any thread."""

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``xvd sim``: the deterministic simulator."""
+
+import secrets
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+from rich.progress import track
+
+from xvd.sim.runner import STEPS, describe, run_seed, run_seeds
+from xvd.sim.world import Options
+
+
+def sim(
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="The seed; drawn and printed if not given.")
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, help="How many seeds to run, beginning with this one.")
+    ] = 1,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of each run's faulty phase.")] = STEPS,
+) -> int:
+    """Run the shipped queues in a simulated world, with faults; the same seed is the same run.
+
+    Fails with the seed of the first run in which a check does not hold.
+    """
+    if seed is None:
+        seed = secrets.randbits(32)
+    sys.stdout.write(describe(Options.draw(seed, steps)) + "\n")
+    sys.stdout.flush()
+    if seeds == 1:
+        summary = run_seed(seed, steps)
+        sys.stdout.write(
+            f"passed: {summary.finished} operations, {summary.failed} failed as they should, "
+            f"{summary.deaths} deaths, {summary.virtual_s:.3f} s of virtual time, "
+            f"digest {summary.digest}\n"
+        )
+        return 0
+    return _many(seed, seeds, steps)
+
+
+def _many(seed: int, seeds: int, steps: int) -> int:
+    if sys.stderr.isatty():
+        bar = iter(track(range(seeds), description="seeds", transient=True))
+        failure = run_seeds(seed, seeds, steps, lambda _: next(bar, None))  # type: ignore[arg-type,return-value]
+    else:
+        failure = run_seeds(seed, seeds, steps, lambda _: None)
+    if failure is None:
+        sys.stdout.write(f"passed: {seeds} seeds\n")
+        return 0
+    bad, error = failure
+    sys.stdout.write(describe(Options.draw(bad, steps)) + "\n")
+    sys.stdout.write("".join(traceback.format_exception(error)))
+    sys.stdout.write(f"failed: again with: xvd sim --seed {bad} --steps {steps}\n")
+    return 1
