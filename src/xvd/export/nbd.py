@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk as an NBD export, so that ordinary tools (qemu-img, fio, nbdcopy, nbdfuse) can use it.
+
+One disk behind any number of connections: what one client was told is written, every other one
+reads, and the flush of one makes it durable for all (NBD's CAN_MULTI_CONN).
+"""
+
+import asyncio
+import errno
+import ipaddress
+import os
+import socket
+import stat
+from collections import Counter
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+from urllib.parse import quote
+
+from xvd.errors import ConfigError
+from xvd.export.nbd_connection import ExportedDisk, NbdConnection
+from xvd.export.nbd_negotiation import Export
+from xvd.export.nbd_protocol import STRING_MAX, TransmissionFlag
+
+__all__ = ["ExportedDisk", "NbdServer"]
+
+CONNECTIONS_MAX: Final = 64
+"""Clients at a time; with their limits it bounds what all of them together can make us hold."""
+CLOSE_TIMEOUT_S: Final = 5.0
+_PREFERRED_MAX = 4096
+
+
+class NbdServer:
+    """Serves `disk` under `name`, which the empty name means too. All calls in the event loop.
+
+    Raises `ConfigError` for a name or description that NBD cannot carry.
+    """
+
+    def __init__(
+        self,
+        disk: ExportedDisk,
+        *,
+        name: str = "",
+        description: str = "",
+        connections_max: int = CONNECTIONS_MAX,
+    ) -> None:
+        for text in (name, description):
+            if len(text.encode()) > STRING_MAX or "\0" in text:
+                raise ConfigError(f"{text[:40]!r}...: NBD has room for {STRING_MAX} bytes, no NUL")
+        self.disk = disk
+        self.name = name
+        self.description = description
+        self.count: Counter[str] = Counter()
+        self._connections_max = connections_max
+        self._connections: set[NbdConnection] = set()
+        self._listeners: list[asyncio.Server] = []
+        self._sockets: list[tuple[Path, int]] = []
+        self._uris: list[str] = []
+        self._closed = False
+        self._nobody = asyncio.Event()
+        self._nobody.set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # ---- Listening ----
+
+    async def listen_unix(self, path: str | os.PathLike[str], mode: int = 0o660) -> str:
+        """Accept clients on a unix socket; its URI.
+
+        A socket that nobody answers is replaced. Raises `ConfigError` if a live server answers
+        there, if `path` is not a socket, or if none can be made there.
+        """
+        listener, where, inode = _listener(path, mode)
+        loop = asyncio.get_running_loop()
+        server = await loop.create_unix_server(lambda: NbdConnection(self), sock=listener)
+        self._listeners.append(server)
+        self._sockets.append((where, inode))
+        # NBD's URI document (doc/uri.md): nbd+unix:///NAME?socket=PATH
+        self._uris.append(f"nbd+unix:///{quote(self.name)}?socket={quote(str(where))}")
+        return self._uris[-1]
+
+    async def listen_tcp(self, host: str = "127.0.0.1", port: int = 10809) -> str:
+        """Accept clients on a TCP port, 0 for any free one; its URI.
+
+        There is neither encryption nor a password: whoever reaches the port owns the disk. Raises
+        `ConfigError` if the port cannot be had.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            server = await loop.create_server(lambda: NbdConnection(self), host, port)
+        except OSError as error:
+            raise ConfigError(f"{host} port {port}: cannot listen there: {error}") from error
+        self._listeners.append(server)
+        port = server.sockets[0].getsockname()[1]
+        self._uris.append(f"nbd://{_in_uri(host)}:{port}/{quote(self.name)}")
+        return self._uris[-1]
+
+    @property
+    def uris(self) -> list[str]:
+        """Where clients connect, in the order of the calls to listen."""
+        return list(self._uris)
+
+    @property
+    def uri(self) -> str:
+        """The first of `uris`; raises `ConfigError` when the server listens nowhere."""
+        if not self._uris:
+            raise ConfigError("the NBD server listens nowhere yet; call listen_unix or listen_tcp")
+        return self._uris[0]
+
+    # ---- The connections' side ----
+
+    def export(self) -> Export:
+        """What a client is told that arrives now."""
+        disk = self.disk
+        flags = (
+            TransmissionFlag.HAS_FLAGS | TransmissionFlag.CAN_MULTI_CONN | TransmissionFlag.SEND_DF
+        )
+        if disk.can_flush:
+            flags |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
+        if disk.read_only:
+            flags |= TransmissionFlag.READ_ONLY
+        else:
+            flags |= TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+            if disk.can_discard:
+                flags |= TransmissionFlag.SEND_TRIM
+        preferred = min(max(disk.physical_block_size, 512), _PREFERRED_MAX)
+        return Export(self.name, self.description, disk.size, int(flags), preferred)
+
+    def arrived(self, connection: NbdConnection) -> bool:
+        """Note a client; False if it has to go."""
+        self.count["connections"] += 1
+        self._connections.add(connection)
+        self._nobody.clear()
+        if self._closed or len(self._connections) > self._connections_max:
+            self.count["turned_away"] += 1
+            return False
+        return True
+
+    def left(self, connection: NbdConnection) -> None:
+        """Forget a client."""
+        self._connections.discard(connection)
+        if not self._connections:
+            self._nobody.set()
+
+    def counters(self) -> dict[str, int]:
+        """Figures since the server was made.
+
+        connected (now), connections, turned_away, handshakes, malformed, requests, rejected (asked
+        for the impossible), failed (by the disk), bytes_read, bytes_written.
+        """
+        names = (
+            *("connections", "turned_away", "handshakes", "malformed"),
+            *("requests", "rejected", "failed", "bytes_read", "bytes_written"),
+        )
+        return {"connected": len(self._connections), **{name: self.count[name] for name in names}}
+
+    # ---- Closing ----
+
+    async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Stop listening, answer what is in progress, disconnect everybody. Idempotent.
+
+        What takes longer than `timeout_s` seconds is cut off and cancelled.
+        """
+        self._closed = True
+        for server in self._listeners:
+            server.close()
+        self._listeners.clear()
+        for path, inode in self._sockets:
+            _unlink_if_ours(path, inode)
+        self._sockets.clear()
+        for connection in list(self._connections):
+            connection.finish()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._nobody.wait()
+        except TimeoutError:
+            for connection in list(self._connections):
+                connection.cancel()
+            await self._nobody.wait()
+
+
+def _in_uri(host: str) -> str:
+    try:
+        return f"[{host}]" if ipaddress.ip_address(host).version == 6 else host
+    except ValueError:
+        return host
+
+
+def _listener(path: str | os.PathLike[str], mode: int) -> tuple[socket.socket, Path, int]:
+    """A listening socket, its absolute path and its inode, by which it is known to be ours."""
+    where = Path(path).absolute()
+    _refuse_if_taken(where)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        return listener, where, _bind_aside(listener, where, mode)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(f"{where}: cannot listen there: {error}") from error
+
+
+def _refuse_if_taken(path: Path) -> None:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} is not a socket: name another path, or remove it first")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        result = probe.connect_ex(str(path))
+    if result != errno.ECONNREFUSED:
+        raise ConfigError(f"{path}: a server answers there already: stop it, or name another path")
+
+
+def _bind_aside(listener: socket.socket, path: Path, mode: int) -> int:
+    # Bound under another name and renamed: nobody can connect before the mode is right, and a
+    # dead server's socket is replaced in one step.
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    listener.bind(str(aside))
+    try:
+        aside.chmod(mode)
+        listener.listen(128)
+        inode = aside.stat().st_ino
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    return inode
+
+
+def _unlink_if_ours(path: Path, inode: int) -> None:
+    if path.exists() and path.stat().st_ino == inode:
+        path.unlink()
