@@ -111,6 +111,7 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
+        self._loop = asyncio.get_running_loop()
         self._disk = owner.disk
         self._negotiation = Negotiation(owner.export)
         self._transport: asyncio.Transport | None = None
@@ -129,6 +130,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._bytes = 0
         self._replies: list[bytes | bytearray] = []
         self._writable = True
+        self._blocked = False
         self._ending = False
         self._lost = False
 
@@ -190,7 +192,7 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def _arm(self, seconds: float) -> None:
         self._disarm()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.abort)
+        self._timer = self._loop.call_later(seconds, self.abort)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -251,13 +253,13 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._refuse(error)
         if self._ending:
             return
-        if self._payload is None and not self._skip and self._header_is_there():
-            self._transport.pause_reading()  # it may not be begun yet
-        else:
+        header_is_there = self._end - self._start >= self._header_length
+        blocked = header_is_there and self._payload is None and not self._skip
+        if blocked and not self._blocked:
+            self._transport.pause_reading()
+        elif self._blocked and not blocked:
             self._transport.resume_reading()
-
-    def _header_is_there(self) -> bool:
-        return self._end - self._start >= self._header_length
+        self._blocked = blocked
 
     def _step(self) -> bool:
         """Take one header, payload or piece of what is skipped; False if there is none to take."""
@@ -265,7 +267,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             return self._skip_some()
         if self._payload is not None:
             return self._fill_payload()
-        if not self._header_is_there() or not self._may_begin(0):
+        if self._end - self._start < self._header_length or not self._may_begin(0):
             return False
         return self._on_header()
 
@@ -393,7 +395,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         return True
 
     def _begin(self, request: Request, payload: memoryview | None) -> None:
-        self._tasks.add(asyncio.get_running_loop().create_task(self._serve(request, payload)))
+        self._tasks.add(self._loop.create_task(self._serve(request, payload)))
 
     async def _serve(self, request: Request, payload: memoryview | None) -> None:
         """Carry out one request and answer it. Nothing escapes: one reply, whatever happens."""
@@ -422,7 +424,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         """A request is done: there may be room for another, or all may be done."""
         if self._ending:
             self._leave_if_done()
-        else:
+        elif self._blocked:
             self._pump()
 
     async def _run(self, request: Request, payload: memoryview | None) -> None:
@@ -484,7 +486,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if self._lost:
             return
         if not self._replies:
-            asyncio.get_running_loop().call_soon(self._send)
+            self._loop.call_soon(self._send)
         self._replies.extend(parts)
 
     def _send(self) -> None:
