@@ -4,10 +4,10 @@
 Exit status: 0 success, 1 failure, 2 wrong usage; ``--run`` passes its command's status on.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 
-import click
 import typer
 
 from xvd import __version__
@@ -22,7 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VERBS: dict[str, Callable[..., object]] = {
+VERBS: dict[str, Callable[..., int]] = {
     "serve": serve.serve,
     "host": host.host,
     "backend": backend.backend,
@@ -35,8 +35,20 @@ VERBS: dict[str, Callable[..., object]] = {
     "sim": sim.sim,
     "doctor": doctor.doctor,
 }
+
+
+def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
+    """A verb that ends the program with its result as the exit status."""
+
+    @functools.wraps(verb)
+    def run(*args: object, **kwargs: object) -> None:
+        raise typer.Exit(verb(*args, **kwargs))
+
+    return run
+
+
 for _name, _verb in VERBS.items():
-    app.command(_name)(_verb)
+    app.command(_name)(_exiting(_verb))
 
 
 def _show_version(wanted: bool) -> None:
@@ -61,19 +73,13 @@ def _one_line(error: BaseException) -> str:
 def main() -> None:
     """Run a verb; print what went wrong as one line on stderr."""
     try:
-        status = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
+        app()
     except ConfigError as error:
         sys.stderr.write(f"xvd: {_one_line(error)}\n")
         sys.exit(2)
     except (XvdError, OSError) as error:
         sys.stderr.write(f"xvd: {_one_line(error)}\n")
         sys.exit(1)
-    sys.exit(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":

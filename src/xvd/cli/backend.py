@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd backend``: the daemon that serves every disk assigned to its domain."""
 
-import asyncio
 import contextlib
 import sys
 from typing import Annotated
@@ -63,11 +62,6 @@ async def _backend(
         stack.push_async_callback(server.close)
         sys.stdout.write("ready\n")
         sys.stdout.flush()
-        lost = asyncio.ensure_future(server.wait())
-        stopping = asyncio.ensure_future(stop.wait())
-        await asyncio.wait((lost, stopping), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not stop.asked.is_set():
+        if not await stop.wait_or(server.wait()):
             raise PeerClosed(f"{host}: the host is gone; start it again, then this backend")
-        lost.cancel()
     return 0

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -78,6 +78,14 @@ class Stop:
         """Until the first signal."""
         await self.asked.wait()
 
+    async def wait_or(self, other: Awaitable[object]) -> bool:
+        """Until the first signal or the end of `other`; whether it was the signal."""
+        waits = asyncio.ensure_future(other), asyncio.ensure_future(self.wait())
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return self.asked.is_set()
+
 
 async def run_captive(command: str, stop: Stop, **variables: str) -> int:
     """Run a shell command with `variables` set; its exit status, 128+n if a signal ended it.
@@ -87,14 +95,10 @@ async def run_captive(command: str, stop: Stop, **variables: str) -> int:
     process = await asyncio.create_subprocess_shell(
         command, env={**os.environ, **variables}, start_new_session=True
     )
-    ending = asyncio.ensure_future(process.wait())
-    stopping = asyncio.ensure_future(stop.wait())
-    await asyncio.wait((ending, stopping), return_when=asyncio.FIRST_COMPLETED)
-    if not ending.done():
+    if await stop.wait_or(process.wait()) and process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)
-    status = await ending
-    stopping.cancel()
+    status = await process.wait()
     return status if status >= 0 else 128 - status
 
 

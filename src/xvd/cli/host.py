@@ -2,6 +2,7 @@
 """``xvd host``: an emulated Xen host for several processes."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,4 +41,6 @@ async def _host(directory: Path) -> int:
         sys.stdout.write(f"{directory}\n")
         sys.stdout.flush()
         await stop.wait()
+    for name in ("control", "state"):  # the daemons' sockets and journals end with the host
+        shutil.rmtree(directory / name, ignore_errors=True)
     return 0

@@ -12,7 +12,7 @@ from xvd.blkif.vdev import parse_vdev
 from xvd.cli import common
 from xvd.cli.attach import Guest
 from xvd.cli.control import ControlServer
-from xvd.errors import ConfigError
+from xvd.errors import ConfigError, PeerClosed
 from xvd.export.nbd import NbdServer
 from xvd.frontend.disk import Disk
 from xvd.machine.emulated.service import connect
@@ -72,5 +72,6 @@ async def _nbd(
             return await common.run_captive(command, stop, uri=export.uri, unixsocket=str(socket))
         sys.stdout.write(export.uri + "\n")
         sys.stdout.flush()
-        await stop.wait()
+        if not await stop.wait_or(disk.gone.wait()):
+            raise PeerClosed(f"{path}: the disk was removed from guest {guest}")
     return 0

@@ -45,7 +45,8 @@ def account(figures: dict[str, Any], seconds: float) -> str:
     back = figures["counters"]
     front = figures.get("frontend", {})
     sent = back["notified"] + front.get("notified", 0)
-    saved = back["suppressed"] + front.get("suppressed", 0)
+    # One for each request and each response would be needed if nobody held any back.
+    saved = back["requests"] + back["responses"] - sent
     refused = sum(back["refusals"].values())
     handled = f"{back['mapped']} mapped and {back['unmapped']} unmapped"
     if figures.get("mode") == "grant copy":
@@ -62,8 +63,7 @@ def account(figures: dict[str, Any], seconds: float) -> str:
             f"data           {_size(back['rd_sect'] * 512)} read, "
             f"{_size(back['wr_sect'] * 512)} written",
             f"grants         {handled}",
-            f"notifications  {sent} sent, {saved} saved "
-            f"({back['requests'] + back['responses']} messages)",
+            f"notifications  {sent} sent, {saved} saved by batching and hold-off",
             f"time           {seconds:.1f} s",
             "",
         )

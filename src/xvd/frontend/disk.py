@@ -48,7 +48,7 @@ class Disk:
 
     Offsets and lengths are bytes. Errors are OSErrors with an errno: EINVAL for what is not on the
     disk, EROFS for writing to a read-only one, EIO and EOPNOTSUPP as the backend says, ENODEV when
-    the disk has gone for good.
+    the disk has gone for good; `gone` is set then. `connections` counts them, the first included.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Disk:
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
         self._running: asyncio.Task[None] | None = None
+        self.gone = asyncio.Event()
         self.connections = 0
 
     @classmethod
@@ -194,6 +195,7 @@ class Disk:
     def ended(self, error: OSError | XvdError) -> None:
         """There will be no connection again: whatever waits has failed."""
         self._ended = OSError(errno.ENODEV, f"the disk is gone: {error}")
+        self.gone.set()
         if not self._ready.done():
             self._ready.set_exception(error)
         for io in self._outstanding.values():
