@@ -30,9 +30,13 @@ class SimStorage:
             self._apply(operation, partly=True)
             operation.complete(errno.EIO)
             return f"{operation.kind} fails"
-        self._apply(operation, partly=False)
+        self.perform(operation)
         operation.complete()
         return f"{operation.kind} done"
+
+    def perform(self, operation: Operation) -> None:
+        """Do all of an operation."""
+        self._apply(operation, partly=False)
 
     def backend_died(self) -> None:
         """What was under way happens, or does not, or in part; a successor begins after that."""

@@ -7,6 +7,7 @@ bound. The scheduler draws each step from the seed; the same seed is the same ru
 and its digest proves it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -14,6 +15,7 @@ from xvd.blkif.abi import Abi, nr_ents
 from xvd.dataplane.queue import journal_size
 from xvd.machine.emulated.host import Host, Limits
 from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.xs.client import XenstoreClient
 from xvd.sim.checkers import SECTOR, CheckFailed, ModelDisk, check_answered, check_balanced
 from xvd.sim.clock import Clock
 from xvd.sim.ends import BROKEN, DRAINED, SimBackend, SimFrontend
@@ -71,9 +73,14 @@ class Summary:
 
 
 class World:
-    """One run. Any failed check is a `CheckFailed`."""
+    """One run. Any failed check is a `CheckFailed`.
 
-    def __init__(self, options: Options) -> None:
+    make_storage: (generator, bytes) -> storage; a canary puts one in that lies.
+    """
+
+    def __init__(
+        self, options: Options, make_storage: Callable[[Prng, int], SimStorage] = SimStorage
+    ) -> None:
         self.options = options
         self.faults = options.faults
         prng = Prng(options.seed ^ 0x5EED)
@@ -83,7 +90,7 @@ class World:
         for domid in (BACK, FRONT):
             self._host.create_domain(domid)
         self._model = ModelDisk(options.sectors)
-        self._storage = SimStorage(prng.fork(), options.sectors * SECTOR)
+        self._storage = make_storage(prng.fork(), options.sectors * SECTOR)
         self._workload = Workload(
             prng.fork(), self._model, depth=options.depth, sectors_max=options.sectors_max
         )
@@ -289,5 +296,5 @@ class World:
         self._front_is_dead = False
 
 
-async def _no_xenstore() -> None:  # type: ignore[misc]
+async def _no_xenstore() -> XenstoreClient:
     raise AssertionError("the simulated world has no xenstore")

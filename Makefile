@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+# A few words, each one command. Every one sets up what it needs first.
+
+SHELL := /bin/bash
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+SEEDS ?= 1000
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test check sim bench sanitize fuzz wheel clean
+
+help:
+	@echo 'make demo      build, and serve a real filesystem through a Xen ring'
+	@echo 'make test      every test that needs no Xen'
+	@echo 'make check     format, lint, types, stubs, generated files, layout'
+	@echo 'make sim       the simulator: SEED=n replays one, otherwise SEEDS=n new ones'
+	@echo 'make bench     the data path beside fio over NBD'
+	@echo 'make sanitize  the data plane under ASan and UBSan'
+	@echo 'make fuzz      long runs of the property tests'
+	@echo 'make wheel     build the wheel and try it in a clean environment'
+
+setup:
+	@tools/setup debug
+
+demo:
+	@tools/setup release
+	@PATH=$(CURDIR)/build/venv-release/bin:$$PATH examples/demo
+
+test: setup
+	pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+check: setup
+	ruff format --check src tests tools
+	ruff check src tests tools
+	mypy
+	python -m mypy.stubtest --mypy-config-file pyproject.toml --allowlist tools/stubtest_allowlist.txt $$(tools/compiled_modules)
+	python tools/gen_abi.py --check
+	pytest -q tests/test_tidy.py
+
+sim: setup
+ifdef SEED
+	xvd sim --seed $(SEED)
+else
+	xvd sim --seeds $(SEEDS)
+endif
+
+bench:
+	@tools/setup release
+	@build/venv-release/bin/xvd bench
+
+sanitize:
+	@tools/setup sanitize
+	tools/sanitized pytest -q -p no:cacheprovider tests/dataplane tests/hostile tests/contract tests/sim
+
+fuzz: setup
+	HYPOTHESIS_PROFILE=long pytest -q tests/differential tests/blkif $(PYTEST_ARGS)
+
+wheel: setup
+	tools/try_wheel
+
+clean:
+	rm -rf build dist .venv .tools

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: one line that names the thing and the remedy, the documented status, nothing left."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from xvd_process import Daemon, run_xvd
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.touch()
+    os.truncate(path, 1 << 20)
+    return path
+
+
+def check(result, status: int, *words: str) -> None:
+    assert result.returncode == status, result.stderr
+    assert re.fullmatch(r"xvd: [^\n]+\n", result.stderr), result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_missing_image(tmp_path: Path) -> None:
+    result = run_xvd("serve", str(tmp_path / "none.img"), "--run", "true")
+
+    check(result, 1, "none.img", "truncate -s 1G")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_directory_as_image(tmp_path: Path) -> None:
+    check(run_xvd("serve", str(tmp_path), "--run", "true"), 1, str(tmp_path), "directory")
+
+
+def test_image_of_an_odd_size(image: Path) -> None:
+    os.truncate(image, 1000)
+
+    result = run_xvd("serve", str(image), "--run", "true")
+
+    check(result, 1, "1000 bytes", "truncate -s 1024")
+    assert image.stat().st_size == 1000
+
+
+def test_empty_image(image: Path) -> None:
+    os.truncate(image, 0)
+
+    check(run_xvd("serve", str(image), "--run", "true"), 1, "empty", "truncate")
+
+
+def test_image_in_use(image: Path) -> None:
+    with Daemon("serve", str(image)):
+        check(run_xvd("serve", str(image), "--run", "true"), 1, "in use", "stop that one")
+
+
+def test_unknown_uri() -> None:
+    check(run_xvd("serve", "ftp:nowhere", "--run", "true"), 2, "ftp:nowhere", "file:")
+
+
+def test_bad_size() -> None:
+    check(run_xvd("serve", "memory:lots", "--run", "true"), 2, "lots", "K, M, G")
+
+
+def test_unknown_layer(image: Path) -> None:
+    result = run_xvd("serve", str(image), "--layer", "shred", "--run", "true")
+
+    check(result, 2, "shred", "delay")
+
+
+def test_no_permission(image: Path) -> None:
+    if os.geteuid() != 0:
+        image.chmod(0o400)
+        result = run_xvd("serve", str(image), "--run", "true")
+    else:  # root may do anything, except write to what is immutable by its mount
+        result = run_xvd("serve", "/proc/version", "--run", "true")
+
+    check(result, 1)
+
+
+def test_read_only_file_opened_for_writing_is_a_read_only_disk_when_asked_so(image: Path) -> None:
+    image.chmod(0o444)
+
+    result = run_xvd("serve", "-r", str(image), "--run", "true")
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_socket_in_use(image: Path, tmp_path: Path) -> None:
+    socket = tmp_path / "nbd.sock"
+    with Daemon("serve", "null:1M", "--socket", str(socket)):
+        result = run_xvd("serve", str(image), "--socket", str(socket), "--run", "true")
+
+    check(result, 2, str(socket))
+
+
+def test_a_socket_that_is_a_file_stays(image: Path, tmp_path: Path) -> None:
+    where = tmp_path / "important"
+    where.write_text("data")
+
+    result = run_xvd("serve", str(image), "--socket", str(where), "--run", "true")
+
+    check(result, 2, str(where))
+    assert where.read_text() == "data"
+
+
+def test_bad_address(image: Path) -> None:
+    check(run_xvd("serve", str(image), "--tcp", "nowhere", "--run", "true"), 2, "HOST:PORT")
+
+
+def test_bad_xl_string(tmp_path: Path) -> None:
+    host = str(tmp_path)
+    check(run_xvd("attach", "1", "vdev=xvda,colour=red,target=x", "--host", host), 2, "colour")
+    check(run_xvd("attach", "1", "vdev=nonsense,target=x", "--host", host), 2, "nonsense")
+    check(run_xvd("attach", "1", "target=x", "--host", host), 2, "vdev")
+
+
+def test_no_host(tmp_path: Path) -> None:
+    for verb in (["list"], ["attach", "1", "vdev=xvda,target=x"], ["detach", "1", "xvda"],
+                 ["nbd", "1", "xvda"], ["backend"], ["stats"]):  # fmt: skip
+        check(run_xvd(*verb, "--host", str(tmp_path)), 1, str(tmp_path))
+
+
+def test_attach_without_a_backend_leaves_nothing(tmp_path: Path) -> None:
+    host = str(tmp_path / "h")
+    with Daemon("host", host):
+        disk = "vdev=xvda,target=null:1M"
+        result = run_xvd("attach", "1", disk, "--host", host, "--timeout", "0.2")
+
+        check(result, 1, "guest 1 xvda", "xvd backend")
+        assert run_xvd("list", "--json", "--host", host).stdout == "[]\n"
+
+
+def test_attach_of_what_the_backend_cannot_open(tmp_path: Path) -> None:
+    host = str(tmp_path / "h")
+    with Daemon("host", host), Daemon("backend", "--host", host):
+        disk = f"vdev=xvda,target={tmp_path}/none.img"
+        result = run_xvd("attach", "1", disk, "--host", host)
+
+        check(result, 1, "guest 1 xvda", "none.img", "no such image")
+        assert run_xvd("list", "--json", "--host", host).stdout == "[]\n"
+
+
+def test_a_second_host_in_the_same_directory(tmp_path: Path) -> None:
+    host = str(tmp_path / "h")
+    with Daemon("host", host):
+        check(run_xvd("host", host), 2, "running there")
+
+
+def test_detach_of_no_disk(tmp_path: Path) -> None:
+    host = str(tmp_path / "h")
+    with Daemon("host", host):
+        check(run_xvd("detach", "1", "xvda", "--host", host), 2, "no such disk", "xvd list")
+
+
+def test_wrong_usage_is_status_2() -> None:
+    result = run_xvd("serve")
+
+    assert result.returncode == 2
+
+
+def test_disk_full_while_writing(tmp_path: Path) -> None:
+    # A file-size limit is what a full disk looks like to one process, and needs no root.
+    image = tmp_path / "disk.img"
+    image.touch()
+    os.truncate(image, 16 << 20)
+    command = 'qemu-io -f raw -c "write 8M 64K" "$uri"'
+
+    result = run_xvd("serve", str(image), "--layer", "error:one_in=1,on=write,errno=ENOSPC",
+                     "--run", command)  # fmt: skip
+
+    assert result.returncode == 1
+    assert "storage fails: No space left on device" in result.stderr
+    assert "free some space" in result.stderr

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL under load: the survivor goes on, a successor takes over, nothing flushed is lost."""
+
+import json
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+from xvd_process import FourProcesses
+
+pytestmark = [pytest.mark.slow, pytest.mark.tools]
+
+SIZE = 64 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.touch()
+    os.truncate(path, SIZE)
+    return path
+
+
+def start_fio(four: FourProcesses, fio: str, output: Path) -> subprocess.Popen[bytes]:
+    """Random writes, flushed now and then, verified at the end."""
+    return subprocess.Popen(
+        [fio, "--name=v", "--ioengine=nbd", f"--uri={four.uri}", "--rw=randwrite", "--bs=4k",
+         "--iodepth=32", f"--size={SIZE}", "--verify=crc32c", "--fsync=64",
+         "--output-format=json", f"--output={output}"],
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def writes(four: FourProcesses) -> int:
+    """Writes that the present backend has served."""
+    disks = json.loads(four.run("stats", "--json").stdout)["backend-0"]
+    return sum(disk["counters"].get("wr_req", 0) for disk in disks)
+
+
+@pytest.mark.parametrize("options", [(), ("--copy",)], ids=["mapping", "copy"])
+def test_backend_killed_under_fio(
+    tmp_path: Path, image: Path, requires_tool, options: tuple[str, ...]
+) -> None:
+    fio = requires_tool("fio", "fio")
+    output = tmp_path / "fio.json"
+    with FourProcesses(tmp_path, image, *options) as four:
+        load = start_fio(four, fio, output)
+
+        for _ in range(3):
+            while writes(four) < 300:  # until it is under load
+                assert load.poll() is None
+            four.backend.kill()
+            four.start_backend()
+
+        assert load.wait(120) == 0
+        assert four.nbd.process.poll() is None
+        text = output.read_text()
+        assert json.loads(text[text.index("{") :])["jobs"][0]["error"] == 0
+
+
+WRITER = """
+import os, struct
+h.connect_uri(os.environ["uri"])
+n = 0
+while True:
+    block = n % 4096
+    h.pwrite(struct.pack("<Q", n) * 512, block * 4096)
+    if n % 16 == 15:
+        h.flush()
+        os.write(1, b"%d\\n" % n)
+    n += 1
+"""
+
+
+def test_frontend_killed_under_load_loses_nothing_that_was_flushed(
+    tmp_path: Path, image: Path, requires_tool
+) -> None:
+    nbdsh = requires_tool("nbdsh", "python3-libnbd")
+    with FourProcesses(tmp_path, image) as four:
+        writer = subprocess.Popen(
+            [nbdsh, "-c", WRITER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "uri": four.uri}, text=True,
+        )  # fmt: skip
+        assert writer.stdout is not None
+        flushed = -1
+        for line in writer.stdout:
+            flushed = int(line)
+            if flushed > 2000:
+                four.nbd.kill()
+                break
+        rest, _ = writer.communicate()  # what it had flushed before it noticed
+        flushed = max([flushed, *map(int, rest.split())])
+        assert four.backend.process.poll() is None
+
+        four.start_nbd()
+        data = tmp_path / "back.img"
+        subprocess.run(["nbdcopy", four.uri, str(data)], check=True)
+
+    content = data.read_bytes()
+    for n in range(max(0, flushed - 4095), flushed + 1):
+        at = n % 4096 * 4096
+        assert int.from_bytes(content[at : at + 8], "little") >= n, f"write {n} is lost"
+
+
+def test_host_killed_ends_everybody(tmp_path: Path, image: Path) -> None:
+    with FourProcesses(tmp_path, image) as four:
+        four.host.kill()
+
+        ends = [threading.Thread(target=d.process.wait) for d in (four.backend, four.nbd)]
+        for end in ends:
+            end.start()
+            end.join(30)
+
+        assert four.backend.process.returncode == 1
+        assert four.nbd.process.returncode == 1

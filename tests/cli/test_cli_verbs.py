@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs at work, as real processes."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from xvd_process import Daemon, FourProcesses, run_xvd
+
+from xvd.cli.__main__ import VERBS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.touch()
+    os.truncate(path, 64 << 20)
+    return path
+
+
+@pytest.fixture
+def four(tmp_path: Path, image: Path) -> Iterator[FourProcesses]:
+    with FourProcesses(tmp_path, image) as processes:
+        yield processes
+
+
+def test_serve_passes_the_commands_status_on(image: Path) -> None:
+    result = run_xvd("serve", str(image), "--run", "exit 7")
+
+    assert result.returncode == 7
+
+
+def test_serve_without_a_command_prints_the_uri_and_ends_on_sigterm(image: Path) -> None:
+    with Daemon("serve", str(image)) as daemon:
+        assert daemon.line.startswith("nbd+unix:///?socket=")
+
+        assert daemon.stop() == 0
+
+
+def test_serve_leaves_nothing_in_tmp(image: Path, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
+    run_xvd("serve", str(image), "--run", "true", TMPDIR=str(scratch))
+
+    assert list(scratch.iterdir()) == []
+
+
+def test_serve_reports_what_happened(image: Path, requires_tool) -> None:
+    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    command = f'{qemu_io} -f raw -c "write -P 5 0 1M" -c flush "$uri"'
+
+    result = run_xvd("serve", str(image), "--report", "--run", command)
+
+    assert result.returncode == 0
+    assert "x86_64-abi, 1 queue, 1 ring page, mapping" in result.stderr
+    assert "1.0 MiB written" in result.stderr
+
+
+def test_serve_by_grant_copy(image: Path, requires_tool) -> None:
+    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    command = f'{qemu_io} -f raw -c "write -P 5 0 1M" -c "read -P 5 0 1M" "$uri"'
+
+    result = run_xvd("serve", "--copy", str(image), "--report", "--run", command)
+
+    assert result.returncode == 0
+    assert "grant copy" in result.stderr
+
+
+def test_sigterm_ends_the_captive_command_too(image: Path) -> None:
+    with Daemon("serve", str(image), "--run", "echo up; exec sleep 1000") as daemon:
+        assert daemon.stop() == 128 + signal.SIGTERM
+
+
+def test_four_processes_serve_a_disk(four: FourProcesses, requires_tool) -> None:
+    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    four.run("list")
+
+    result = subprocess.run(
+        [qemu_io, "-f", "raw", "-c", "write -P 9 1M 1M", "-c", "read -P 9 1M 1M", four.uri],
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert result.returncode == 0, result.stdout
+    rows = json.loads(four.run("list", "--json").stdout)
+    assert [(r["guest"], r["vdev"], r["frontend_state"], r["backend_state"]) for r in rows] == [
+        (1, "xvda", "connected", "connected")
+    ]
+
+
+def test_stats_count_under_blkbacks_names(four: FourProcesses, requires_tool) -> None:
+    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    command = [qemu_io, "-f", "raw", "-c", "write 0 64K", "-c", "flush", four.uri]
+    subprocess.run(command, check=True, capture_output=True)
+
+    figures = json.loads(four.run("stats", "--json").stdout)
+
+    counters = figures["backend-0"][0]["counters"]
+    assert counters["wr_sect"] == 128
+    assert counters["f_req"] >= 1
+
+
+def test_detach_ends_the_frontend_and_removes_every_node(four: FourProcesses) -> None:
+    result = four.run("detach", "1", "xvda")
+
+    assert result.returncode == 0, result.stderr
+    assert four.nbd.process.wait(30) == 1
+    assert four.run("list", "--json").stdout == "[]\n"
+
+
+def test_everything_ends_on_sigterm_and_leaves_nothing(four: FourProcesses) -> None:
+    for daemon in (four.nbd, four.backend, four.host):
+        assert daemon.stop() == 0
+
+    assert list(four.directory.iterdir()) == []
+
+
+def test_a_backend_that_is_stopped_leaves_its_disks_to_the_next(
+    four: FourProcesses, requires_tool
+) -> None:
+    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    four.backend.stop()
+    four.start_backend()
+
+    result = subprocess.run([qemu_io, "-f", "raw", "-c", "read 0 1M", four.uri], timeout=60)
+
+    assert result.returncode == 0
+
+
+def test_doctor_finds_this_machine_fit() -> None:
+    result = run_xvd("doctor", "--json")
+
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["fit"] is True
+
+
+def test_bench_runs_tiny() -> None:
+    result = run_xvd("bench", "--json", "--operations", "500", "--runs", "1", "--no-peer")
+
+    rows = json.loads(result.stdout)["results"]
+    assert [row["errors"] for row in rows] == [0, 0, 0, 0]
+
+
+def test_bench_reads_back_what_is_there() -> None:
+    # The checksum proves that data moved: the same seed over the same zeros, and over other bytes.
+    options = ("--json", "--operations", "500", "--runs", "1", "--no-peer")
+    reads = run_xvd("bench", *options, "--engine", "memory:1M")
+    mixed = run_xvd("bench", *options, "--engine", "memory:1M", "--writes", "50")
+
+    checksums = [json.loads(r.stdout)["results"][0]["checksum"] for r in (reads, mixed)]
+
+    assert checksums[0] == "0" * 16
+
+
+def test_sim_prints_seed_and_options_first() -> None:
+    result = run_xvd("sim", "--seed", "5")
+
+    assert result.returncode == 0
+    assert result.stdout.startswith("seed 5: ")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help(verb: str) -> None:
+    assert run_xvd(verb, "--help").returncode == 0
