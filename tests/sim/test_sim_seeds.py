@@ -63,7 +63,7 @@ def test_attaching_by_the_shared_indices_alone_is_wrong() -> None:
         for seed in range(20):
             World_without_journal(Options.draw(seed, STEPS)).run()
 
-    with pytest.raises(CheckFailed, match="lying|never come to an end"):
+    with pytest.raises(CheckFailed, match=r"lying|never come to an end"):
         run_all()
 
 

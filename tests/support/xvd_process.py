@@ -16,6 +16,7 @@ def run_xvd(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     """Run a verb to its end."""
     return subprocess.run(
         [sys.executable, "-m", "xvd.cli", *arguments],
+        check=False,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

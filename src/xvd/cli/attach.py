@@ -77,7 +77,9 @@ def detach(
     guest: Guest,
     vdev: Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")],
     host: common.HostDir = common.DEFAULT_HOST,
-    force: Annotated[bool, typer.Option("--force", help="Remove it whatever its guest says.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Remove it whatever its guest says.")
+    ] = False,
     timeout: Annotated[
         float, typer.Option("--timeout", min=0.0, help="Seconds to wait for both ends to close.")
     ] = toolstack.INIT_TIMEOUT_S,
@@ -130,7 +132,10 @@ def list_disks(host: common.HostDir = common.DEFAULT_HOST, json: common.Json = F
 
 
 def _print_table(rows: list[dict[str, object]]) -> None:
-    line = "{guest:>5} {vdev:<8} {backend:>7} {mode:<4} {frontend_state:<12} {backend_state:<12} {target}\n"
+    line = (
+        "{guest:>5} {vdev:<8} {backend:>7} {mode:<4} "
+        "{frontend_state:<12} {backend_state:<12} {target}\n"
+    )
     titles = ("guest", "vdev", "backend", "mode", "frontend_state", "backend_state", "target")
     heads = dict(zip(titles, ("guest", "vdev", "backend", "mode", "frontend", "backend", "target"),
                      strict=True))  # fmt: skip

@@ -15,13 +15,14 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from rich.progress import track
 
 from xvd.backend.device import Settings
 from xvd.backend.server import Server
 from xvd.blkif.nodes import BackendAssignment
 from xvd.cli import common
 from xvd.engines.interface import Engine
-from xvd.engines.uri import open_engine
+from xvd.engines.uri import open_engine, parse_size
 from xvd.frontend.load import LoadResult, run_load
 from xvd.machine.emulated.service import EmulatedHost
 from xvd.toolstack.vbd import attach, create_guest, detach
@@ -48,8 +49,6 @@ def bench(
     json: common.Json = False,
 ) -> int:
     """Measure random access through the ring: mapping and grant copy, one queue, event-driven."""
-    from xvd.engines.uri import parse_size
-
     job = {
         "depth": depth,
         "size": parse_size(size),
@@ -58,10 +57,10 @@ def bench(
         "seed": seed,
     }
     rows: list[dict[str, Any]] = []
-    for uri in engine:
-        for copying in (False, True):
-            results = [asyncio.run(_measure(uri, copying, job)) for _ in range(runs)]
-            rows.append(_row(uri, "grant copy" if copying else "mapping", results))
+    cases = [(uri, copying) for uri in engine for copying in (False, True)]
+    for uri, copying in track(cases, "measuring", transient=True, console=common.stderr()):
+        results = [asyncio.run(_measure(uri, copying, job)) for _ in range(runs)]
+        rows.append(_row(uri, "grant copy" if copying else "mapping", results))
     if peer and writes == 0 and shutil.which("fio") and shutil.which("nbdkit"):
         figures = [_fio_over_nbdkit(depth, int(job["size"])) for _ in range(runs)]
         name = "fio over NBD to nbdkit memory"
@@ -122,11 +121,16 @@ def _fio_over_nbdkit(depth: int, size: int) -> int:
     )
     command = ["nbdkit", "-U", "-", "memory", str(SPAN), "--run", fio]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return round(json_format.loads(text[text.index("{") :])["jobs"][0]["read"]["iops"])
+    iops: float = json_format.loads(text[text.index("{") :])["jobs"][0]["read"]["iops"]
+    return round(iops)
 
 
 def _machine() -> dict[str, object]:
-    return {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
+    return {
+        "cpus": os.cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
 
 
 def _print(report: dict[str, Any]) -> None:

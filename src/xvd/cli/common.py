@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.console import Console
 
 from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine
@@ -59,6 +60,11 @@ def print_json(value: object) -> None:
     """One JSON document on stdout."""
     text = msgspec.json.format(msgspec.json.encode(value), indent=2)
     sys.stdout.write(text.decode() + "\n")
+
+
+def stderr() -> Console:
+    """Where progress bars go: not with the data, and not off a terminal."""
+    return Console(stderr=True, quiet=not sys.stderr.isatty())
 
 
 class Stop:

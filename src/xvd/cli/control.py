@@ -7,6 +7,7 @@ Each daemon listens under ``DIR/control`` of its host; ``xvd stats`` asks all th
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,20 +34,21 @@ class ControlServer:
     """Answers calls of `methods`; everything in the event loop's thread."""
 
     def __init__(self, methods: dict[str, Callable[[], object]]) -> None:
-        self._methods = {**methods, "rpc_get_methods": lambda: sorted(self._methods)}
+        self._methods: dict[str, Callable[[], object]] = dict(methods)
+        self._methods["rpc_get_methods"] = lambda: sorted(self._methods)
         self._server: asyncio.Server | None = None
         self._path: Path | None = None
 
     async def listen(self, path: Path) -> None:
         """Listen at `path`, mode 0660; `ConfigError` if another daemon answers there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            with contextlib.suppress(PeerClosed):
-                await ask(path, "rpc_get_methods")
-                raise ConfigError(f"{path}: another daemon serves there; stop it first")
-            path.unlink(missing_ok=True)
+        os.makedirs(path.parent, exist_ok=True)
+        with contextlib.suppress(PeerClosed):
+            await ask(path, "rpc_get_methods")
+            raise ConfigError(f"{path}: another daemon serves there; stop it first")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         self._server = await asyncio.start_unix_server(self._serve, path, limit=LINE_MAX)
-        path.chmod(0o660)
+        os.chmod(path, 0o660)
         self._path = path
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

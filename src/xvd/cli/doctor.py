@@ -34,7 +34,9 @@ def _memfd() -> Finding:
     try:
         os.close(os.memfd_create("xvd-doctor"))
     except OSError as error:
-        return Finding("memfd", False, "the emulated machine", str(error), "use Linux 3.17 or later")
+        return Finding(
+            "memfd", False, "the emulated machine", str(error), "use Linux 3.17 or later"
+        )
     return Finding("memfd", True, "the emulated machine")
 
 
@@ -83,7 +85,9 @@ _OPTIONAL: tuple[Callable[[], Finding], ...] = (
     _tool("fio", "fio", "the bench's peer figures"),
     _device("/dev/fuse", "nbdfuse", "modprobe fuse"),
     _device("/dev/xen/evtchn", "real Xen", "only on a Xen domain: modprobe xen-evtchn"),
-    _device("/dev/xen/gntdev", "a backend on real Xen", "only on a Xen domain: modprobe xen-gntdev"),
+    _device(
+        "/dev/xen/gntdev", "a backend on real Xen", "only on a Xen domain: modprobe xen-gntdev"
+    ),
     _device("/dev/xen/xenbus", "real Xen", "only on a Xen domain: mount xenfs"),
 )
 

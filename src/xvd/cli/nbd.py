@@ -24,7 +24,8 @@ def nbd(
     vdev: Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")],
     host: common.HostDir = common.DEFAULT_HOST,
     socket: Annotated[
-        Path | None, typer.Option("--socket", help="Path of the NBD socket (default: a private one).")
+        Path | None,
+        typer.Option("--socket", help="Path of the NBD socket (default: a private one)."),
     ] = None,
     tcp: Annotated[str, typer.Option("--tcp", help="Export on TCP as well: [HOST:]PORT.")] = "",
     run: Annotated[
@@ -44,11 +45,17 @@ def nbd(
     address = common.parse_tcp(tcp) if tcp else None
     with common.private_directory() as directory:
         where = socket or directory / "nbd.sock"
-        return common.run(_nbd(host, Domid(guest), number, where, address, run))
+        return common.run(_nbd(host, Domid(guest), number, socket=where, tcp=address, command=run))
 
 
 async def _nbd(
-    host: Path, guest: Domid, vdev: int, socket: Path, tcp: tuple[str, int] | None, command: str
+    host: Path,
+    guest: Domid,
+    vdev: int,
+    *,
+    socket: Path,
+    tcp: tuple[str, int] | None,
+    command: str,
 ) -> int:
     stop = common.Stop()
     machine = connect(host, guest)

@@ -4,6 +4,7 @@
 import contextlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,20 @@ from xvd.types import Domid
 GUEST = Domid(1)
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is to be served and how."""
+
+    disk: XlDisk
+    engine: Engine
+    directory: Path
+    command: str
+    socket: Path
+    tcp: tuple[str, int] | None
+    copying: bool
+    report: bool
+
+
 def serve(
     image: Annotated[str, typer.Argument(help="Image file, block device, or engine URI.")],
     run: Annotated[
@@ -34,7 +49,8 @@ def serve(
     ] = "",
     read_only: Annotated[bool, typer.Option("-r", "--read-only", help="Refuse writes.")] = False,
     socket: Annotated[
-        Path | None, typer.Option("--socket", help="Path of the NBD socket (default: a private one).")
+        Path | None,
+        typer.Option("--socket", help="Path of the NBD socket (default: a private one)."),
     ] = None,
     tcp: Annotated[str, typer.Option("--tcp", help="Export on TCP as well: [HOST:]PORT.")] = "",
     vdev: Annotated[str, typer.Option("--vdev", help="The disk's name in the guest.")] = "xvda",
@@ -56,24 +72,16 @@ def serve(
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
         directory = stack.enter_context(common.private_directory())
-        main = _serve(disk, engine, directory, run, socket, address, copy, report)
-        return common.run(main)
+        where = socket or directory / "nbd.sock"
+        job = _Job(disk, engine, directory, run, where, address, copy, report)
+        return common.run(_serve(job))
 
 
-async def _serve(
-    disk: XlDisk,
-    engine: Engine,
-    directory: Path,
-    command: str,
-    socket: Path | None,
-    tcp: tuple[str, int] | None,
-    copy: bool,
-    report: bool,
-) -> int:
+async def _serve(job: _Job) -> int:
     stop = common.Stop()
 
     async def storage(assignment: BackendAssignment) -> Engine:
-        return engine
+        return job.engine
 
     async with EmulatedHost() as host, contextlib.AsyncExitStack() as stack:
         back = host.machine(Domid(0))
@@ -81,10 +89,10 @@ async def _serve(
         stack.push_async_callback(store.close)
         host.create_domain(GUEST)
         await create_guest(store, GUEST, "guest")
-        backend = Server(back, store, storage, settings=Settings(copying=copy))
+        backend = Server(back, store, storage, settings=Settings(copying=job.copying))
         await backend.start()
         stack.push_async_callback(backend.close)
-        vbd = await attach(store, GUEST, disk)
+        vbd = await attach(store, GUEST, job.disk)
         front = host.machine(GUEST)
         guest_store = await front.xenstore()
         stack.push_async_callback(guest_store.close)
@@ -92,20 +100,18 @@ async def _serve(
         async with await Disk.open(front, guest_store, path) as opened:
             export = NbdServer(opened)
             stack.push_async_callback(export.close)
-            where = socket or directory / "nbd.sock"
-            await export.listen_unix(where)
-            if tcp is not None:
-                await export.listen_tcp(*tcp)
+            await export.listen_unix(job.socket)
+            if job.tcp is not None:
+                await export.listen_tcp(*job.tcp)
             device = backend.devices[f"backend/vbd/{GUEST}/{vbd.vdev}"]
-            figures = lambda: disk_figures(device, opened)  # noqa: E731  used twice
-            control = ControlServer({"stats": lambda: [figures()]})
-            await control.listen(directory / "control" / "serve")
+            control = ControlServer({"stats": lambda: [disk_figures(device, opened)]})
+            await control.listen(job.directory / "control" / "serve")
             stack.push_async_callback(control.close)
             begun = time.monotonic()
-            status = await _use(command, stop, export.uri, str(where))
+            status = await _use(job.command, stop, export.uri, str(job.socket))
             await export.close()
-            if report:
-                sys.stderr.write(account(figures(), time.monotonic() - begun))
+            if job.report:
+                sys.stderr.write(account(disk_figures(device, opened), time.monotonic() - begun))
         with contextlib.suppress(OSError):
             await detach(store, vbd)
     return status

@@ -7,8 +7,9 @@ import traceback
 from typing import Annotated
 
 import typer
-from rich.progress import track
+from rich.progress import Progress
 
+from xvd.cli import common
 from xvd.sim.runner import STEPS, describe, run_seed, run_seeds
 from xvd.sim.world import Options
 
@@ -20,7 +21,9 @@ def sim(
     seeds: Annotated[
         int, typer.Option("--seeds", min=1, help="How many seeds to run, beginning with this one.")
     ] = 1,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of each run's faulty phase.")] = STEPS,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, help="Of each run's faulty phase.")
+    ] = STEPS,
 ) -> int:
     """Run the shipped queues in a simulated world, with faults; the same seed is the same run.
 
@@ -42,11 +45,9 @@ def sim(
 
 
 def _many(seed: int, seeds: int, steps: int) -> int:
-    if sys.stderr.isatty():
-        bar = iter(track(range(seeds), description="seeds", transient=True))
-        failure = run_seeds(seed, seeds, steps, lambda _: next(bar, None))  # type: ignore[arg-type,return-value]
-    else:
-        failure = run_seeds(seed, seeds, steps, lambda _: None)
+    with Progress(console=common.stderr(), transient=True) as progress:
+        task = progress.add_task("seeds", total=seeds)
+        failure = run_seeds(seed, seeds, steps, lambda n: progress.update(task, completed=n))
     if failure is None:
         sys.stdout.write(f"passed: {seeds} seeds\n")
         return 0

@@ -10,7 +10,7 @@ _MASK = (1 << 64) - 1
 
 
 class Prng:
-    """splitmix64 (Steele, Lea, Flood 2014): small, and its sequence is a few lines of arithmetic."""
+    """splitmix64 (Steele, Lea, Flood 2014): its sequence is a few lines of arithmetic."""
 
     def __init__(self, seed: int) -> None:
         self._state = seed & _MASK

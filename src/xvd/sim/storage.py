@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage under the scheduler's hand: what is submitted waits until it is decided what comes of it."""
+"""Storage under the scheduler's hand: what is submitted waits until its outcome is drawn."""
 
 import errno
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the frontend's user does: reads, writes, flushes and discards at random, checked by a model."""
+"""What the frontend's user does: random operations, each checked by a model."""
 
 from dataclasses import dataclass
 
