@@ -152,16 +152,22 @@ class NbdServer:
             self._nobody.set()
 
     def counters(self) -> dict[str, int]:
-        """Figures since the server was made.
+        """Figures by name.
 
-        connected (now), connections, turned_away, handshakes, malformed, requests, rejected (asked
-        for the impossible), failed (by the disk), bytes_read, bytes_written.
+        Now: connected, in_flight (requests), held_bytes (their data and replies not yet read).
+        Since the server was made: connections, turned_away, handshakes, malformed, requests,
+        rejected (asked for the impossible), failed (by the disk), bytes_read, bytes_written.
         """
         names = (
             *("connections", "turned_away", "handshakes", "malformed"),
             *("requests", "rejected", "failed", "bytes_read", "bytes_written"),
         )
-        return {"connected": len(self._connections), **{name: self.count[name] for name in names}}
+        now = {
+            "connected": len(self._connections),
+            "in_flight": sum(connection.in_flight for connection in self._connections),
+            "held_bytes": sum(connection.held_bytes for connection in self._connections),
+        }
+        return now | {name: self.count[name] for name in names}
 
     # ---- Closing ----
 

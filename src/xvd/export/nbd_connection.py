@@ -129,10 +129,23 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._tasks: set[asyncio.Task[None]] = set()
         self._bytes = 0
         self._replies: list[bytes | bytearray] = []
+        self._unsent = 0
         self._writable = True
         self._blocked = False
         self._ending = False
+        self._gone = False
         self._lost = False
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in progress."""
+        return len(self._tasks)
+
+    @property
+    def held_bytes(self) -> int:
+        """Data of requests in progress, and replies that the client has not read."""
+        unread = 0 if self._transport is None else self._transport.get_write_buffer_size()
+        return self._bytes + self._unsent + unread
 
     # ---- The transport's side ----
 
@@ -169,9 +182,10 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._pump()
 
     def eof_received(self) -> bool:
-        """The client sends no more."""
+        """The client sends no more, and did not say so before: it has probably gone."""
+        self._gone = True
         self.finish()
-        return True  # the replies to what it sent are still its due
+        return True  # if it only sends no more, the replies are still its due
 
     def pause_writing(self) -> None:
         """The client does not read: begin nothing more for it."""
@@ -184,7 +198,7 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed."""
-        self._lost = self._ending = True
+        self._gone = self._lost = self._ending = True
         self._disarm()
         self._payload = None
         self._replies.clear()
@@ -336,8 +350,8 @@ class NbdConnection(asyncio.BufferedProtocol):
 
     def _may_begin(self, length: int) -> bool:
         """Whether the client has room for a request of `length` bytes of data."""
-        room = len(self._tasks) < REQUESTS_MAX and self._bytes + length <= BYTES_MAX
-        return self._writable and room
+        held = self._bytes + self._unsent + length
+        return self._writable and len(self._tasks) < REQUESTS_MAX and held <= BYTES_MAX
 
     def _request(self) -> bool:
         request = nbd.parse_request(self._buffer, self._start)
@@ -445,8 +459,8 @@ class NbdConnection(asyncio.BufferedProtocol):
         if flags & CommandFlag.FAST_ZERO:
             raise OSError(errno.EOPNOTSUPP, "zeroing is no faster than writing here")
         while length:
-            if self._lost:
-                return  # nobody waits for the rest, which may be 4 GiB
+            if self._gone:  # nobody waits for the rest, which may be 4 GiB
+                raise OSError(errno.ESHUTDOWN, "given up: the client has disconnected")
             piece = min(length, len(_ZEROES))
             await self._disk.write(offset, _ZEROES[:piece])
             offset, length = offset + piece, length - piece
@@ -488,6 +502,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if not self._replies:
             self._loop.call_soon(self._send)
         self._replies.extend(parts)
+        self._unsent += len(parts[-1])
 
     def _send(self) -> None:
         if not self._replies or self._lost:
@@ -502,8 +517,11 @@ class NbdConnection(asyncio.BufferedProtocol):
                 self._transport.write(large)
                 small.clear()
         self._replies.clear()
+        self._unsent = 0
         if small:
             self._transport.write(b"".join(small))
+        if self._blocked:
+            self._pump()
 
 
 def _pages(length: int) -> mmap.mmap:
