@@ -18,7 +18,11 @@ PACKAGES = {
     "mkfs.ext4": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "losetup": "mount",
+    "mount": "mount",
+    "umount": "mount",
     "fusermount3": "fuse3",
+    "cmp": "diffutils",
+    "diff": "diffutils",
 }
 
 
@@ -30,22 +34,32 @@ def require(*names: str) -> None:
 
 
 def missing(reason: str) -> None:
+    """Skip the test, or with XVD_REQUIRE_TOOLS=1 fail it."""
     if os.environ.get("XVD_REQUIRE_TOOLS") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
 
 
-def run(*command: str | os.PathLike[str], check: bool = True) -> str:
-    """Run a tool; its stdout. The failure of a tool shows everything that it said."""
-    require(str(command[0]))
-    done = subprocess.run(
-        [str(word) for word in command],
+def try_run(*command: str | os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    """Run a tool to its end, whatever that is."""
+    words = [str(word) for word in command]
+    # The system's own first: nbdsh is a Python program, and its module is the system Python's.
+    path = f"/usr/sbin:/usr/bin:/sbin:/bin:{os.environ['PATH']}"
+    require(words[0])
+    return subprocess.run(
+        words,
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
+        env=os.environ | {"PATH": path},
         stdin=subprocess.DEVNULL,
     )
-    if check and done.returncode:
+
+
+def run(*command: str | os.PathLike[str]) -> str:
+    """Run a tool that must succeed; its stdout. If it fails, everything that it said is shown."""
+    done = try_run(*command)
+    if done.returncode:
         pytest.fail(f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout

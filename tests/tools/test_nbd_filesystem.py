@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real file system on the export: nbdfuse makes a file of it, a loop device a disk of that."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from nbd_support import missing, require, run, try_run
+from served_disk import served_disk
+
+pytestmark = [pytest.mark.tools, pytest.mark.slow]
+
+LIBRARY = Path(os.__file__).parent
+TREE = ("asyncio", "email", "encodings", "lib2to3", "unittest", "xml")
+"""Directories of Python's own library: some hundred files of all sizes."""
+_NO_CACHES = shutil.ignore_patterns("__pycache__")
+
+
+@contextlib.contextmanager
+def fuse_file(uri: str, directory: Path) -> Iterator[Path]:
+    """The export as a file."""
+    directory.mkdir()
+    pid = directory.with_suffix(".pid")
+    os.mkfifo(pid)  # nbdfuse writes its number when the file is there: opening waits for that
+    process = subprocess.Popen(["nbdfuse", "-P", str(pid), str(directory / "nbd"), uri])
+    watchdog = threading.Timer(30, process.kill)
+    watchdog.start()
+    try:
+        pid.read_text()
+        yield directory / "nbd"
+    finally:
+        try_run("fusermount3", "-u", directory)
+        process.wait(30)
+        watchdog.cancel()
+
+
+@contextlib.contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    device = run("losetup", "-f", "--show", path).strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "-d", device)
+
+
+@contextlib.contextmanager
+def mounted(device: str, directory: Path) -> Iterator[Path]:
+    directory.mkdir(exist_ok=True)
+    run("mount", device, directory)
+    try:
+        yield directory
+    finally:
+        run("umount", directory)
+
+
+def require_loop_devices() -> None:
+    require("nbdfuse", "fusermount3", "losetup", "mkfs.ext4", "e2fsck", "mount", "diff")
+    if os.geteuid() != 0:
+        missing("mounting needs root")
+    for device in ("/dev/fuse", "/dev/loop-control"):
+        if not Path(device).exists():
+            missing(f"there is no {device}: modprobe {Path(device).name.split('-')[0]}")
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_ext4_keeps_a_tree_and_is_clean(kind: str, tmp_path: Path) -> None:
+    require_loop_devices()
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(256 << 20)
+    target = "memory:256M" if kind == "memory" else str(image)
+    with served_disk(target, tmp_path) as served:
+        with fuse_file(served.uri, tmp_path / "fuse") as path, loop_device(path) as device:
+            run("mkfs.ext4", "-q", device)
+            with mounted(device, tmp_path / "fs") as root:
+                for name in TREE:
+                    shutil.copytree(LIBRARY / name, root / name, ignore=_NO_CACHES)
+            with mounted(device, tmp_path / "fs") as root:
+                for name in TREE:
+                    run("diff", "-r", "-x", "__pycache__", LIBRARY / name, root / name)
+            run("e2fsck", "-fn", device)
+        assert served.server.count["bytes_written"] > 1 << 20
