@@ -5,6 +5,7 @@ notices. That nothing is left behind, the fixture checks."""
 import os
 import random
 import struct
+from collections.abc import Iterator
 
 import pytest
 from nbd_client import NbdClient, Reply
@@ -24,7 +25,7 @@ async def counters(served: Served) -> dict[str, int]:
 
 
 @pytest.fixture
-def bystander(served):
+def bystander(served: Served) -> Iterator[NbdClient]:
     """Somebody who behaves: what they wrote is there at the end and they are still served."""
     with NbdClient(served.socket) as client:
         client.go()
@@ -35,7 +36,7 @@ def bystander(served):
 
 
 @pytest.fixture
-def client(served, bystander):
+def client(served: Served, bystander: NbdClient) -> Iterator[NbdClient]:
     with NbdClient(served.socket) as client:
         yield client
 
@@ -49,19 +50,19 @@ def client(served, bystander):
         struct.pack(">I", 3) + b"\0" * 16,
     ],
 )
-def test_nonsense_instead_of_negotiation(client, words) -> None:
+def test_nonsense_instead_of_negotiation(client: NbdClient, words: bytes) -> None:
     client.send(words)
     assert client.until_end()[18:] == b""
 
 
-def test_an_oversized_option_is_refused_before_it_is_sent(client) -> None:
+def test_an_oversized_option_is_refused_before_it_is_sent(client: NbdClient) -> None:
     client.greet()
     client.send(b"IHAVEOPT" + struct.pack(">II", 7, OPTION_LENGTH_MAX + 1))
     assert client.receive(20)[12:16] == struct.pack(">I", 1 << 31 | 9)
     client.until_end()
 
 
-def test_negotiating_without_end(client) -> None:
+def test_negotiating_without_end(client: NbdClient) -> None:
     client.greet()
     for _ in range(OPTIONS_MAX + 1):
         client.send_option(3)
@@ -69,13 +70,13 @@ def test_negotiating_without_end(client) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 17, 19, 25])
-def test_vanishing_in_the_middle_of_negotiation(client, length) -> None:
+def test_vanishing_in_the_middle_of_negotiation(client: NbdClient, length: int) -> None:
     whole = struct.pack(">I", 3) + b"IHAVEOPT" + struct.pack(">II", 7, 6) + bytes(6)
     client.send(whole[:length])
     client.socket.close()
 
 
-def test_requests_right_behind_the_negotiation_are_served(client) -> None:
+def test_requests_right_behind_the_negotiation_are_served(client: NbdClient) -> None:
     option = b"IHAVEOPT" + struct.pack(">II", 7, 6) + bytes(6)
     request = struct.pack(">IHHQQI", 0x25609513, 0, READ, 7, 0, 512)
     client.send(struct.pack(">I", 3) + option + request)
@@ -83,7 +84,7 @@ def test_requests_right_behind_the_negotiation_are_served(client) -> None:
     assert client.until_end().endswith(struct.pack(">IIQ", 0x67446698, 0, 7) + bytes(512))
 
 
-def test_a_byte_at_a_time(client) -> None:
+def test_a_byte_at_a_time(client: NbdClient) -> None:
     request = struct.pack(">IHHQQI", 0x25609513, 0, WRITE, 7, 0, 600) + bytes(600)
     client.go()
     for byte in request:
@@ -92,13 +93,13 @@ def test_a_byte_at_a_time(client) -> None:
 
 
 @pytest.mark.parametrize("magic", [0, 0x25609514, 0x67446698])
-def test_a_request_with_another_magic_ends_the_connection(client, magic) -> None:
+def test_a_request_with_another_magic_ends_the_connection(client: NbdClient, magic: int) -> None:
     client.go()
     client.send(struct.pack(">IHHQQI", magic, 0, READ, 7, 0, 512))
     assert client.until_end() == b""
 
 
-def test_an_absurd_write_ends_the_connection(client) -> None:
+def test_an_absurd_write_ends_the_connection(client: NbdClient) -> None:
     client.go()
     client.request(WRITE, 0, 0xFFFFFFFF)
     assert client.until_end() == b""
@@ -106,7 +107,7 @@ def test_an_absurd_write_ends_the_connection(client) -> None:
 
 @pytest.mark.parametrize("length", [1, 4095, 65536, SIZE - 1])
 def test_vanishing_in_the_middle_of_a_payload_writes_nothing(
-    served, client, bystander, length
+    served: Served, client: NbdClient, bystander: NbdClient, length: int
 ) -> None:
     client.go()
     client.request(WRITE, 0, SIZE - 4096, payload=b"\xff" * min(length, SIZE - 4097))
@@ -114,7 +115,9 @@ def test_vanishing_in_the_middle_of_a_payload_writes_nothing(
     assert bystander.read(0, 4096) == bytes(4096)
 
 
-def test_vanishing_with_many_requests_on_the_disk(served, client, bystander) -> None:
+def test_vanishing_with_many_requests_on_the_disk(
+    served: Served, client: NbdClient, bystander: NbdClient
+) -> None:
     client.go()
     for cookie in range(200):
         client.request(WRITE, cookie * 4096, 4096, cookie=cookie, payload=b"\x11" * 4096)
@@ -125,7 +128,7 @@ def test_vanishing_with_many_requests_on_the_disk(served, client, bystander) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [READ, TRIM, ZEROES, STATUS, 77])
 def test_a_flood_of_impossible_requests_without_reading_is_bounded(
-    served, client, bystander, command
+    served: Served, client: NbdClient, bystander: NbdClient, command: int
 ) -> None:
     client.go()
     client.socket.setblocking(False)
@@ -141,7 +144,9 @@ def test_a_flood_of_impossible_requests_without_reading_is_bounded(
 
 
 @pytest.mark.slow
-def test_a_client_that_does_not_read_is_not_read_from(served, client, bystander) -> None:
+def test_a_client_that_does_not_read_is_not_read_from(
+    served: Served, client: NbdClient, bystander: NbdClient
+) -> None:
     number, length = 2 * REQUESTS_MAX, 512 << 10
     client.go()
     request = struct.Struct(">IHHQQI").pack
@@ -157,7 +162,9 @@ def test_a_client_that_does_not_read_is_not_read_from(served, client, bystander)
     assert len(cookies) == number
 
 
-def test_payloads_announced_and_withheld_do_not_hold_up_others(served, bystander) -> None:
+def test_payloads_announced_and_withheld_do_not_hold_up_others(
+    served: Served, bystander: NbdClient
+) -> None:
     clients = [NbdClient(served.socket).go() for _ in range(8)]
     for client in clients:
         client.request(WRITE, 0, SIZE)
@@ -166,7 +173,9 @@ def test_payloads_announced_and_withheld_do_not_hold_up_others(served, bystander
         client.socket.close()
 
 
-def test_the_zeroing_of_a_client_that_left_is_given_up(served, client, bystander) -> None:
+def test_the_zeroing_of_a_client_that_left_is_given_up(
+    served: Served, client: NbdClient, bystander: NbdClient
+) -> None:
     client.go()
     for _ in range(200):
         client.request(ZEROES, 0, SIZE - 4096)
@@ -176,7 +185,7 @@ def test_the_zeroing_of_a_client_that_left_is_given_up(served, client, bystander
     assert served.disk.counters()["wr_sect"] < 100 * SIZE // 512
 
 
-def test_one_client_too_many_is_turned_away(served, bystander) -> None:
+def test_one_client_too_many_is_turned_away(served: Served, bystander: NbdClient) -> None:
     clients = [NbdClient(served.socket) for _ in range(CONNECTIONS_MAX)]
     ends = [client.until_end() for client in clients[CONNECTIONS_MAX - 1 :]]
     assert ends == [b""]
@@ -186,7 +195,7 @@ def test_one_client_too_many_is_turned_away(served, bystander) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_random_bytes_after_the_negotiation(client, seed) -> None:
+def test_random_bytes_after_the_negotiation(client: NbdClient, seed: int) -> None:
     rng = random.Random(seed)
     client.go(structured=bool(seed % 2))
     stream = b""

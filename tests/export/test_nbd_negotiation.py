@@ -56,12 +56,14 @@ def test_unknown_client_flags_end_the_connection() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "disk"])
-def test_go_chooses_the_export_by_its_name_and_the_empty_one(negotiation, name) -> None:
+def test_go_chooses_the_export_by_its_name_and_the_empty_one(
+    negotiation: Negotiation, name: str
+) -> None:
     _, outcome = negotiation.take(GO, text(name) + b"\0\0")
     assert (outcome, negotiation.chosen) == (Outcome.TRANSMISSION, EXPORT)
 
 
-def test_go_tells_size_flags_and_block_sizes(negotiation) -> None:
+def test_go_tells_size_flags_and_block_sizes(negotiation: Negotiation) -> None:
     replies = take(negotiation, GO, text("") + b"\0\0")
     assert replies == [
         (REP_INFO, struct.pack(">HQH", 0, 1 << 20, 0x0145)),
@@ -70,7 +72,9 @@ def test_go_tells_size_flags_and_block_sizes(negotiation) -> None:
     ]
 
 
-def test_info_tells_name_and_description_when_asked_and_chooses_nothing(negotiation) -> None:
+def test_info_tells_name_and_description_when_asked_and_chooses_nothing(
+    negotiation: Negotiation,
+) -> None:
     replies = take(negotiation, INFO, text("") + struct.pack(">HHH", 2, 1, 2))
     assert (REP_INFO, b"\0\1disk") in replies
     assert (REP_INFO, b"\0\2a test") in replies
@@ -78,7 +82,9 @@ def test_info_tells_name_and_description_when_asked_and_chooses_nothing(negotiat
 
 
 @pytest.mark.parametrize("option", [INFO, GO])
-def test_unknown_name_is_an_error_and_negotiation_goes_on(negotiation, option) -> None:
+def test_unknown_name_is_an_error_and_negotiation_goes_on(
+    negotiation: Negotiation, option: int
+) -> None:
     assert take(negotiation, option, text("other") + b"\0\0")[0][0] == UNKNOWN
     assert negotiation.take(GO, text("disk") + b"\0\0")[1] is Outcome.TRANSMISSION
 
@@ -97,14 +103,18 @@ def test_unknown_name_is_an_error_and_negotiation_goes_on(negotiation, option) -
         text("x" * 4097) + b"\0\0",
     ],
 )
-def test_malformed_go_is_invalid_and_negotiation_goes_on(negotiation, data) -> None:
+def test_malformed_go_is_invalid_and_negotiation_goes_on(
+    negotiation: Negotiation, data: bytes
+) -> None:
     stream, outcome = negotiation.take(GO, data)
     assert struct.unpack(">I", stream[12:16]) == (INVALID,)
     assert outcome is Outcome.GO_ON
 
 
 @pytest.mark.parametrize(("flags", "padding"), [(0, 124), (2, 0)])
-def test_export_name_pads_unless_told_not_to(negotiation, flags, padding) -> None:
+def test_export_name_pads_unless_told_not_to(
+    negotiation: Negotiation, flags: int, padding: int
+) -> None:
     negotiation.client_flags = flags
     reply, outcome = negotiation.take(EXPORT_NAME, b"disk")
     assert reply == struct.pack(">QH", 1 << 20, 0x0145) + bytes(padding)
@@ -112,31 +122,31 @@ def test_export_name_pads_unless_told_not_to(negotiation, flags, padding) -> Non
 
 
 @pytest.mark.parametrize("name", [b"other", b"\xff", b"x" * 4097])
-def test_bad_export_name_ends_the_connection(negotiation, name) -> None:
+def test_bad_export_name_ends_the_connection(negotiation: Negotiation, name: bytes) -> None:
     assert negotiation.take(EXPORT_NAME, name) == (b"", Outcome.END)
 
 
-def test_list_names_the_export_with_its_description(negotiation) -> None:
+def test_list_names_the_export_with_its_description(negotiation: Negotiation) -> None:
     assert take(negotiation, LIST) == [(SERVER, text("disk") + b"a test"), (ACK, b"")]
 
 
-def test_list_with_data_is_invalid(negotiation) -> None:
+def test_list_with_data_is_invalid(negotiation: Negotiation) -> None:
     assert take(negotiation, LIST, b"x")[0][0] == INVALID
 
 
-def test_abort_is_acknowledged_and_ends(negotiation) -> None:
+def test_abort_is_acknowledged_and_ends(negotiation: Negotiation) -> None:
     stream, outcome = negotiation.take(ABORT, b"")
     assert struct.unpack(">I", stream[12:16]) == (ACK,)
     assert outcome is Outcome.END
 
 
 @pytest.mark.parametrize("option", [STARTTLS, 4, 11, 12345, 0xFFFFFFFF])
-def test_tls_and_unknown_options_are_unsupported(negotiation, option) -> None:
+def test_tls_and_unknown_options_are_unsupported(negotiation: Negotiation, option: int) -> None:
     assert take(negotiation, option)[0][0] == UNSUP
 
 
 @pytest.mark.parametrize("asked", [[], ["base:"], ["base:allocation"], ["x:y", "base:allocation"]])
-def test_listing_contexts(structured, asked) -> None:
+def test_listing_contexts(structured: Negotiation, asked: list[str]) -> None:
     assert take(structured, LIST_META, queries(*asked)) == [
         (META, b"\0\0\0\0base:allocation"),
         (ACK, b""),
@@ -144,11 +154,11 @@ def test_listing_contexts(structured, asked) -> None:
 
 
 @pytest.mark.parametrize("asked", [["qemu:"], ["qemu:dirty-bitmap:x"], ["base"]])
-def test_listing_contexts_of_others_finds_none(structured, asked) -> None:
+def test_listing_contexts_of_others_finds_none(structured: Negotiation, asked: list[str]) -> None:
     assert take(structured, LIST_META, queries(*asked)) == [(ACK, b"")]
 
 
-def test_setting_the_context_makes_block_status_usable(structured) -> None:
+def test_setting_the_context_makes_block_status_usable(structured: Negotiation) -> None:
     assert take(structured, SET_META, queries("base:allocation")) == [
         (META, b"\0\0\0\1base:allocation"),
         (ACK, b""),
@@ -158,35 +168,35 @@ def test_setting_the_context_makes_block_status_usable(structured) -> None:
 
 
 @pytest.mark.parametrize("asked", [[], ["base:"], ["other:context"]])
-def test_setting_what_is_no_context_sets_none(structured, asked) -> None:
+def test_setting_what_is_no_context_sets_none(structured: Negotiation, asked: list[str]) -> None:
     structured.take(SET_META, queries("base:allocation"))
     assert take(structured, SET_META, queries(*asked)) == [(ACK, b"")]
     structured.take(GO, text("") + b"\0\0")
     assert not structured.allocation
 
 
-def test_contexts_hold_for_the_name_they_were_asked_for(structured) -> None:
+def test_contexts_hold_for_the_name_they_were_asked_for(structured: Negotiation) -> None:
     structured.take(SET_META, queries("base:allocation", export="disk"))
     structured.take(GO, text("") + b"\0\0")
     assert not structured.allocation
 
 
 @pytest.mark.parametrize("option", [LIST_META, SET_META])
-def test_contexts_need_structured_replies(negotiation, option) -> None:
+def test_contexts_need_structured_replies(negotiation: Negotiation, option: int) -> None:
     assert take(negotiation, option, queries("base:allocation"))[0][0] == INVALID
 
 
 @pytest.mark.parametrize("option", [LIST_META, SET_META])
-def test_contexts_of_an_unknown_export(structured, option) -> None:
+def test_contexts_of_an_unknown_export(structured: Negotiation, option: int) -> None:
     assert take(structured, option, queries("base:allocation", export="x"))[0][0] == UNKNOWN
 
 
-def test_more_queries_announced_than_sent_is_invalid(structured) -> None:
+def test_more_queries_announced_than_sent_is_invalid(structured: Negotiation) -> None:
     data = text("") + struct.pack(">I", 0xFFFFFFFF) + text("base:allocation")
     assert take(structured, SET_META, data)[0][0] == INVALID
 
 
-def test_negotiating_without_end_is_ended(negotiation) -> None:
+def test_negotiating_without_end_is_ended(negotiation: Negotiation) -> None:
     for _ in range(OPTIONS_MAX):
         negotiation.take(LIST, b"")
     with pytest.raises(Malformed):

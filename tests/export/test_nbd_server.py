@@ -27,21 +27,21 @@ async def figures(server: NbdServer) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("mode", [0o660, 0o600])
-def test_the_socket_has_its_mode(served, tmp_path, mode) -> None:
+def test_the_socket_has_its_mode(served: Served, tmp_path: Path, mode: int) -> None:
     server = served.call(listen(served, tmp_path / "other", mode))
     found = stat.S_IMODE((tmp_path / "other").stat().st_mode)
     served.call(server.close())
     assert found == mode
 
 
-def test_a_live_servers_socket_is_not_taken(served) -> None:
+def test_a_live_servers_socket_is_not_taken(served: Served) -> None:
     with pytest.raises(ConfigError, match="a server answers there already"):
         served.call(listen(served, served.socket))
     with NbdClient(served.socket) as client:
         assert client.go("disk").read(0, 1) == b"\0"
 
 
-def test_a_dead_servers_socket_is_replaced(served, tmp_path) -> None:
+def test_a_dead_servers_socket_is_replaced(served: Served, tmp_path: Path) -> None:
     dead = socket.socket(socket.AF_UNIX)
     dead.bind(str(tmp_path / "dead"))
     dead.close()
@@ -51,7 +51,7 @@ def test_a_dead_servers_socket_is_replaced(served, tmp_path) -> None:
     served.call(server.close())
 
 
-def test_what_is_no_socket_is_not_taken(served, tmp_path) -> None:
+def test_what_is_no_socket_is_not_taken(served: Served, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ConfigError, match="is not a socket"):
         served.call(listen(served, tmp_path / "file"))
@@ -59,18 +59,18 @@ def test_what_is_no_socket_is_not_taken(served, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("path", ["missing/nbd.sock", "x" * 200])
-def test_an_impossible_path_is_the_users_mistake(served, tmp_path, path) -> None:
+def test_an_impossible_path_is_the_users_mistake(served: Served, tmp_path: Path, path: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen there"):
         served.call(listen(served, tmp_path / path))
 
 
-def test_closing_removes_the_socket(served, tmp_path) -> None:
+def test_closing_removes_the_socket(served: Served, tmp_path: Path) -> None:
     server = served.call(listen(served, tmp_path / "other"))
     served.call(server.close())
     assert not (tmp_path / "other").exists()
 
 
-def test_closing_leaves_a_successors_socket(served, tmp_path) -> None:
+def test_closing_leaves_a_successors_socket(served: Served, tmp_path: Path) -> None:
     first = served.call(listen(served, tmp_path / "other"))
     (tmp_path / "other").unlink()
     second = served.call(listen(served, tmp_path / "other"))
@@ -79,7 +79,7 @@ def test_closing_leaves_a_successors_socket(served, tmp_path) -> None:
     served.call(second.close())
 
 
-def test_closing_disconnects_clients_and_may_be_repeated(served, tmp_path) -> None:
+def test_closing_disconnects_clients_and_may_be_repeated(served: Served, tmp_path: Path) -> None:
     server = served.call(listen(served, tmp_path / "other"))
     with NbdClient(tmp_path / "other") as client, NbdClient(tmp_path / "other") as silent:
         client.go()
@@ -89,7 +89,7 @@ def test_closing_disconnects_clients_and_may_be_repeated(served, tmp_path) -> No
         silent.until_end()
 
 
-def test_closing_answers_what_is_in_progress(served, tmp_path) -> None:
+def test_closing_answers_what_is_in_progress(served: Served, tmp_path: Path) -> None:
     server = served.call(listen(served, tmp_path / "other"))
     with NbdClient(tmp_path / "other") as client:
         client.go()
@@ -120,7 +120,7 @@ def test_a_disk_that_does_not_answer_does_not_hold_up_closing(tmp_path: Path) ->
         ("a b?&#ä", "nbd+unix:///a%20b%3F%26%23%C3%A4?socket="),
     ],
 )
-def test_the_uri_is_quoted(served, tmp_path, name, expected) -> None:
+def test_the_uri_is_quoted(served: Served, tmp_path: Path, name: str, expected: str) -> None:
     async def uri() -> str:
         async with NbdServer(served.disk, name=name) as server:
             await server.listen_unix(tmp_path / "a&b")
@@ -129,7 +129,9 @@ def test_the_uri_is_quoted(served, tmp_path, name, expected) -> None:
     assert served.call(uri()) == expected + str(tmp_path) + "/a%26b"
 
 
-def test_a_relative_path_is_absolute_in_the_uri(served, tmp_path, monkeypatch) -> None:
+def test_a_relative_path_is_absolute_in_the_uri(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     server = served.call(listen(served, Path("here")))
     uri = server.uri
@@ -137,7 +139,7 @@ def test_a_relative_path_is_absolute_in_the_uri(served, tmp_path, monkeypatch) -
     assert uri == f"nbd+unix:///disk?socket={tmp_path}/here"
 
 
-def test_tcp_on_any_free_port(served) -> None:
+def test_tcp_on_any_free_port(served: Served) -> None:
     async def scenario() -> list[str]:
         async with NbdServer(served.disk, name="d") as server:
             first = await server.listen_tcp(port=0)
@@ -155,7 +157,7 @@ def test_tcp_on_any_free_port(served) -> None:
     assert second.startswith("nbd://[::1]:")
 
 
-def test_a_port_in_use_is_the_users_mistake(served) -> None:
+def test_a_port_in_use_is_the_users_mistake(served: Served) -> None:
     async def scenario() -> None:
         async with NbdServer(served.disk) as server:
             port = int((await server.listen_tcp(port=0)).split(":")[2].rstrip("/"))
@@ -165,7 +167,7 @@ def test_a_port_in_use_is_the_users_mistake(served) -> None:
         served.call(scenario())
 
 
-def test_no_uri_before_it_listens(served) -> None:
+def test_no_uri_before_it_listens(served: Served) -> None:
     async def uri() -> str:
         return NbdServer(served.disk).uri
 
@@ -174,7 +176,7 @@ def test_no_uri_before_it_listens(served) -> None:
 
 
 @pytest.mark.parametrize("text", ["x" * 4097, "a\0b"])
-def test_texts_that_nbd_cannot_carry(served, text) -> None:
+def test_texts_that_nbd_cannot_carry(served: Served, text: str) -> None:
     async def make() -> None:
         NbdServer(served.disk, description=text)
 
@@ -182,7 +184,7 @@ def test_texts_that_nbd_cannot_carry(served, text) -> None:
         served.call(make())
 
 
-def test_counters(served) -> None:
+def test_counters(served: Served) -> None:
     with NbdClient(served.socket) as client:
         client.go()
         client.write(0, bytes(1000))
@@ -205,7 +207,7 @@ def test_counters(served) -> None:
     }
 
 
-def test_descriptors_are_given_back(served, tmp_path) -> None:
+def test_descriptors_are_given_back(served: Served, tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     server = served.call(listen(served, tmp_path / "other"))
     with NbdClient(tmp_path / "other") as client:

@@ -49,7 +49,7 @@ def image(tmp_path: Path) -> Path:
     return make_image(tmp_path / "source", SIZE, seed=1)
 
 
-def test_nbdinfo_tells_what_the_disk_is(served) -> None:
+def test_nbdinfo_tells_what_the_disk_is(served: Served) -> None:
     (export,) = json.loads(run("nbdinfo", "--json", served.uri))["exports"]
     assert {
         "export-name": "disk",
@@ -68,7 +68,7 @@ def test_nbdinfo_tells_what_the_disk_is(served) -> None:
     }.items() <= export.items()
 
 
-def test_nbdinfo_lists_the_export_with_its_description(tmp_path) -> None:
+def test_nbdinfo_lists_the_export_with_its_description(tmp_path: Path) -> None:
     with served_disk("memory:1M", tmp_path, name="xvda", description="a guest's root") as served:
         listed = json.loads(run("nbdinfo", "--list", "--json", served.uri))
     assert [(e["export-name"], e["description"]) for e in listed["exports"]] == [
@@ -79,18 +79,18 @@ def test_nbdinfo_lists_the_export_with_its_description(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("question", "yes"), [("connect", True), ("write", False), ("trim", False), ("cache", False)]
 )
-def test_nbdinfo_about_a_read_only_disk(tmp_path, question, yes) -> None:
+def test_nbdinfo_about_a_read_only_disk(tmp_path: Path, question: str, yes: bool) -> None:
     with served_disk("memory:1M", tmp_path, options="access=ro,") as served:
         assert (try_run("nbdinfo", "--can", question, served.uri).returncode == 0) == yes
 
 
-def test_nbdinfo_maps_everything_as_data(served) -> None:
+def test_nbdinfo_maps_everything_as_data(served: Served) -> None:
     mapped = json.loads(run("nbdinfo", "--map", "--json", served.uri))
     assert mapped == [{"offset": 0, "length": SIZE, "type": 0, "description": "data"}]
 
 
 @pytest.mark.slow
-def test_nbdcopy_there_and_back(served, image, tmp_path) -> None:
+def test_nbdcopy_there_and_back(served: Served, image: Path, tmp_path: Path) -> None:
     run("nbdcopy", "--flush", image, served.uri)
     run("nbdcopy", served.uri, tmp_path / "back")
     run("cmp", image, tmp_path / "back")
@@ -98,7 +98,7 @@ def test_nbdcopy_there_and_back(served, image, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["memory", "file"])
-def test_nbdcopy_of_a_gibibyte(kind, tmp_path) -> None:
+def test_nbdcopy_of_a_gibibyte(kind: str, tmp_path: Path) -> None:
     source = make_image(tmp_path / "source", 1 << 30, seed=2)
     with served_disk(target(kind, tmp_path, 1 << 30), tmp_path) as served:
         run("nbdcopy", "--flush", source, served.uri)
@@ -107,21 +107,21 @@ def test_nbdcopy_of_a_gibibyte(kind, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_qemu_img_convert_and_compare(served, image, tmp_path) -> None:
+def test_qemu_img_convert_and_compare(served: Served, image: Path, tmp_path: Path) -> None:
     run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", image, served.uri)
     run("qemu-img", "compare", "-f", "raw", "-F", "raw", image, served.uri)
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", served.uri, tmp_path / "q")
     run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", image, tmp_path / "q")
 
 
-def test_qemu_img_info_and_map(served) -> None:
+def test_qemu_img_info_and_map(served: Served) -> None:
     info = json.loads(run("qemu-img", "info", "--output=json", served.uri))
     mapped = json.loads(run("qemu-img", "map", "--output=json", served.uri))
     assert info["virtual-size"] == SIZE
     assert [(m["start"], m["length"], m["data"]) for m in mapped] == [(0, SIZE, True)]
 
 
-def test_qemu_io_patterns(served) -> None:
+def test_qemu_io_patterns(served: Served) -> None:
     commands = (
         *("write -P 0x5a 0 1M", "write -P 0xa5 -f 1000 3001", "aio_write -P 1 2M 64k"),
         *("aio_write -P 2 3M 64k", "aio_flush", "flush", "write -z 512 512", "write -z -u 4M 2M"),
@@ -135,7 +135,9 @@ def test_qemu_io_patterns(served) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("pattern", "size"), [("randwrite", "4k"), ("write", "300k")])
-def test_fio_verifies_what_it_wrote(served, tmp_path, pattern, size) -> None:
+def test_fio_verifies_what_it_wrote(
+    served: Served, tmp_path: Path, pattern: str, size: str
+) -> None:
     run(
         *("fio", "--name=v", "--ioengine=nbd", f"--uri={served.uri}", f"--rw={pattern}"),
         *(f"--bs={size}", "--size=16M", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1"),
@@ -148,7 +150,7 @@ def test_fio_verifies_what_it_wrote(served, tmp_path, pattern, size) -> None:
 
 
 @pytest.mark.slow
-def test_several_tools_at_once_do_not_disturb_each_other(served, tmp_path) -> None:
+def test_several_tools_at_once_do_not_disturb_each_other(served: Served, tmp_path: Path) -> None:
     failures: list[BaseException] = []
 
     def verify(number: int) -> None:
@@ -169,7 +171,7 @@ def test_several_tools_at_once_do_not_disturb_each_other(served, tmp_path) -> No
     assert not failures
 
 
-def test_a_tool_over_tcp(served) -> None:
+def test_a_tool_over_tcp(served: Served) -> None:
     uri = served.call(served.server.listen_tcp(port=0))
     said = run("qemu-io", "-f", "raw", "-c", "write -P 7 0 64k", "-c", "read -P 7 0 64k", uri)
     assert "Pattern verification failed" not in said
@@ -197,7 +199,7 @@ h.shutdown()
 """
 
 
-def test_libnbd_from_python(served) -> None:
+def test_libnbd_from_python(served: Served) -> None:
     run("nbdsh", "-c", f"uri = {served.uri!r}", "-c", LIBNBD)
     assert served.call(counters(served))["rejected"] == 1
 
