@@ -59,7 +59,7 @@ class Disk:
         self._features: BackendFeatures | None = None
         self._outstanding: dict[int, _Outstanding] = {}
         self._next_token = 0
-        self._edges: list[tuple[int, int, asyncio.Event]] = []
+        self._edges: list[tuple[int, int, asyncio.Task[None]]] = []
         self._flush_works = True
         self._ended: OSError | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -291,28 +291,37 @@ class Disk:
 
     async def _wait_for_edges(self, first: int, end: int) -> None:
         """Wait for every unaligned write in progress that touches these sectors."""
-        while waiting := [done for a, b, done in self._edges if a < end and first < b]:
-            await waiting[0].wait()
+
+        def touches(a: int, b: int) -> bool:
+            return a < end and first < b
+
+        while waiting := [w for a, b, w in self._edges if touches(a, b) and not w.done()]:
+            await asyncio.wait(waiting)
 
     async def _write_edges(
         self, offset: int, data: bytes | bytearray | memoryview, first: int, sectors: int
     ) -> None:
         end = first + sectors
         await self._wait_for_edges(first, end)
-        done = asyncio.Event()
-        entry = (first, end, done)
+        change = asyncio.create_task(self._change(offset, data, first, sectors))
+        entry = (first, end, change)
         self._edges.append(entry)
-        try:
-            for io in self._writes_on(first, end):
-                await asyncio.wait([io.done])
-            buffer = bytearray(sectors * RING_SECTOR_SIZE)
-            await self._run(Op.READ, first, sectors, buffer)
-            skip = offset - first * RING_SECTOR_SIZE
-            buffer[skip : skip + len(data)] = data
-            await self._run(Op.WRITE, first, sectors, buffer)
-        finally:
-            self._edges.remove(entry)
-            done.set()
+        change.add_done_callback(lambda _: self._edges.remove(entry))
+        # A caller that gives up does not end it: what is on the ring would still be written, and
+        # over the next writer's data in these blocks.
+        await asyncio.shield(change)
+
+    async def _change(
+        self, offset: int, data: bytes | bytearray | memoryview, first: int, sectors: int
+    ) -> None:
+        """Read whole blocks, change a part, write them; new writes on them wait meanwhile."""
+        for io in self._writes_on(first, first + sectors):
+            await asyncio.wait([io.done])
+        buffer = bytearray(sectors * RING_SECTOR_SIZE)
+        await self._run(Op.READ, first, sectors, buffer)
+        skip = offset - first * RING_SECTOR_SIZE
+        buffer[skip : skip + len(data)] = data
+        await self._run(Op.WRITE, first, sectors, buffer)
 
     def _writes_on(self, first: int, end: int) -> list[_Outstanding]:
         return [io for io in self._outstanding.values() if io.blocks_write(first, end)]
@@ -331,7 +340,9 @@ class Disk:
             if error.errno != errno.EOPNOTSUPP:
                 raise
             self._flush_works = False
-            logger.warning("the backend has withdrawn flush: writes are as durable as it makes them")
+            logger.warning(
+                "the backend has withdrawn flush: writes are as durable as it makes them"
+            )
 
     async def discard(self, offset: int, length: int) -> None:
         """Let go of the whole blocks within a range: what is read there afterwards is undefined.
