@@ -173,6 +173,7 @@ def test_payloads_announced_and_withheld_do_not_hold_up_others(
         client.socket.close()
 
 
+@pytest.mark.slow
 def test_the_zeroing_of_a_client_that_left_is_given_up(
     served: Served, client: NbdClient, bystander: NbdClient
 ) -> None:

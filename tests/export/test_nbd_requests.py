@@ -44,6 +44,7 @@ def test_what_is_written_is_read_at_any_alignment(
     assert client.read(offset, length) == data
 
 
+@pytest.mark.slow
 def test_the_longest_request_is_32_mib(tmp_path: Path) -> None:
     with served_disk("memory:40M", tmp_path) as served, NbdClient(served.socket) as client:
         data = os.urandom(1 << 20) * 32

@@ -184,6 +184,45 @@ def test_texts_that_nbd_cannot_carry(served: Served, text: str) -> None:
         served.call(make())
 
 
+async def listen_briefly(served: Served, path: Path) -> NbdServer:
+    server = NbdServer(served.disk, connections_max=1, patience_s=0.05)
+    await server.listen_unix(path)
+    return server
+
+
+def test_a_client_that_does_not_negotiate_loses_its_place(served: Served, tmp_path: Path) -> None:
+    server = served.call(listen_briefly(served, tmp_path / "other"))
+    with NbdClient(tmp_path / "other") as silent:
+        silent.greet()
+        assert silent.until_end() == b""
+    served.call(server.close())
+
+
+def test_a_client_that_negotiated_may_be_idle(served: Served, tmp_path: Path) -> None:
+    server = served.call(listen_briefly(served, tmp_path / "other"))
+    with NbdClient(tmp_path / "other") as idle, NbdClient(tmp_path / "other") as turned_away:
+        idle.go()
+        assert turned_away.until_end() == b""
+        served.call(asyncio.sleep(0.1))  # twice the patience
+        assert idle.read(0, 1) == b"\0"
+    served.call(server.close())
+
+
+def test_a_client_that_does_not_read_its_last_replies_loses_its_place(
+    served: Served, tmp_path: Path
+) -> None:
+    server = served.call(listen_briefly(served, tmp_path / "other"))
+    with NbdClient(tmp_path / "other") as client:
+        client.go()
+        for _ in range(8):
+            client.request(0, 0, 1 << 20)
+        client.request(2)
+        while served.call(figures(server))["connected"]:
+            pass
+        assert len(client.until_end()) < 8 << 20
+    served.call(server.close())
+
+
 def test_counters(served: Served) -> None:
     with NbdClient(served.socket) as client:
         client.go()

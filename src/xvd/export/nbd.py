@@ -27,6 +27,9 @@ __all__ = ["ExportedDisk", "NbdServer"]
 CONNECTIONS_MAX: Final = 64
 """Clients at a time; with their limits it bounds what all of them together can make us hold."""
 CLOSE_TIMEOUT_S: Final = 5.0
+PATIENCE_S: Final = 10.0
+"""For a client to choose an export, and to read the last replies after it has disconnected: one
+that does neither keeps its place no longer."""
 _PREFERRED_MAX = 4096
 
 
@@ -43,6 +46,7 @@ class NbdServer:
         name: str = "",
         description: str = "",
         connections_max: int = CONNECTIONS_MAX,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         for text in (name, description):
             if len(text.encode()) > STRING_MAX or "\0" in text:
@@ -51,6 +55,7 @@ class NbdServer:
         self.name = name
         self.description = description
         self.count: Counter[str] = Counter()
+        self.patience_s = patience_s
         self._connections_max = connections_max
         self._connections: set[NbdConnection] = set()
         self._listeners: list[asyncio.Server] = []

@@ -36,10 +36,6 @@ REQUESTS_MAX: Final = 256
 """Requests of one client in progress; nbdcopy sends 64 at a time, fio as many as it is told."""
 BYTES_MAX: Final = 2 * nbd.PAYLOAD_MAX
 """Bytes of data of one client's requests in progress."""
-HANDSHAKE_TIMEOUT_S: Final = 10.0
-"""For a client to choose an export; one that says nothing keeps its place no longer."""
-LINGER_S: Final = 10.0
-"""For a client that has disconnected to read the replies to what it sent before."""
 
 _BUFFER: Final = 64 * 1024
 _JOIN_MAX: Final = 16 * 1024
@@ -95,6 +91,7 @@ class Owner(Protocol):
 
     disk: ExportedDisk
     count: Counter[str]
+    patience_s: float
 
     def export(self) -> Export:
         """What a client is told that arrives now."""
@@ -158,7 +155,7 @@ class NbdConnection(asyncio.BufferedProtocol):
         if not self._owner.arrived(self):
             transport.abort()
             return
-        self._arm(HANDSHAKE_TIMEOUT_S)
+        self._arm()
         transport.write(nbd.greeting())
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -204,9 +201,9 @@ class NbdConnection(asyncio.BufferedProtocol):
         self._replies.clear()
         self._leave_if_done()
 
-    def _arm(self, seconds: float) -> None:
-        self._disarm()
-        self._timer = self._loop.call_later(seconds, self.abort)
+    def _arm(self) -> None:
+        """Cut the client off if it keeps us waiting, in negotiation or in the end."""
+        self._timer = self._loop.call_later(self._owner.patience_s, self.abort)
 
     def _disarm(self) -> None:
         if self._timer is not None:
@@ -247,7 +244,7 @@ class NbdConnection(asyncio.BufferedProtocol):
             self._send()
             self._transport.close()
             if self._timer is None:
-                self._arm(LINGER_S)
+                self._arm()
 
     def _refuse(self, reason: Malformed) -> None:
         """The stream makes no sense any more: there is nobody to answer."""
