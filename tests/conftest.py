@@ -1,12 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests everywhere share: outside tools are optional on a desk and demanded in CI."""
+"""What tests everywhere share: drawn examples repeat, unexpected warnings fail, tools are optional.
 
+Outside tools may be missing on a desk and are demanded in CI. A test that causes a warning on
+purpose says so with `expect_log`.
+"""
+
+import logging
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile(
+    "ci", derandomize=True, deadline=None, print_blob=True, database=None
+)
+hypothesis.settings.register_profile("explore", deadline=None, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +41,34 @@ def requires_tool() -> Callable[[str, str], str]:
         pytest.skip(reason)
 
     return find
+
+
+class LogCheck(logging.Handler):
+    """Collects warnings and errors; calling it registers a pattern that one of them must match."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+        self.expected: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def __call__(self, pattern: str) -> None:
+        self.expected.append(pattern)
+
+    def matching(self, pattern: str) -> list[str]:
+        return [line for line in self.lines if re.search(pattern, line)]
+
+
+@pytest.fixture(autouse=True)
+def expect_log() -> Iterator[LogCheck]:
+    """`expect_log(pattern)`: a warning or error matching it is what the test wants to see."""
+    check = LogCheck()
+    logging.getLogger().addHandler(check)
+    yield check
+    logging.getLogger().removeHandler(check)
+    strange = [s for s in check.lines if not any(re.search(p, s) for p in check.expected)]
+    assert strange == [], "logged a warning that no test registered"
+    missing = [pattern for pattern in check.expected if not check.matching(pattern)]
+    assert missing == [], "did not log what the test registered"

@@ -19,7 +19,7 @@ from libc.string cimport memcpy, memset
 from posix.unistd cimport close, write
 
 from xvd.dataplane.abi cimport (
-    BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_NR_ABI, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_PAGE_SIZE, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_OKAY,
     BLKIF_SECTOR_SIZE, BREACH_GRANT_STILL_MAPPED, BREACH_NONE, BREACH_NOT_IN_FLIGHT,
     BREACH_RESPONSE_OVERFLOW, BREACH_UNKNOWN_ID, BREACH_WRONG_OPERATION, blkif_breach_names,
@@ -28,7 +28,7 @@ from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_get16, xvd_get64, xvd_put16, xvd_
 from xvd.dataplane.ports cimport (STEP_BROKEN, STEP_DRAINED, STEP_WORKED, events_of, granter_of,
                                   wrap)
 from xvd.dataplane.ring cimport (
-    RING_BROKEN, front_copy, front_final_check, front_free, front_init, front_next_slot,
+    RING_BROKEN, check_ring, front_copy, front_final_check, front_free, front_init, front_next_slot,
     front_pending, front_push)
 
 import os
@@ -288,8 +288,7 @@ cdef class FrontQueue:
         cdef uint32_t i
         if self.q.shadows != NULL:
             raise LocalProtocolError("a queue is made once")
-        if not 0 <= abi < BLKIF_NR_ABI or nr_ents == 0 or nr_ents & (nr_ents - 1):
-            raise LocalProtocolError(f"no ring of {nr_ents} entries in ABI {abi}")
+        check_ring(page.shape[0], nr_ents, abi)
         if not 1 <= segments_max <= BLKIF_MAX_SEGMENTS_PER_REQUEST:
             raise LocalProtocolError(f"a request has 1 to 11 segments, not {segments_max}")
         self.keep = (ring, pages, events)

@@ -25,17 +25,17 @@ from libc.string cimport memset
 from posix.unistd cimport close, read, write
 
 from xvd.dataplane.abi cimport (
-    BLKIF_NR_ABI, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE,
-    BLKIF_PAGE_SIZE, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, BLKIF_SECTOR_SIZE,
-    REFUSAL_BAD_GRANT, REFUSAL_NONE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts,
-    blkif_refusal_names, blkif_refusal_status)
+    BLKIF_NR_ABI, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT, BLKIF_OP_READ,
+    BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_PAGE_SIZE, BLKIF_RSP_EOPNOTSUPP,
+    BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, BLKIF_SECTOR_SIZE, REFUSAL_BAD_GRANT, REFUSAL_NONE,
+    SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts, blkif_refusal_names, blkif_refusal_status)
 from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_load_acquire, xvd_store_release
 from xvd.dataplane.ports cimport (
     ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE, STEP_BROKEN, STEP_DRAINED, STEP_WORKED,
     engine_of, events_of, grants_of, wrap)
 from xvd.dataplane.request cimport OFFER_SECURE, parse, validate
 from xvd.dataplane.ring cimport (
-    RING_BROKEN, back_attach, back_copy, back_final_check, back_pending, back_push, back_respond)
+    RING_BROKEN, back_attach, check_ring, back_copy, back_final_check, back_pending, back_push, back_respond)
 
 import os
 
@@ -441,8 +441,11 @@ cdef class BackendQueue:
             journal = bytearray(journal_size(nr_ents))
         if self.q.pendings != NULL:
             raise LocalProtocolError("a queue is made once")
-        if not 0 <= abi < BLKIF_NR_ABI or nr_ents == 0 or nr_ents & (nr_ents - 1):
-            raise LocalProtocolError(f"no ring of {nr_ents} entries in ABI {abi}")
+        check_ring(page.shape[0], nr_ents, abi)
+        # A barrier orders what is in flight and an indirect request has no segments of its own:
+        # neither is served here, and an offer of either would be answered OKAY with data lost.
+        if offered & ((1 << BLKIF_OP_WRITE_BARRIER) | (1 << BLKIF_OP_INDIRECT)):
+            raise LocalProtocolError("barriers and indirect requests cannot be offered")
         self.keep = (ring, grants, events, engine)
         self.q.ring.sring = &page[0]
         self.q.ring.nr_ents = nr_ents

@@ -167,6 +167,9 @@ cdef inline bint front_final_check(front_ring *r) noexcept nogil:
     return front_pending(r, &count) != RING_EMPTY
 
 
+cdef int check_ring(uint64_t size, uint32_t nr_ents, int abi) except -1
+
+
 cdef class BackRing:
     cdef back_ring r
     cdef object memory

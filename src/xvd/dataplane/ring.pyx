@@ -13,15 +13,21 @@ from xvd.dataplane.abi cimport BLKIF_NR_ABI, BLKIF_RING_HEADER, blkif_layouts
 from xvd.errors import LocalProtocolError
 
 
-cdef uint8_t *ring_memory(object view, uint32_t nr_ents, int abi) except NULL:
-    """Check that the memory is writable and holds the ring; the address of its first byte."""
-    cdef uint8_t[::1] bytes_ = view
+cdef int check_ring(uint64_t size, uint32_t nr_ents, int abi) except -1:
+    """Whether memory of `size` bytes holds such a ring; LocalProtocolError if it does not."""
     if not 0 <= abi < BLKIF_NR_ABI:
         raise LocalProtocolError(f"there is no ABI {abi}")
     if nr_ents == 0 or nr_ents & (nr_ents - 1):
         raise LocalProtocolError(f"a ring has a power of two entries, not {nr_ents}")
-    if BLKIF_RING_HEADER + <uint64_t>nr_ents * blkif_layouts[abi].entry_size > <uint64_t>bytes_.shape[0]:
-        raise LocalProtocolError(f"{bytes_.shape[0]} bytes are too few for {nr_ents} entries")
+    if BLKIF_RING_HEADER + <uint64_t>nr_ents * blkif_layouts[abi].entry_size > size:
+        raise LocalProtocolError(f"{size} bytes are too few for {nr_ents} entries")
+    return 0
+
+
+cdef uint8_t *ring_memory(object view, uint32_t nr_ents, int abi) except NULL:
+    """Check that the memory is writable and holds the ring; the address of its first byte."""
+    cdef uint8_t[::1] bytes_ = view
+    check_ring(bytes_.shape[0], nr_ents, abi)
     return &bytes_[0]
 
 

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole emulated machine in one event loop: host, store, backend, guests and their disks.
+
+`disk_world` gives everything back at its end, and the machine's books must show it.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from rig_queue import NOTHING, SMALL
+
+from xvd.backend.device import Settings, StorageOpener
+from xvd.backend.server import Server
+from xvd.blkif.nodes import BackendAssignment
+from xvd.engines.interface import Engine
+from xvd.engines.uri import open_engine
+from xvd.frontend.disk import Disk
+from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.emulated.service import EmulatedHost
+from xvd.machine.xs.client import XenstoreClient
+from xvd.toolstack.vbd import Vbd, attach, create_guest
+from xvd.toolstack.xldisk import parse_xl_disk
+from xvd.types import Domid
+
+T = TypeVar("T")
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a test's coroutine; a hang becomes a failure that shows where."""
+
+    async def limited() -> T:
+        async with asyncio.timeout(30):
+            return await work
+
+    return asyncio.run(limited())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let everybody else run until it holds."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def opener(*layers: str) -> StorageOpener:
+    """Opens what the toolstack names, as the daemon does, with layers in front."""
+
+    async def open_storage(assignment: BackendAssignment) -> Engine:
+        known = assignment.image_format == "raw"
+        uri = assignment.image if known else f"{assignment.image_format}:{assignment.image}"
+        return await asyncio.to_thread(
+            open_engine, uri, read_only=not assignment.writable, layers=layers
+        )
+
+    return open_storage
+
+
+class World:
+    """What a test of whole disks holds; everything of one guest is made on demand."""
+
+    def __init__(self, host: EmulatedHost, dom0: EmulatedMachine, store: XenstoreClient) -> None:
+        self.host = host
+        self.dom0 = dom0
+        self.store = store
+        self.server: Server | None = None
+        self.guests: dict[Domid, tuple[EmulatedMachine, XenstoreClient]] = {}
+        self.undo: list[Callable[[], Awaitable[None]]] = []
+
+    async def serve(self, open_storage: StorageOpener, settings: Settings | None = None) -> Server:
+        """A backend in domain 0."""
+        self.server = Server(self.dom0, self.store, open_storage, settings=settings)
+        await self.server.start()
+        return self.server
+
+    async def guest(self, domid: int = 1) -> tuple[EmulatedMachine, XenstoreClient]:
+        """A guest's machine and its connection to the store."""
+        number = Domid(domid)
+        if number not in self.guests:
+            self.host.create_domain(number)
+            await create_guest(self.store, number, f"guest{domid}")
+            machine = self.host.machine(number)
+            self.guests[number] = machine, await machine.xenstore()
+        return self.guests[number]
+
+    async def attach(
+        self, target: str = "memory:8M", *, domid: int = 1, vdev: str = "xvda", access: str = "rw"
+    ) -> Vbd:
+        await self.guest(domid)
+        disk = parse_xl_disk(f"vdev={vdev},access={access},target={target}")
+        return await attach(self.store, Domid(domid), disk)
+
+    async def open(self, vbd: Vbd) -> Disk:
+        machine, store = await self.guest(vbd.domid)
+        return await Disk.open(machine, store, f"device/vbd/{vbd.vdev}")
+
+    async def disk(self, target: str = "memory:8M", **options: Any) -> Disk:
+        """Attach a disk and open it."""
+        return await self.open(await self.attach(target, **options))
+
+    async def close(self) -> None:
+        if self.server is not None:
+            await self.server.close()
+        for machine, store in self.guests.values():
+            await store.close()
+            machine.close()
+        await self.store.close()
+        self.dom0.close()
+
+
+@asynccontextmanager
+async def disk_world(
+    *layers: str,
+    open_storage: StorageOpener | None = None,
+    settings: Settings | None = None,
+    limits: Limits = SMALL,
+    serve: bool = True,
+) -> AsyncIterator[World]:
+    """A host with a backend in domain 0; `layers` go in front of every disk's storage."""
+    async with EmulatedHost(limits) as host:
+        dom0 = host.machine(Domid(0))
+        world = World(host, dom0, await dom0.xenstore())
+        if serve:
+            await world.serve(open_storage or opener(*layers), settings)
+        try:
+            yield world
+        finally:
+            await world.close()
+        assert host.host.books() == NOTHING

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One backend queue on an emulated machine, with a frontend that may write what it likes.
+
+`QueueWorld` is a context manager; at its end everything is given back, and the machine's books
+must show it.
+"""
+
+import select
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from xvd.blkif.abi import Abi, Op, Status, nr_ents
+from xvd.blkif.messages import AnyRequest, DiscardRequest, Request, Response, Segment
+from xvd.blkif.ring import FrontRing, Outcome
+from xvd.dataplane.queue import BackendQueue
+from xvd.dataplane.uring import Loop
+from xvd.engines.interface import Engine
+from xvd.engines.uri import open_engine
+from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.xs.client import XenstoreClient
+from xvd.types import PAGE_SIZE, Domid, Gref, RequestId
+
+BACKEND, GUEST = Domid(0), Domid(1)
+ALL = 1 << Op.READ | 1 << Op.WRITE | 1 << Op.FLUSH_DISKCACHE | 1 << Op.DISCARD
+SMALL = Limits(pages=4096, grefs=2048, tracks=4096, ports=64)
+NOTHING = {"sessions": 0, "pins": 0, "mappings": 0, "ports": 0, "pages": 0}
+
+WORKED, BROKEN, DRAINED = 1, 2, 4
+
+
+async def no_store() -> XenstoreClient:
+    raise AssertionError("a queue needs no xenstore")
+
+
+def machine(host: Host, domid: Domid) -> EmulatedMachine:
+    host.create_domain(domid)
+    return EmulatedMachine(host.open(domid), no_store)
+
+
+def rq(
+    operation: Op, sector: int = 0, *segments: Segment, id: int = 1, claimed: int | None = None
+) -> Request:
+    return Request(operation, RequestId(id), sector, segments, claimed=claimed)
+
+
+def discard(sector: int, sectors: int, *, id: int = 1, flag: int = 0) -> DiscardRequest:
+    return DiscardRequest(RequestId(id), sector, sectors, flag)
+
+
+class QueueWorld:
+    """A queue, the raw ring in front of it, 32 granted data pages, and the storage behind it."""
+
+    def __init__(
+        self,
+        uri: str | Engine = "memory:1M",
+        *,
+        abi: Abi = Abi.X86_64,
+        offered: int = ALL,
+        copying: bool = False,
+        read_only: bool = False,
+        logical_sectors: int = 1,
+        data_pages: int = 32,
+        poison: int | None = None,
+    ) -> None:
+        self.host = Host(SMALL)
+        self.guest = machine(self.host, GUEST)
+        self.backend = machine(self.host, BACKEND)
+        self.abi = abi
+        self.ring_pages = self.guest.grants.share(BACKEND, 1)
+        self.pages = self.guest.grants.share(BACKEND, data_pages)
+        self.port = self.guest.event_channels.alloc_unbound(BACKEND)
+        self.ring = FrontRing(self.ring_pages.view, abi).init()
+        if poison is not None:
+            self.ring_pages.view[64:] = bytes([poison]) * (PAGE_SIZE - 64)
+        self.engine = open_engine(uri) if isinstance(uri, str) else uri
+        self.channel = self.engine.open_channel()
+        self.grants = self.backend.grants.foreign(GUEST)
+        self.mapping = self.grants.map(self.ring_pages.grefs)
+        self.backend_port = self.backend.event_channels.bind_interdomain(GUEST, self.port.port)
+        self.queue = BackendQueue(
+            self.mapping.view,
+            nr_ents(1, abi),
+            abi.number,
+            self.grants,
+            self.backend_port,
+            self.channel,
+            capacity=self.engine.info.size // 512,
+            logical_sectors=logical_sectors,
+            read_only=read_only,
+            offered=offered,
+            copying=copying,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.mapping.close()
+        self.channel.close()
+        self.engine.close()
+        self.grants.close()
+        self.guest.close()
+        self.backend.close()
+        if exc is None:
+            assert self.host.books() == NOTHING
+        self.host.close()
+
+    def segment(self, page: int, first: int = 0, last: int = 7) -> Segment:
+        return Segment(self.pages.grefs[page], first, last)
+
+    def data(self, page: int) -> memoryview:
+        return self.pages.view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+
+    def send(self, *requests: AnyRequest | bytes) -> None:
+        """Put requests on the ring and publish them."""
+        for request in requests:
+            self.ring.put_request(request)
+        self.ring.push()
+
+    def settle(self) -> None:
+        """Step the queue until it has nothing more to do."""
+        for _ in range(1000):
+            if not self.queue.step() & WORKED:
+                return
+        raise AssertionError("the queue never comes to rest")
+
+    def responses(self) -> list[Response]:
+        found = []
+        while True:
+            outcome, response = self.ring.take_response()
+            if outcome is not Outcome.RESPONSE:
+                assert outcome is Outcome.EMPTY
+                return found
+            assert response is not None
+            found.append(response)
+
+    def collect(self, count: int) -> list[Response]:
+        """Wait for that many responses of a queue that runs in its own thread."""
+        found = self.responses()
+        while len(found) < count:
+            if not self.ring.final_check():
+                assert select.select([self.port.fileno()], [], [], 10)[0], "no event came"
+                self.port.consume()
+            found += self.responses()
+        return found
+
+    def ask(self, *requests: AnyRequest | bytes) -> list[Response]:
+        """Send, serve, and take what was answered."""
+        self.send(*requests)
+        self.settle()
+        return self.responses()
+
+    def refused(self, request: AnyRequest | bytes, reason: str, status: Status) -> None:
+        """The request leaves one response of `status`, one count of `reason`, and nothing else."""
+        answers = self.ask(request)
+        counters = self.queue.counters()
+        assert [answer.status for answer in answers] == [status]
+        assert counters["refusals"] == {reason: 1}
+        self.still_serves()
+
+    def still_serves(self) -> None:
+        """An honest request after all that is answered well; nothing is left in flight."""
+        [answer] = self.ask(rq(Op.READ, 0, self.segment(0), id=77))
+        assert (answer.id, answer.status) == (77, Status.OKAY)
+        assert self.queue.in_flight == 0
+        assert self.host.books()["pins"] == len(self.ring_pages.grefs)
+
+    @contextmanager
+    def running(self) -> Iterator[Loop]:
+        """The queue in a native thread of its own, drained at the end."""
+        loop = Loop(self.queue)
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        try:
+            yield loop
+        finally:
+            self.queue.stop()
+            loop.wake()
+            thread.join()
+
+
+def bad_gref() -> Gref:
+    """A reference that no domain of `SMALL` limits has granted."""
+    return Gref(2000)
