@@ -18,8 +18,8 @@ from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_
 
 from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.ports cimport grant_copy, grant_mapping, grant_ports, granter_ports, wrap
-from xvd.machine.emulated.shared cimport (GNTST_BAD_COPY_ARG, GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE,
-                                          GNTST_OKAY, DomainState, claim_track, domain_state,
+from xvd.machine.emulated.shared cimport (GNTST_BAD_COPY_ARG, GNTST_GENERAL_ERROR,
+                                          GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, GNTST_OKAY, DomainState, claim_track, domain_state,
                                           free_track, grant, maptrack, pin, revoke, unpin)
 
 from xvd.errors import GrantError
@@ -88,10 +88,16 @@ cdef int32_t map_page(foreign *f, uint32_t gref, uint8_t *at, bint writable, uin
 
 cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
                       uint32_t mapped) noexcept nogil:
-    """Take the pages away first, then tell the granter's table that they are gone."""
+    """Take the pages away first, then tell the granter's table that they are gone.
+
+    Tracks that are not ours any more were given back with the machine, and the rest of the chain
+    with them; they may be anybody's by now.
+    """
     cdef uint32_t index = first, following, i
     munmap(base, <size_t>count * 4096)
     for i in range(mapped):
+        if f.mapper.tracks[index].claim >> 16 != f.session:
+            return
         following = f.mapper.tracks[index].next
         unpin(f.granter, f.session, &f.mapper.tracks[index])
         free_track(&f.mapper.tracks[index])
@@ -206,6 +212,7 @@ cdef class EmulatedForeignGrants:
 
     def map(self, grefs, *, bint writable=True):
         """Map references contiguously: see `machine.interface.ForeignGrants.map`."""
+        self.check_open()
         return EmulatedMapping(self, grefs, writable)
 
     def read(self, uint32_t gref, uint32_t offset, uint32_t size):
@@ -219,15 +226,21 @@ cdef class EmulatedForeignGrants:
         if data.shape[0]:
             self.transfer(gref, offset, data.shape[0], <uint8_t *>&data[0], True)
 
+    cdef check_open(self):
+        if self.f.copy_track == NULL:
+            raise GrantError(f"the grants of domain {self.granter.domid} were closed",
+                             GNTST_GENERAL_ERROR)
+
     cdef transfer(self, uint32_t gref, uint32_t offset, uint32_t size, uint8_t *local, bint write):
         cdef grant_copy op
+        self.check_open()
         op.local = local
         op.gref = gref
         op.offset = min(offset, 4096)
         op.size = min(size, 4096)
         op.to_grant = write
         op.status = GNTST_BAD_COPY_ARG
-        if offset + size <= 4096:
+        if size <= 4096 and offset <= 4096 - size:
             copy_one(&self.f, &op)
         if op.status != GNTST_OKAY:
             raise self.error("copy", gref, op.status)
@@ -241,7 +254,8 @@ cdef class EmulatedForeignGrants:
     def close(self):
         """Let go of the peer's table."""
         if self.f.copy_track != NULL:
-            free_track(self.f.copy_track)
+            if self.f.copy_track.claim >> 16 == self.f.session:
+                free_track(self.f.copy_track)
             self.f.copy_track = NULL
             if self.on_close is not None:
                 self.on_close(self)
@@ -282,6 +296,8 @@ cdef class EmulatedMapping:
     @property
     def view(self):
         """The pages as bytes; not to be used after `close`."""
+        if self.m.base == NULL:
+            raise ValueError("the pages were unmapped")
         return PyMemoryView_FromMemory(<char *>self.m.base, <Py_ssize_t>self.m.count * 4096,
                                        PyBUF_WRITE if self.writable else PyBUF_READ)
 

@@ -22,7 +22,7 @@ RESERVED_GREFS = 8
 """References 0..7 are not handed out: 0 is the console's and 1 xenstore's (grant_table.h)."""
 
 _FREE, _UNBOUND, _INTERDOMAIN = 0, 1, 2
-_GNTST_BAD_DOMAIN, _GNTST_NO_SPACE = -2, -13
+_GNTST_GENERAL_ERROR, _GNTST_BAD_DOMAIN, _GNTST_NO_SPACE = -1, -2, -13
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ class Host:
     def books(self) -> dict[str, int]:
         """What is taken at this moment, over all domains. All zero when everybody gave back."""
         with self._lock:
+            self._reap_deferred()
             domains = self._domains.values()
             return {
                 "sessions": len(self._sessions),
@@ -246,6 +247,8 @@ class Session:
             self.host._domain(peer)
             self.host._reap_deferred()
             domain = self.host._domain(self.domid)
+            if count < 1:
+                raise GrantError(f"at least one page is shared, not {count}", _GNTST_GENERAL_ERROR)
             if count > len(domain.free_grefs):
                 raise GrantError(
                     f"domain {self.domid} has {len(domain.free_grefs)} grant references left, "
@@ -261,7 +264,9 @@ class Session:
     def unshare(self, frame: int) -> None:
         """Give pages back that `share` handed out; deferred while the peer maps one."""
         with self.host._lock:
-            domain = self.host._domain(self.domid)
+            domain = self.host._domains.get(self.domid)
+            if domain is None:
+                return  # destroyed, and its memory with it
             shares = domain.shares.get(self.number, [])
             share = next((s for s in shares if s.frame == frame), None)
             if share is not None:

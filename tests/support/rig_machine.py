@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machines that the contract suites run over, each as a pair of domains.
+
+A kind is a context manager that yields a `Pair`. Real Xen becomes one more entry of `KINDS` where
+its devices are there: nothing in the suites knows what is behind a `Machine`, but for what is
+reached through `host`, which may be None.
+"""
+
+import asyncio
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rig_queue import NOTHING, SMALL, machine
+
+from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.emulated.service import EmulatedHost, connect
+from xvd.types import Domid
+
+GRANTER, MAPPER, OTHER = Domid(1), Domid(0), Domid(2)
+
+
+@dataclass
+class Pair:
+    """Two domains, and a way to get further stakes in either of them or in a third."""
+
+    granter: EmulatedMachine
+    mapper: EmulatedMachine
+    open: Callable[[Domid], EmulatedMachine]
+    host: Host
+    opened: list[EmulatedMachine] = field(default_factory=list)
+
+    def another(self, domid: Domid) -> EmulatedMachine:
+        new = self.open(domid)
+        self.opened.append(new)
+        return new
+
+
+@contextmanager
+def one_process(limits: Limits = SMALL) -> Iterator[Pair]:
+    host = Host(limits)
+    for domid in (MAPPER, GRANTER, OTHER):
+        host.create_domain(domid)
+
+    def open_machine(domid: Domid) -> EmulatedMachine:
+        return machine(host, domid)
+
+    pair = Pair(open_machine(GRANTER), open_machine(MAPPER), open_machine, host)
+    yield pair
+    for each in [pair.granter, pair.mapper, *pair.opened]:
+        each.close()
+    assert host.books() == NOTHING
+    host.close()
+
+
+class HostThread:
+    """An emulated host that listens, with its event loop in a thread."""
+
+    def __init__(self, limits: Limits = SMALL) -> None:
+        self._where = tempfile.TemporaryDirectory(prefix="xvd")
+        self.directory = Path(self._where.name)
+        self._ready = threading.Event()
+        self._limits = limits
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        async with EmulatedHost(self._limits) as service:
+            for domid in (GRANTER, OTHER):
+                service.create_domain(domid)
+            await service.listen(self.directory)
+            self.service = service
+            self.host = service.host
+            self._ready.set()
+            await self._stop.wait()
+
+    def machine(self, domid: Domid) -> EmulatedMachine:
+        return connect(self.directory, domid)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._where.cleanup()
+
+
+def wait_for_books(host: Host, wanted: dict[str, int]) -> None:
+    """The other side of a socket notices a close a little later."""
+    for _ in range(100_000):
+        if host.books() == wanted:
+            return
+        threading.Event().wait(0.0001)
+    assert host.books() == wanted
+
+
+@contextmanager
+def across_a_socket(limits: Limits = SMALL) -> Iterator[Pair]:
+    served = HostThread(limits)
+    try:
+        pair = Pair(
+            served.machine(GRANTER), served.machine(MAPPER), served.machine, served.host
+        )  # fmt: skip
+        yield pair
+        for each in [pair.granter, pair.mapper, *pair.opened]:
+            each.close()
+        wait_for_books(served.host, NOTHING)
+    finally:
+        served.close()
+
+
+KINDS: dict[str, Callable[..., AbstractContextManager[Pair]]] = {
+    "one process": one_process,
+    "across a socket": across_a_socket,
+}
