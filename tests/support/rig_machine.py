@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rig_queue import NOTHING, SMALL, machine
+from rig_queue import NOTHING, SMALL, machine, no_store
 
 from xvd.machine.emulated.host import Host, Limits
 from xvd.machine.emulated.machine import EmulatedMachine
@@ -32,6 +32,7 @@ class Pair:
     mapper: EmulatedMachine
     open: Callable[[Domid], EmulatedMachine]
     host: Host
+    open_existing: Callable[[Domid], EmulatedMachine]
     opened: list[EmulatedMachine] = field(default_factory=list)
 
     def another(self, domid: Domid) -> EmulatedMachine:
@@ -49,7 +50,10 @@ def one_process(limits: Limits = SMALL) -> Iterator[Pair]:
     def open_machine(domid: Domid) -> EmulatedMachine:
         return machine(host, domid)
 
-    pair = Pair(open_machine(GRANTER), open_machine(MAPPER), open_machine, host)
+    def open_existing(domid: Domid) -> EmulatedMachine:
+        return EmulatedMachine(host.open(domid), no_store)
+
+    pair = Pair(open_machine(GRANTER), open_machine(MAPPER), open_machine, host, open_existing)
     yield pair
     for each in [pair.granter, pair.mapper, *pair.opened]:
         each.close()
@@ -104,7 +108,8 @@ def across_a_socket(limits: Limits = SMALL) -> Iterator[Pair]:
     served = HostThread(limits)
     try:
         pair = Pair(
-            served.machine(GRANTER), served.machine(MAPPER), served.machine, served.host
+            served.machine(GRANTER), served.machine(MAPPER), served.machine, served.host,
+            served.machine,
         )  # fmt: skip
         yield pair
         for each in [pair.granter, pair.mapper, *pair.opened]:

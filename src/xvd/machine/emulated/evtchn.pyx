@@ -9,7 +9,8 @@ its sender published its ring index before, and the ring is looked at after the 
 """
 
 from libc.stdint cimport uint32_t, uint64_t
-from posix.unistd cimport close, dup, read, write
+from posix.fcntl cimport F_DUPFD_CLOEXEC, fcntl
+from posix.unistd cimport close, read, write
 
 from xvd.dataplane.c cimport xvd_exchange32, xvd_load_acquire
 from xvd.dataplane.ports cimport event_ports, wrap
@@ -62,8 +63,8 @@ cdef class EmulatedEventChannel:
         self.c.slot = &own.c.slots[port]
         self.c.peer_slots = peer.c.slots
         self.c.nr_peer_slots = peer.c.nr_slots
-        self.c.fd = dup(fd)
-        self.c.peer_fd = dup(peer_fd)
+        self.c.fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)
+        self.c.peer_fd = fcntl(peer_fd, F_DUPFD_CLOEXEC, 0)
         self.table.ctx = &self.c
         self.table.fd = self.c.fd
         self.table.notify = notify

@@ -69,11 +69,12 @@ class _Domain:
     deferred: list[_Shared] = field(default_factory=list)
 
 
-def _new_domain(domid: Domid, limits: Limits) -> _Domain:
+def _new_domain(domid: Domid, limits: Limits, generation: int) -> _Domain:
     memory_fd = os.memfd_create(f"xvd-domain-{domid}", os.MFD_CLOEXEC)
     heap_fd = os.memfd_create(f"xvd-heap-{domid}", os.MFD_CLOEXEC)
     os.ftruncate(memory_fd, limits.pages * PAGE_SIZE)
     os.ftruncate(heap_fd, heap_bytes(limits))
+    os.pwrite(heap_fd, (generation & 0xFFFF).to_bytes(4, "little"), 0)
     table_frames = -(-limits.grefs * 8 // PAGE_SIZE)
     return _Domain(
         state=DomainState(domid, memory_fd, heap_fd, limits),
@@ -94,6 +95,7 @@ class Host:
         self._domains: dict[Domid, _Domain] = {}
         self._sessions: dict[int, Session] = {}
         self._last_session = 0
+        self._generation = 0
 
     # ---- Domains ----
 
@@ -101,7 +103,10 @@ class Host:
         """Make a domain; nothing happens if it exists."""
         with self._lock:
             if domid not in self._domains:
-                self._domains[domid] = _new_domain(domid, limits or self.limits)
+                self._domains[domid] = _new_domain(
+                    domid, limits or self.limits, self._generation
+                )
+                self._generation += 1
 
     def destroy_domain(self, domid: Domid) -> None:
         """Close the domain's sessions and forget it. Its memory lives while a peer maps it."""
@@ -236,10 +241,13 @@ class Session:
         self.domid = domid
 
     def state(self, domid: Domid) -> tuple[int, int, Limits]:
-        """A domain's (memory descriptor, heap descriptor, limits); the descriptors stay ours."""
+        """A domain's (memory descriptor, heap descriptor, limits).
+
+        Here and below the descriptors are duplicates: the caller closes them.
+        """
         with self.host._lock:
             domain = self.host._domain(domid)
-            return domain.memory_fd, domain.heap_fd, domain.limits
+            return os.dup(domain.memory_fd), os.dup(domain.heap_fd), domain.limits
 
     def share(self, peer: Domid, count: int) -> tuple[int, list[Gref]]:
         """Take `count` contiguous zeroed pages and as many references: (first frame, grefs)."""
@@ -284,7 +292,7 @@ class Session:
             channel = _Channel((os.eventfd(0, flags), os.eventfd(0, flags)))
             domain.channels[port] = _End(channel, 0, self.number)
             domain.state.set_port(port, _UNBOUND, peer, 0, self.number)
-            return Port(port), *channel.fds
+            return Port(port), os.dup(channel.fds[0]), os.dup(channel.fds[1])
 
     def bind_interdomain(self, peer: Domid, remote: Port) -> tuple[Port, int, int]:
         """Bind to the peer's unbound port, as `alloc_unbound`; our end has an event pending."""
@@ -307,7 +315,7 @@ class Session:
             mine, theirs = end.channel.fds[side], end.channel.fds[end.side]
             if domain.state.set_pending(port):
                 os.eventfd_write(mine, 1)
-            return Port(port), mine, theirs
+            return Port(port), os.dup(mine), os.dup(theirs)
 
     def unbind(self, port: Port) -> None:
         """Close one of this session's ports; nothing happens if it is not."""

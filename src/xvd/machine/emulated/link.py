@@ -65,6 +65,15 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     return data, fds
 
 
+def _send_away(sock: socket.socket, message: msgspec.Struct, fds: list[int]) -> None:
+    """Send, and keep none of the descriptors."""
+    try:
+        _send(sock, message, fds)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
 class LinkServer:
     """Serves a host to other processes.
 
@@ -124,12 +133,11 @@ class LinkServer:
                     return
                 request = msgspec.json.decode(data, type=Request)
                 if calls is None:
-                    calls = _ClientCalls(self, request)
-                    _send(client, Answer(calls.session.number), [])
+                    calls = self._open(client, request)
+                    if calls is None:
+                        return
                 else:
-                    _send(client, *calls.answer(request))
-        except XvdError as error:
-            _send(client, Answer(error="grant", text=str(error), number=-2), [])
+                    _send_away(client, *calls.answer(request))
         except (OSError, msgspec.MsgspecError):
             return  # a client that breaks off, or talks nonsense, is gone
         finally:
@@ -137,6 +145,22 @@ class LinkServer:
                 calls.session.close()
             self._clients.discard(client)
             client.close()
+
+    def _open(self, client: socket.socket, request: Request) -> "_ClientCalls | None":
+        try:
+            calls = _ClientCalls(self, request)
+        except GrantError as error:
+            _send(client, Answer(error="grant", text=str(error), number=error.status), [])
+        except XvdError as error:
+            _send(client, Answer(error="config", text=str(error)), [])
+        else:
+            try:
+                _send(client, Answer(calls.session.number), [])
+            except OSError:
+                calls.session.close()
+                raise
+            return calls
+        return None
 
     def xenstore(self, domid: Domid) -> socket.socket:
         """A store connection, made in the event loop's thread. For the clients' threads."""
@@ -151,6 +175,7 @@ class LinkServer:
         if self._listener is not None:
             self._listener.shutdown(socket.SHUT_RDWR)
             self._listener.close()
+            self._listener = None
         if self._path is not None:
             self._path.unlink(missing_ok=True)
         for client in list(self._clients):
@@ -194,7 +219,8 @@ class _ClientCalls:
         return Answer(self.session.share(Domid(peer), count)), []
 
     def unshare(self, frame: int) -> tuple[Answer, list[int]]:
-        return Answer(self.session.unshare(frame)), []
+        self.session.unshare(frame)
+        return Answer(), []
 
     def alloc_unbound(self, peer: int) -> tuple[Answer, list[int]]:
         port, *fds = self.session.alloc_unbound(Domid(peer))
@@ -205,15 +231,18 @@ class _ClientCalls:
         return Answer(port), fds
 
     def unbind(self, port: int) -> tuple[Answer, list[int]]:
-        return Answer(self.session.unbind(Port(port))), []
+        self.session.unbind(Port(port))
+        return Answer(), []
 
     def create_domain(self, domid: int) -> tuple[Answer, list[int]]:
         self._toolstack_only()
-        return Answer(self.server._host.create_domain(Domid(domid))), []
+        self.server._host.create_domain(Domid(domid))
+        return Answer(), []
 
     def destroy_domain(self, domid: int) -> tuple[Answer, list[int]]:
         self._toolstack_only()
-        return Answer(self.server._host.destroy_domain(Domid(domid))), []
+        self.server._host.destroy_domain(Domid(domid))
+        return Answer(), []
 
     def books(self) -> tuple[Answer, list[int]]:
         self._toolstack_only()
@@ -265,7 +294,6 @@ class LinkClient:
         self.domid = domid
         self._lock = threading.Lock()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._kept: dict[Domid, tuple[int, int, Limits]] = {}
         try:
             self._socket.connect(os.fspath(path))
         except OSError as error:
@@ -294,11 +322,9 @@ class LinkClient:
         return answer.result, fds
 
     def state(self, domid: Domid) -> tuple[int, int, Limits]:
-        """As `host.Session.state`; the descriptors are this client's."""
-        if domid not in self._kept:
-            numbers, fds = self._call("state", domid)
-            self._kept[domid] = fds[0], fds[1], Limits(*numbers)
-        return self._kept[domid]
+        """As `host.Session.state`."""
+        numbers, fds = self._call("state", domid)
+        return fds[0], fds[1], Limits(*numbers)
 
     def share(self, peer: Domid, count: int) -> tuple[int, list[Gref]]:
         """As `host.Session.share`."""
@@ -314,11 +340,11 @@ class LinkClient:
         return Port(port), fds[0], fds[1]
 
     def alloc_unbound(self, peer: Domid) -> tuple[Port, int, int]:
-        """As `host.Session.alloc_unbound`; the descriptors are the caller's."""
+        """As `host.Session.alloc_unbound`."""
         return self._channel("alloc_unbound", peer)
 
     def bind_interdomain(self, peer: Domid, remote: Port) -> tuple[Port, int, int]:
-        """As `host.Session.bind_interdomain`; the descriptors are the caller's."""
+        """As `host.Session.bind_interdomain`."""
         return self._channel("bind_interdomain", peer, remote)
 
     def unbind(self, port: Port) -> None:
@@ -352,7 +378,3 @@ class LinkClient:
     def close(self) -> None:
         """End the session."""
         self._socket.close()
-        for memory_fd, heap_fd, _ in self._kept.values():
-            os.close(memory_fd)
-            os.close(heap_fd)
-        self._kept.clear()

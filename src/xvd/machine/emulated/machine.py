@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Machine` on the emulated host: one process's view, over a session here or across a socket."""
 
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Calls(Protocol):
-    """The host's slow path, as `host.Session` offers it here and `link.Client` over a socket."""
+    """The host's slow path, as `host.Session` offers it here and `link.LinkClient` over a socket.
+
+    The descriptors that a call returns are the caller's, who closes them.
+    """
 
     number: int
     domid: Domid
@@ -49,11 +53,21 @@ class EmulatedMachine:
         return self._calls
 
     def state(self, domid: Domid) -> DomainState:
-        """A domain's shared state, mapped once; raises `GrantError` if there is no such domain."""
-        if domid not in self._states:
-            memory_fd, heap_fd, limits = self._calls.state(domid)
-            self._states[domid] = DomainState(domid, memory_fd, heap_fd, limits)
-        return self._states[domid]
+        """A domain's shared state; raises `GrantError` if there is no such domain.
+
+        Ours is mapped once. A peer's is asked for each time: another domain may have its number.
+        """
+        if domid in self._states:
+            return self._states[domid]
+        memory_fd, heap_fd, limits = self._calls.state(domid)
+        try:
+            state = DomainState(domid, memory_fd, heap_fd, limits)
+        finally:
+            os.close(memory_fd)
+            os.close(heap_fd)
+        if domid == self.domid:
+            self._states[domid] = state
+        return state
 
     async def xenstore(self) -> "XenstoreClient":
         """A new connection to the store under this domain's identity."""
@@ -104,4 +118,8 @@ class EmulatedEventChannels:
     def _end(self, peer: Domid, port: Port, fd: int, peer_fd: int) -> EmulatedEventChannel:
         own = self._machine.state(self._machine.domid)
         release = self._machine.calls.unbind
-        return EmulatedEventChannel(own, self._machine.state(peer), port, fd, peer_fd, release)
+        try:
+            return EmulatedEventChannel(own, self._machine.state(peer), port, fd, peer_fd, release)
+        finally:
+            os.close(fd)
+            os.close(peer_fd)

@@ -38,7 +38,7 @@ cdef struct grant_entry:         # v1, as in Xen's grant_table.h
 cdef struct maptrack:
     uint32_t claim               # session << 16 | writable << 8 | track_state; 0 is free
     uint32_t gref
-    uint32_t domid               # the granter
+    uint32_t granter             # its domid, and its generation << 16
     uint32_t next                # next page of the same mapping, or itself
 
 cdef enum port_state:
@@ -57,6 +57,7 @@ cdef struct port_slot:
 
 cdef struct domain_state:
     uint32_t domid
+    uint32_t generation          # tells it from others that had the same number, 16 bits
     int memory_fd
     uint8_t *memory              # the whole of the domain's memory
     uint64_t memory_size

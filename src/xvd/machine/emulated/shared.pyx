@@ -19,7 +19,8 @@ The fidelity ends there: a process that has a domain's memory mapped could read 
 
 from libc.string cimport memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.unistd cimport close, dup
+from posix.fcntl cimport F_DUPFD_CLOEXEC, fcntl
+from posix.unistd cimport close
 
 from xvd.dataplane.c cimport (DEBUG_ASSERT, xvd_cas32, xvd_cas64, xvd_exchange32, xvd_fence,
                               xvd_load64, xvd_load_acquire, xvd_pause, xvd_store64,
@@ -31,6 +32,7 @@ cdef extern from "sched.h" nogil:
     int sched_yield()
 
 cdef enum:
+    HEADER_BYTES = 64            # of the heap; its first word is the generation
     ACTIVE_BYTES = 8
     TRACK_BYTES = 16
     SLOT_BYTES = 32
@@ -98,7 +100,7 @@ cdef int32_t pin(domain_state *granter, uint32_t gref, uint32_t mapper, bint wri
         return GNTST_BAD_GNTREF
     entry = &granter.grants[gref]
     track.gref = gref
-    track.domid = granter.domid
+    track.granter = granter.generation << 16 | granter.domid
     pins = lock(granter, gref, session)
     status = check_entry(entry, mapper, writable, pins != 0)
     frame[0] = entry.frame
@@ -192,12 +194,13 @@ cdef class DomainState:
         self.c.nr_slots = limits.ports
         self.c.memory_size = <uint64_t>limits.pages * 4096
         self.heap_size = heap_bytes(limits)
-        self.c.memory_fd = dup(memory_fd)
+        self.c.memory_fd = fcntl(memory_fd, F_DUPFD_CLOEXEC, 0)
         self.c.memory = <uint8_t *>self.map_whole(memory_fd, self.c.memory_size)
         self.heap = self.map_whole(heap_fd, self.heap_size)
         self.c.grants = <grant_entry *>self.c.memory
-        self.c.active = <uint64_t *>self.heap
-        self.c.tracks = <maptrack *>(<uint8_t *>self.heap + ACTIVE_BYTES * self.c.nr_grefs)
+        self.c.generation = (<uint32_t *>self.heap)[0]
+        self.c.active = <uint64_t *>(<uint8_t *>self.heap + HEADER_BYTES)
+        self.c.tracks = <maptrack *>(<uint8_t *>self.c.active + ACTIVE_BYTES * self.c.nr_grefs)
         self.c.slots = <port_slot *>(<uint8_t *>self.c.tracks + TRACK_BYTES * self.c.nr_tracks)
 
     cdef void *map_whole(self, int fd, uint64_t size) except NULL:
@@ -278,8 +281,9 @@ cdef class DomainState:
 
 
 def heap_bytes(limits) -> int:
-    """Size of a domain's heap memfd."""
-    return limits.grefs * ACTIVE_BYTES + limits.tracks * TRACK_BYTES + limits.ports * SLOT_BYTES
+    """Size of a domain's heap memfd. Whoever makes one writes the generation, a u16, at its start."""
+    return (HEADER_BYTES + limits.grefs * ACTIVE_BYTES + limits.tracks * TRACK_BYTES
+            + limits.ports * SLOT_BYTES)
 
 
 def clean_session(DomainState mapper, granters, uint32_t session) -> int:
@@ -300,8 +304,8 @@ def clean_session(DomainState mapper, granters, uint32_t session) -> int:
         if claim >> 16 != session:
             continue
         state = claim & 0xFF
-        granter = granters.get(track.domid) if state > TRACK_CLAIMED else None
-        if granter is not None:
+        granter = granters.get(track.granter & 0xFFFF) if state > TRACK_CLAIMED else None
+        if granter is not None and granter.c.generation == track.granter >> 16:
             locked = granter.c.active[track.gref] >> OWNER_SHIFT == session
             if state == TRACK_LIVE or locked == (state == TRACK_UNPINNING):
                 release_pin(granter, track.gref, session, locked, (claim >> 8) & 1)
