@@ -138,13 +138,16 @@ class BackRing(_Ring):
         room = self.nr_ents - _distance(self.req_cons, self.rsp_prod_pvt)
         return max(0, min(waiting, room))
 
+    def _broken(self) -> bool:
+        return _distance(self._load(SRING_REQ_PROD), self.rsp_prod_pvt) > self.nr_ents
+
     def take(self) -> tuple[Outcome, bytes]:
         """Copy the next request's slot out of the ring: (REQUEST, slot), or (EMPTY or BROKEN, b"").
 
         BROKEN is said as long as req_prod is more than nr_ents ahead of the last response; the
         caller stops using the ring, its device is lost.
         """
-        if _distance(self._load(SRING_REQ_PROD), self.rsp_prod_pvt) > self.nr_ents:
+        if self._broken():
             return Outcome.BROKEN, b""
         if self.unconsumed() == 0:
             return Outcome.EMPTY, b""
@@ -170,12 +173,12 @@ class BackRing(_Ring):
     def final_check(self) -> bool:
         """Ask for an event at the next request; True when there is work already: do not sleep.
 
-        When requests wait at once, no event is asked for.
+        When requests wait at once, no event is asked for. A broken ring is work: `take` says so.
         """
-        if self.unconsumed():
+        if self._broken() or self.unconsumed():
             return True
         self._store(SRING_REQ_EVENT, self.req_cons + 1)
-        return self.unconsumed() > 0
+        return self._broken() or self.unconsumed() > 0
 
 
 class FrontRing(_Ring):
@@ -232,11 +235,12 @@ class FrontRing(_Ring):
     def take_response(self) -> tuple[Outcome, Response | None]:
         """The next response, copied out: (RESPONSE, it), or (EMPTY or BROKEN, None).
 
-        BROKEN when rsp_prod is more than nr_ents ahead of what was taken. Whether the response
-        answers anything is for `validate.check_response` to say.
+        BROKEN when rsp_prod is further ahead than there are requests to answer, which Linux
+        allows up to the length of the ring. Whether the response answers anything is for
+        `validate.check_response` to say.
         """
         unconsumed = self.unconsumed()
-        if unconsumed > self.nr_ents:
+        if unconsumed > self.outstanding():
             return Outcome.BROKEN, None
         if unconsumed == 0:
             return Outcome.EMPTY, None

@@ -133,7 +133,7 @@ class Breach(IntEnum):
 
     NONE = 0
     RESPONSE_OVERFLOW = 1
-    """``rsp_prod`` is further ahead than the ring is long. Said by the ring, not by
+    """``rsp_prod`` is further ahead than there are requests. Said by the ring, not by
     `check_response`."""
     UNKNOWN_ID = 2
     """A response whose id is no slot of our shadow (FreeBSD would index with it)."""

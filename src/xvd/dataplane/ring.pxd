@@ -55,8 +55,10 @@ cdef inline bint back_attach(back_ring *r) noexcept nogil:
     """
     cdef uint32_t rsp_prod = xvd_load_acquire(r.sring + SRING_RSP_PROD)
     cdef uint32_t req_prod = xvd_load_acquire(r.sring + SRING_REQ_PROD)
+    if <uint32_t>(req_prod - rsp_prod) > r.nr_ents:
+        return False
     r.req_cons = r.rsp_prod_pvt = rsp_prod
-    return <uint32_t>(req_prod - rsp_prod) <= r.nr_ents
+    return True
 
 
 cdef inline int back_pending(back_ring *r, uint32_t *count) noexcept nogil:
