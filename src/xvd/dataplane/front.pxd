@@ -27,6 +27,7 @@ cdef struct front_io:
     front_io *next
     Py_buffer view
     uint32_t has_view
+    uint32_t borrowed            # its memory is not the queue's to free
 
 cdef struct io_list:
     front_io *first
@@ -81,5 +82,7 @@ cdef class FrontQueue:
     cdef stepper_ports table
     cdef object keep
 
+    cdef lend(self, object memory)
     cdef drop(self, front_io *io)
+    cdef drop_in_flight(self)
     cdef lock_buffer(self, front_io *io, object buffer)

@@ -11,6 +11,7 @@ Slot i of the shadow owns pages 11*i to 11*i+10 of the pool, so there is nothing
 backend is not believed: it may send what it likes, and breaks only its own device.
 """
 
+from cython cimport no_gc_clear
 from cpython.buffer cimport (PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer)
 from libc.errno cimport EIO, EOPNOTSUPP
 from libc.stdint cimport int16_t
@@ -275,6 +276,7 @@ cdef int front_may_sleep(void *ctx) noexcept nogil:
     return not front_final_check(&q.ring)
 
 
+@no_gc_clear  # what was lent must outlive the lists that lead into it
 cdef class FrontQueue:
     """One queue of one disk. `step` by one thread; `submit` and `reap` by any other.
 
@@ -322,6 +324,7 @@ cdef class FrontQueue:
     def __dealloc__(self):
         if self.q.shadows == NULL:
             return
+        self.drop_in_flight()
         self.drop(take_all(&self.q, &self.q.incoming))
         self.drop(take_all(&self.q, &self.q.done))
         self.drop(self.q.queued.first)
@@ -336,8 +339,26 @@ cdef class FrontQueue:
             following = io.next
             if io.has_view:
                 PyBuffer_Release(&io.view)
-            free(io)
+            if not io.borrowed:
+                free(io)
             io = following
+
+    cdef drop_in_flight(self):
+        """Operations of which only shadows know: all of them is on the ring, and not answered."""
+        cdef uint32_t id
+        cdef front_io *io
+        for id in range(self.q.ring.nr_ents):
+            io = self.q.shadows[id].io
+            if io == NULL:
+                continue
+            io.outstanding -= 1
+            if io.outstanding == 0 and is_issued(io):
+                io.next = NULL
+                self.drop(io)
+
+    cdef lend(self, object memory):
+        """Keep the memory that borrowed operations lie in for as long as the queue may see them."""
+        self.keep += (memory,)
 
     @property
     def ports(self):

@@ -8,7 +8,6 @@ every machine.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 
 from xvd.dataplane.abi cimport BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_SECTOR_SIZE
 from xvd.dataplane.front cimport (FrontQueue, append, front_io, front_may_sleep, front_queue,
@@ -102,11 +101,13 @@ cdef class Load:
         self.l.write_percent = write_percent
         self.l.random = seed or 1
         self.l.wanted = operations
-        self.l.ios = <front_io *>calloc(depth, sizeof(front_io))
-        self.l.data = <uint8_t *>calloc(depth, size)
-        if not self.l.ios or not self.l.data:
-            raise MemoryError("no memory for the load's buffers")
+        # Lent to the queue: it may come to an end with operations of ours on its lists.
+        memory = bytearray(<size_t>depth * (sizeof(front_io) + size))
+        queue.lend(memory)
+        self.l.ios = <front_io *><char *>memory
+        self.l.data = <uint8_t *><char *>memory + depth * sizeof(front_io)
         for i in range(min(<uint64_t>depth, operations)):
+            self.l.ios[i].borrowed = 1
             self.l.ios[i].nr_sectors = self.l.sectors
             self.l.ios[i].buffer = self.l.data + <size_t>i * size
             start(&self.l, &self.l.ios[i])
@@ -115,10 +116,6 @@ cdef class Load:
         self.table.may_sleep = may_sleep
         self.table.events = queue.table.events
         self.table.engine = NULL
-
-    def __dealloc__(self):
-        free(self.l.ios)
-        free(self.l.data)
 
     @property
     def ports(self):
