@@ -16,11 +16,16 @@ _F_OFD_SETLK = 37
 _BLKSSZGET = 0x1268
 _BLKPBSZGET = 0x127B
 _RETRY_S = 0.05
+_NOT_STORAGE = "neither a file nor a block device; nothing can be kept in it"
 
 
 def _open(path: str, flags: int) -> int:
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise EngineError(errno.EINVAL, _NOT_STORAGE, path)  # opening it would wait for a peer
         return os.open(path, flags | os.O_CLOEXEC)
+    except EngineError:
+        raise
     except OSError as e:
         remedy = {
             errno.ENOENT: "no such image; make one: truncate -s 1G " + path,
@@ -96,10 +101,7 @@ class FileEngine(Engine):
                 errno.EISDIR, "it is a directory; give an image file or a block device", self.path
             )
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise EngineError(
-                errno.EINVAL, "neither a file nor a block device; nothing can be kept in it",
-                self.path,
-            )  # fmt: skip
+            raise EngineError(errno.EINVAL, _NOT_STORAGE, self.path)
 
     def _open_direct(self, flags: int, patience_s: float) -> None:
         self._align = direct_alignment(self._cached_fd)

@@ -75,20 +75,21 @@ def _options(text: str) -> dict[str, str]:
 
 
 def _delay(lower: Engine, options: dict[str, str]) -> Engine:
-    times = {key + "_s": parse_time(options.pop(key)) for key in OPERATIONS if key in options}
-    return Delay(lower, **times)
+    read_s, write_s, flush_s, discard_s = (parse_time(options.pop(k, "0")) for k in OPERATIONS)
+    return Delay(lower, read_s=read_s, write_s=write_s, flush_s=flush_s, discard_s=discard_s)
 
 
 def _error(lower: Engine, options: dict[str, str]) -> Engine:
     named = options.pop("errno", "EIO")
-    if not hasattr(errno, named):
+    if named not in errno.errorcode.values():
         raise ConfigError(f"there is no errno {named!r}; write a name like EIO or ENOSPC")
     kinds = options.pop("on", "+".join(OPERATIONS)).split("+")
     if not set(kinds) <= set(OPERATIONS):
         raise ConfigError(f"on= takes {', '.join(OPERATIONS)}, joined by +, not {'+'.join(kinds)}")
-    numbers = {key: options.pop(key, default) for key, default in (("one_in", "10"), ("seed", "0"))}
+    defaults = {"one_in": "10", "seed": "0"}
+    numbers = {key: options.pop(key, default) for key, default in defaults.items()}
     for key, value in numbers.items():
-        if not value.isdigit() or (key == "one_in" and int(value) == 0):
+        if not value.isdecimal() or (key == "one_in" and int(value) == 0):
             raise ConfigError(f"{key}= takes a positive number, not {value!r}")
     return Error(
         lower,

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user writes for storage, and what it becomes; mistakes are told with their remedy."""
+
+import errno
+import re
+from pathlib import Path
+
+import pytest
+from rig_engines import image
+
+from xvd.engines.checked import Checked
+from xvd.engines.image import FileEngine
+from xvd.engines.interface import Engine, EngineInfo
+from xvd.engines.layers.stats import Stats
+from xvd.engines.memory import MemoryEngine
+from xvd.engines.uri import open_engine, parse_size, parse_time
+from xvd.errors import ConfigError, EngineError
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("0", 0), ("4096", 4096), ("4K", 4096), ("4KiB", 4096), ("4KB", 4096), ("4 K", 4096),
+     ("8s", 4096), ("1M", 1 << 20), (" 1G ", 1 << 30), ("2T", 2 << 40), ("1P", 1 << 50),
+     ("512B", 512)],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "-1", "1.5G", "1X", "1KK", "0x10", "1k", "4 s", "8sK"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"{re.escape(repr(text))} is no size; write bytes, or a"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1s", 1.0), ("10ms", 0.01), ("250us", 0.00025), ("2", 2.0), ("1.5s", 1.5)]
+)
+def test_times(text: str, seconds: float) -> None:
+    assert parse_time(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1s", "1m", "1h", "1 s", ".5s"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no time; write 10ms, 250us or 1s"):
+        parse_time(text)
+
+
+@pytest.mark.parametrize("form", ["{}", "file:{}"])
+def test_a_bare_path_is_a_file(form: str, tmp_path: Path) -> None:
+    engine = open_engine(form.format(image(tmp_path)))
+    assert isinstance(engine, Checked)
+    assert isinstance(engine.lower, FileEngine)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("gopher:x", "unknown storage 'gopher:x'; there are file:, memory:, null: and a bare path"),
+        ("memory:", "'memory:' names no storage; write a path or a size after memory:"),
+        ("file:", "names no storage"),
+        ("memory:0", "'0' is no size of a disk: a multiple of 512, above 0"),
+        ("null:1000", "no size of a disk"),
+        ("memory:lots", "'lots' is no size"),
+    ],
+)
+def test_storage_that_cannot_be_understood(uri: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        open_engine(uri)
+
+
+def test_the_first_layer_is_nearest_to_the_guest() -> None:
+    engine = open_engine("memory:1M", layers=["error:one_in=1", "stats"])
+    assert isinstance(engine, Checked)
+    with pytest.raises(EngineError, match="on request of the error layer"):
+        engine.flush()
+    assert isinstance(engine.lower.lower, Stats)
+    assert engine.lower.lower.counts == {}
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        ("cow", "there is no layer 'cow'; there are delay, error, log, readonly, stats"),
+        ("delay:read", "layer options are key=value, separated by commas, not 'read'"),
+        ("delay:read=1h", "'1h' is no time"),
+        ("delay:reed=1s", "layer delay has no option reed"),
+        ("stats:x=1", "layer stats has no option x"),
+        ("error:errno=EWHAT", "there is no errno 'EWHAT'; write a name like EIO or ENOSPC"),
+        ("error:errno=errorcode", "there is no errno 'errorcode'"),
+        ("error:on=sleep", "on= takes read, write, flush, discard, joined by +, not sleep"),
+        ("error:one_in=0", "one_in= takes a positive number, not '0'"),
+        ("error:one_in=²", "one_in= takes a positive number"),
+        ("error:seed=-1", "seed= takes a positive number, not '-1'"),
+    ],
+)
+def test_layers_that_cannot_be_understood(layer: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        open_engine("memory:1M", layers=[layer])
+
+
+def test_a_bad_layer_closes_what_was_opened(tmp_path: Path) -> None:
+    path = str(image(tmp_path))
+    with pytest.raises(ConfigError):
+        open_engine(path, layers=["nonsense"])
+    open_engine(path).close()
+
+
+def test_layers_do_what_their_options_say() -> None:
+    engine = open_engine("memory:1M", layers=["error:on=write+flush,one_in=1,errno=ENOSPC"])
+    engine.read(memoryview(bytearray(512)), 0)
+    with pytest.raises(EngineError) as caught:
+        engine.write(memoryview(bytes(512)), 0)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_read_only_is_asked_for_by_whoever_opens(tmp_path: Path) -> None:
+    for uri in ("memory:1M", str(image(tmp_path))):
+        engine = open_engine(uri, read_only=True)
+        assert engine.info.read_only
+        engine.close()
+
+
+class Blocks(MemoryEngine):
+    """4096-byte blocks, and a size that they do not divide."""
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(size=4608, logical_block_size=4096)
+
+
+def test_a_size_that_is_no_multiple_of_the_block() -> None:
+    engine: Engine = Blocks(8192)
+    with pytest.raises(EngineError, match="no multiple of its 4096-byte blocks; extend it: trunc"):
+        Checked(engine)
