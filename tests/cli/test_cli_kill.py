@@ -27,9 +27,10 @@ def start_fio(four: FourProcesses, fio: str, output: Path) -> subprocess.Popen[b
     """Random writes, flushed now and then, verified at the end."""
     return subprocess.Popen(
         [fio, "--name=v", "--ioengine=nbd", f"--uri={four.uri}", "--rw=randwrite", "--bs=4k",
-         "--iodepth=32", f"--size={SIZE}", "--verify=crc32c", "--fsync=64",
+         "--iodepth=32", f"--size={SIZE}", "--verify=crc32c", "--fsync=64", "--rate_iops=4000",
          "--output-format=json", f"--output={output}"],
         stdout=subprocess.DEVNULL,
+        cwd=output.parent,  # where fio puts its state
     )  # fmt: skip
 
 

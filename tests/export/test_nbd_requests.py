@@ -4,6 +4,7 @@
 import os
 import struct
 from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -187,7 +188,10 @@ def test_a_disk_without_discard_does_not_offer_trim(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [READ, WRITE, FLUSH])
-def test_errors_of_the_storage_reach_the_client(tmp_path: Path, command: int) -> None:
+def test_errors_of_the_storage_reach_the_client(
+    tmp_path: Path, command: int, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("storage fails")
     with served_disk("memory:1M", tmp_path, layers=["error:one_in=1"]) as served:
         with NbdClient(served.socket) as client:
             client.go().request(command, 0, 512, payload=bytes(512) if command == WRITE else b"")

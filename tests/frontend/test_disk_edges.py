@@ -2,6 +2,7 @@
 """Writes that do not begin or end on a block: what else is in the block is not lost."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from served_disk import emulated_disk
@@ -51,7 +52,9 @@ def test_whole_blocks_and_parts_of_them_at_once() -> None:
     assert asyncio.run(scenario()) == expected
 
 
-def test_a_failed_write_lets_the_next_one_in() -> None:
+def test_a_failed_write_lets_the_next_one_in(expect_log: Callable[[str], None]) -> None:
+    expect_log("storage fails")
+
     async def scenario() -> list[object]:
         async with emulated_disk("memory:1M", layers=["error:on=read,one_in=1"]) as disk:
             writes = (disk.write(100, b"a"), disk.write(200, b"b"), disk.write(0, bytes(512)))

@@ -76,6 +76,7 @@ class EmulatedMachine:
     def close(self) -> None:
         """Give everything back."""
         self._calls.close()
+        self._states.clear()
 
 
 class EmulatedGrantTable:
