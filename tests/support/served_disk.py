@@ -7,12 +7,14 @@ own. When it ends, everything that the machine has given out must have come back
 
 import asyncio
 import contextlib
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from xvd.backend.device import Settings
 from xvd.backend.server import Server
 from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine
@@ -41,35 +43,75 @@ def storage_opener(layers: Sequence[str]) -> Callable[[BackendAssignment], Await
     return open_storage
 
 
+class Rig:
+    """The host, the backend and the frontend of one disk; all in the event loop's thread."""
+
+    def __init__(self, host: EmulatedHost, layers: Sequence[str], state_dir: Path) -> None:
+        self.host = host
+        self._machine = host.machine(Domid(0))
+        self._open_storage = storage_opener(layers)
+        self._settings = Settings(state_dir=state_dir)  # journals: what a successor needs
+        self._server: Server | None = None
+
+    async def start(self, target: str, options: str) -> None:
+        self._store = await self._machine.xenstore()
+        self.host.create_domain(Domid(1))
+        await create_guest(self._store, Domid(1), "guest")
+        await self.start_backend()
+        disk = parse_xl_disk(f"vdev=xvda,{options}target={target}")
+        self._vbd = await attach(self._store, Domid(1), disk)
+        self._guest = self.host.machine(Domid(1))
+        self._guest_store = await self._guest.xenstore()
+        path = f"device/vbd/{self._vbd.vdev}"
+        self.disk = await Disk.open(self._guest, self._guest_store, path)
+
+    async def start_backend(self) -> None:
+        self._server = Server(
+            self._machine, self._store, self._open_storage, settings=self._settings
+        )
+        await self._server.start()
+
+    async def restart_backend(self) -> None:
+        """One backend goes, another comes; the guest's disk stays."""
+        assert self._server is not None
+        await self._server.close()
+        await self.start_backend()
+
+    async def close(self) -> None:
+        assert self._server is not None
+        await self.disk.close()
+        await detach(self._store, self._vbd)
+        await self._server.close()
+        await self._guest_store.close()
+        await self._store.close()
+        self._guest.close()
+        self._machine.close()
+
+
+@contextlib.asynccontextmanager
+async def rigged_disk(
+    target: str, *, options: str = "", layers: Sequence[str] = ()
+) -> AsyncIterator[Rig]:
+    """A guest's disk on the storage `target`, connected; `options` are xl's (``access=ro,``)."""
+    with tempfile.TemporaryDirectory(prefix="xvd-state-") as state_dir:
+        async with EmulatedHost() as host:
+            rig = Rig(host, layers, Path(state_dir))
+            await rig.start(target, options)
+            try:
+                yield rig
+            finally:
+                await rig.close()
+                books = host.host.books()
+    assert not any(books.values()), f"not given back: {books}"
+
+
 @contextlib.asynccontextmanager
 async def emulated_disk(
     target: str, *, options: str = "", layers: Sequence[str] = ()
 ) -> AsyncIterator[Disk]:
-    """A guest's disk on the storage `target`, connected; `options` are xl's (``ro``)."""
-    host = EmulatedHost()
-    async with host:
-        backend = host.machine(Domid(0))
-        store = await backend.xenstore()
-        host.create_domain(Domid(1))
-        await create_guest(store, Domid(1), "guest")
-        server = Server(backend, store, storage_opener(layers))
-        await server.start()
-        vbd = await attach(store, Domid(1), parse_xl_disk(f"vdev=xvda,{options}target={target}"))
-        guest = host.machine(Domid(1))
-        guest_store = await guest.xenstore()
-        disk = await Disk.open(guest, guest_store, f"device/vbd/{vbd.vdev}")
-        try:
-            yield disk
-        finally:
-            await disk.close()
-            await detach(store, vbd)
-            await server.close()
-            await guest_store.close()
-            await store.close()
-            guest.close()
-            backend.close()
-            books = host.host.books()
-    assert not any(books.values()), f"not given back: {books}"
+    """The disk of `rigged_disk`."""
+    async with rigged_disk(target, options=options, layers=layers) as rig:
+        yield rig.disk
 
 
 @dataclass
@@ -79,8 +121,13 @@ class Served:
     uri: str
     socket: Path
     server: NbdServer
-    disk: Disk
+    rig: Rig
     loop: asyncio.AbstractEventLoop
+
+    @property
+    def disk(self) -> Disk:
+        """The disk behind it; its calls belong to the loop."""
+        return self.rig.disk
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run something in the export's loop and wait for it."""
@@ -103,12 +150,12 @@ def served_disk(
     holder: list[tuple[Served, asyncio.Event]] = []
 
     async def serve() -> None:
-        async with emulated_disk(target, options=options, layers=layers) as disk:
-            async with NbdServer(disk, name=name, description=description) as server:
+        async with rigged_disk(target, options=options, layers=layers) as rig:
+            async with NbdServer(rig.disk, name=name, description=description) as server:
                 path = directory / "nbd.sock"
                 uri = await server.listen_unix(path)
                 stop = asyncio.Event()
-                served = Served(uri, path, server, disk, asyncio.get_running_loop())
+                served = Served(uri, path, server, rig, asyncio.get_running_loop())
                 holder.append((served, stop))
                 ready.set()
                 await stop.wait()

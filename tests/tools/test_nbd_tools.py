@@ -4,6 +4,7 @@ fio; on memory and on a file."""
 
 import json
 import random
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +182,29 @@ def test_several_tools_at_once_do_not_disturb_each_other(served: Served, tmp_pat
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.slow
+def test_fio_does_not_notice_that_the_backend_is_restarted(tmp_path: Path) -> None:
+    image = target("file", tmp_path, SIZE)
+    command = (
+        *("fio", "--name=v", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--size=32M"),
+        *("--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0"),
+        f"--output={tmp_path / 'out'}",
+    )
+    with served_disk(image, tmp_path) as served:
+        fio = threading.Thread(target=lambda: done.append(try_run(*command, f"--uri={served.uri}")))
+        done: list[subprocess.CompletedProcess[str]] = []
+        fio.start()
+        restarts = 0
+        while fio.is_alive():
+            written = served.call(counters(served))["bytes_written"]
+            if written > (restarts + 1) * (4 << 20):  # in the middle of the work, each time
+                served.call(served.rig.restart_backend())
+                restarts += 1
+        fio.join()
+    assert done[0].returncode == 0, done[0].stdout + done[0].stderr
+    assert restarts >= 5
 
 
 def test_a_tool_over_tcp(served: Served) -> None:
