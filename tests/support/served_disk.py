@@ -71,10 +71,13 @@ class Rig:
         )
         await self._server.start()
 
-    async def restart_backend(self) -> None:
+    async def restart_backend(self, *, keep_journals: bool = True) -> None:
         """One backend goes, another comes; the guest's disk stays."""
         assert self._server is not None
         await self._server.close()
+        if not keep_journals and self._settings.state_dir is not None:
+            for journal in self._settings.state_dir.glob("*"):
+                journal.unlink()
         await self.start_backend()
 
     async def close(self) -> None:

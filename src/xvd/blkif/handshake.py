@@ -92,13 +92,18 @@ class BackendState(_State):
     CLOSED = (11, XenbusState.CLOSED)
     """Ready for a frontend to begin again (``online`` is 1)."""
     FAILED = (12, XenbusState.CLOSING)
-    """We gave up on this frontend: said; waits for it to go or to start anew."""
+    """We gave up on this frontend: said; what it had of ours is being given back."""
     REMOVING = (13, XenbusState.CLOSING)
     """The toolstack removes the disk; its live frontend is closing."""
     LEAVING = (14, XenbusState.CLOSING)
     """Draining and unmapping, to end as GONE."""
     GONE = (15, XenbusState.CLOSED)
     """Unregistered: the last write."""
+    LOST = (16, XenbusState.CLOSED)
+    """A predecessor's storage could not be opened: its frontend's requests get no answer."""
+    SPENT = (17, XenbusState.CLOSED)
+    """We gave up, and hold nothing any more: Closed tells a frontend with requests outstanding that
+    nobody will answer them. Only one that closes, or begins anew, is served again."""
 
 
 class BackendEvent(Enum):
@@ -302,10 +307,11 @@ def _serve_frontends(table: _BackendTable) -> None:
 
     # Taking over from a predecessor that died; a frontend that left meanwhile has no live ring.
     row([s.RESUMING], [e.STORAGE_READY], Step(s.RECONNECTING, (a.RECONNECT,)))
-    row([s.RESUMING], [*gone, *fresh, e.FRONTEND_CLOSING], Step(s.STARTING))
+    # One that is closing waits for its last answers: the rings are taken up first, then looked at.
+    row([s.RESUMING], [*gone, *fresh], Step(s.STARTING))
 
     # The frontend closes. Rings stay mapped at 5: an earlier teardown lost I/O (Linux did that).
-    row([s.CONNECTED, s.RECONNECTING], [e.FRONTEND_CLOSING], Step(s.CLOSING, (a.STOP_TAKING,)))
+    row([s.CONNECTED], [e.FRONTEND_CLOSING], Step(s.CLOSING, (a.STOP_TAKING,)))
     row([s.CONNECTING], [e.FRONTEND_CLOSING], Step(s.CLOSING, disconnect))
     row([s.WAITING], [e.FRONTEND_CLOSING], Step(s.CLOSING))
     active = [s.WAITING, s.CONNECTING, s.RECONNECTING, s.CONNECTED, s.CLOSING, s.FAILED]
@@ -333,10 +339,16 @@ def _give_up(table: _BackendTable) -> None:
     unregister = Step(s.GONE, (a.UNREGISTER,))
 
     # The process and the other disks go on.
-    row([s.STARTING, s.RESUMING], [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.LOOK)))
+    row([s.STARTING], [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.LOOK)))
+    row([s.RESUMING], [e.STORAGE_FAILED], Step(s.LOST, (a.REPORT_ERROR, a.LOOK)))
+    row([s.LOST], remove, unregister)
     failed = Step(s.FAILED, (a.REPORT_ERROR, a.DISCONNECT, a.LOOK))
     row([s.CONNECTING, s.RECONNECTING], bad, failed)
     row([s.CONNECTED, s.CLOSING], [e.STORAGE_FAILED, e.RING_BROKEN], failed)
+    row([s.FAILED], [e.DISCONNECT_DONE], Step(s.SPENT, (a.LOOK,)))
+    row([s.SPENT], [e.FRONTEND_UNKNOWN, e.FRONTEND_CLOSED], Step(s.CLOSED))
+    row([s.SPENT], [e.FRONTEND_INITIALISING], Step(s.WAITING, (a.OFFER, a.LOOK)))
+    row([s.SPENT], remove, unregister)
 
     # The toolstack removes the disk: a live frontend closes first, else nobody would end it.
     row([s.STARTING, s.NO_STORAGE, s.RESUMING, s.CLOSED], [e.REMOVE_ALONE], unregister)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every source file obeys: who imports whom, how long it may be, and how it begins."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "xvd"
+PYTHON = sorted(PACKAGE.rglob("*.py")) + sorted(PACKAGE.rglob("*.pyi"))
+CYTHON = sorted(PACKAGE.rglob("*.pyx")) + sorted(PACKAGE.rglob("*.pxd"))
+OTHERS = [
+    path
+    for folder in ("tests", "tools", "bench", "examples", "fuzz")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
+EVERY = PYTHON + CYTHON + OTHERS
+
+FOR_ALL = ("errors", "types")
+ENDS = ("blkif", "dataplane", "machine.interface", "machine.xs", "engines.interface")
+ARROWS: dict[str, tuple[str, ...]] = {
+    "cli": ("backend", "frontend", "export", "sim", "engines", "machine", "blkif", "toolstack"),
+    "sim": ("backend", "frontend", "engines", "machine", "toolstack", "blkif", "dataplane"),
+    "export": ("frontend",),
+    "backend": ENDS,
+    "frontend": ENDS,
+    "toolstack": ("blkif", "machine.xs"),
+    "engines": ("dataplane.ports", "dataplane.liburing", "dataplane.c"),
+    "machine.emulated": ("machine.interface", "machine.xs", "dataplane.ports", "dataplane.c"),
+    "machine.xen": ("machine.interface", "machine.xs", "dataplane.ports"),
+    "machine.xs": ("machine.xs",),
+    "machine": ("machine.xs",),  # interface.py names the store's client for the type checker
+    "dataplane": (),
+    "blkif": (),
+}
+"""Package: what it may import of xvd besides itself and `FOR_ALL` (docs: who may import whom)."""
+
+FILE_LINES_MAX, FUNCTION_LINES_MAX = 600, 60
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def package_of(path: Path) -> str:
+    """The longest name in `ARROWS` that the file lies in; empty for the top level."""
+    parts = path.relative_to(PACKAGE).parts[:-1]
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in ARROWS:
+            return ".".join(parts[:length])
+    return ""
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of xvd that a file imports or cimports, without the leading ``xvd.``."""
+    text = path.read_text()
+    if path.suffix in (".pyx", ".pxd"):
+        found = re.findall(r"^\s*(?:from|c?import) xvd\.([a-z_.]+)", text, re.MULTILINE)
+        return set(found)
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)][:1]
+            if node.module == "xvd":
+                found += [f"xvd.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+    return {name.removeprefix("xvd.") for name in found if name.startswith("xvd.")}
+
+
+def lies_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+@pytest.mark.parametrize("path", PYTHON + CYTHON, ids=name_of)
+def test_imports_follow_the_arrows(path: Path) -> None:
+    package = package_of(path)
+    allowed = (*FOR_ALL, *ARROWS.get(package, ()), *([package] if package else []))
+    wrong = [m for m in imported(path) if not any(lies_in(m, a) for a in allowed)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
+def test_a_file_is_short_enough_and_begins_with_its_licence(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert len(lines) <= FILE_LINES_MAX
+    if path.suffix != ".pyi":
+        assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
+        assert sum("SPDX-License-" + "Identifier" in line for line in lines[1:3]) == 0
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
+def test_notes_to_be_done_have_a_number(path: Path) -> None:
+    notes = re.compile(r"#.*\b(TO" r"DO|FIX" r"ME|XX" r"X)\b(?!\(#\d+\))")
+    assert [line for line in path.read_text().splitlines() if notes.search(line)] == []
+
+
+def python_functions(path: Path) -> list[tuple[str, int]]:
+    return [
+        (node.name, (node.end_lineno or node.lineno) - node.lineno + 1)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+
+
+def cython_functions(path: Path) -> list[tuple[str, int]]:
+    """By indentation: from a def to the last line that is deeper than it."""
+    found: list[tuple[str, int]] = []
+    lines = path.read_text().splitlines()
+    head = re.compile(r"(\s*)(?:cdef|cpdef|def)\b[^=]*?(\w+)\(")
+    for start, line in enumerate(lines):
+        match = head.match(line)
+        if match is None:
+            continue
+        end = start
+        for number in range(start + 1, len(lines)):
+            text = lines[number]
+            if text.strip() and len(text) - len(text.lstrip()) <= len(match[1]):
+                break
+            if text.strip():
+                end = number
+        found.append((match[2], end - start + 1))
+    return found
+
+
+@pytest.mark.parametrize("path", EVERY, ids=name_of)
+def test_functions_are_short_enough(path: Path) -> None:
+    functions = cython_functions(path) if path in CYTHON else python_functions(path)
+    assert [f for f in functions if f[1] > FUNCTION_LINES_MAX] == []
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in PYTHON + CYTHON if p.suffix in (".py", ".pyx")], ids=name_of
+)
+def test_every_source_is_built_and_installed(path: Path) -> None:
+    """A file that meson does not know is missing from the wheel, and only there."""
+    folder = path.parent
+    while not (folder / "meson.build").exists():
+        folder = folder.parent
+    text = (folder / "meson.build").read_text()
+    name = path.stem if path.suffix == ".pyx" else path.name
+    assert re.search(rf"'[^']*\b{re.escape(name)}[^']*'", text), f"{name} is not in {folder}"
+
+
+def test_the_generated_header_is_fresh() -> None:
+    result = subprocess.run(
+        [sys.executable, ROOT / "tools" / "gen_abi.py", "--check"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
