@@ -3,6 +3,8 @@
 
 import os
 import re
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,20 +73,26 @@ def test_unknown_layer(image: Path) -> None:
     check(result, 2, "shred", "delay")
 
 
-def test_no_permission(image: Path) -> None:
+@pytest.fixture
+def unwritable(image: Path) -> Iterator[Path]:
+    """An image that we may read and not write; root needs an immutable file for that."""
     if os.geteuid() != 0:
         image.chmod(0o400)
-        result = run_xvd("serve", str(image), "--run", "true")
-    else:  # root may do anything, except write to what is immutable by its mount
-        result = run_xvd("serve", "/proc/version", "--run", "true")
+        yield image
+        return
+    subprocess.run(["chattr", "+i", str(image)], check=True)
+    yield image
+    subprocess.run(["chattr", "-i", str(image)], check=True)
 
-    check(result, 1)
+
+def test_read_only_file_opened_for_writing(unwritable: Path) -> None:
+    result = run_xvd("serve", str(unwritable), "--run", "true")
+
+    check(result, 1, str(unwritable), "no permission", "read-only (-r)")
 
 
-def test_read_only_file_opened_for_writing_is_a_read_only_disk_when_asked_so(image: Path) -> None:
-    image.chmod(0o444)
-
-    result = run_xvd("serve", "-r", str(image), "--run", "true")
+def test_read_only_file_served_read_only(unwritable: Path) -> None:
+    result = run_xvd("serve", "-r", str(unwritable), "--run", "true")
 
     assert result.returncode == 0, result.stderr
 
@@ -162,16 +170,31 @@ def test_wrong_usage_is_status_2() -> None:
     assert result.returncode == 2
 
 
-def test_disk_full_while_writing(tmp_path: Path) -> None:
-    # A file-size limit is what a full disk looks like to one process, and needs no root.
-    image = tmp_path / "disk.img"
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[list[str]]:
+    """A disk whose storage has no room: what to serve, as arguments."""
+    image = tmp_path / "small" / "disk.img"
+    image.parent.mkdir()
+    mounted = os.geteuid() == 0
+    if mounted:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(image.parent)]
+        subprocess.run(mount, check=True)
     image.touch()
     os.truncate(image, 16 << 20)
-    command = 'qemu-io -f raw -c "write 8M 64K" "$uri"'
+    try:
+        yield [str(image)] if mounted else [str(image), "--layer", "error:one_in=1,errno=ENOSPC"]
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(image.parent)], check=True)
 
-    result = run_xvd("serve", str(image), "--layer", "error:one_in=1,on=write,errno=ENOSPC",
-                     "--run", command)  # fmt: skip
+
+def test_disk_full_while_writing(full: list[str], requires_tool: Callable[[str, str], str]) -> None:
+    qemu_io = requires_tool("qemu-io", "qemu-utils")
+
+    result = run_xvd("serve", *full, "--run", f'{qemu_io} -f raw -c "write 4M 4M" "$uri"')
 
     assert result.returncode == 1
-    assert "storage fails: No space left on device" in result.stderr
-    assert "free some space" in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("xvd: ")]
+    assert len(lines) == 1
+    assert "No space left on device" in lines[0]
+    assert "free some space" in lines[0]

@@ -169,3 +169,33 @@ def test_sim_prints_seed_and_options_first() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_help(verb: str) -> None:
     assert run_xvd(verb, "--help").returncode == 0
+
+
+def test_serve_and_compare(image: Path, tmp_path: Path, requires_tool) -> None:
+    qemu_img = requires_tool("qemu-img", "qemu-utils")
+    image.write_bytes(bytes(range(256)) * 4096)
+    other = tmp_path / "other.img"
+    other.write_bytes(image.read_bytes())
+
+    same = run_xvd("serve", str(image), "--run", f"{qemu_img} compare -f raw $uri {other}")
+    other.write_bytes(bytes(1 << 20))
+    differs = run_xvd("serve", str(image), "--run", f"{qemu_img} compare -f raw $uri {other}")
+
+    assert (same.returncode, differs.returncode) == (0, 1)
+
+
+def test_serve_a_block_device(image: Path, requires_tool) -> None:
+    losetup = requires_tool("losetup", "mount")
+    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    if os.geteuid() != 0:
+        pytest.skip("a loop device needs root")
+    command = [losetup, "-f", "--show", str(image)]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        actions = '-c "write -P 3 1M 64K" -c flush -c "discard 2M 1M" -c "read -P 3 1M 64K"'
+        result = run_xvd("serve", device, "--run", f'{qemu_io} -f raw {actions} "$uri"')
+    finally:
+        subprocess.run([losetup, "-d", device], check=True)
+
+    assert result.returncode == 0, result.stdout
+    assert image.read_bytes()[1 << 20 : (1 << 20) + 65536] == b"\3" * 65536
