@@ -155,7 +155,7 @@ def test_attach_of_what_the_backend_cannot_open(tmp_path: Path) -> None:
 def test_a_second_host_in_the_same_directory(tmp_path: Path) -> None:
     host = str(tmp_path / "h")
     with Daemon("host", host):
-        check(run_xvd("host", host), 2, "running there")
+        check(run_xvd("host", host), 2, "answers there already")
 
 
 def test_detach_of_no_disk(tmp_path: Path) -> None:

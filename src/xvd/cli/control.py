@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from xvd.errors import ConfigError, PeerClosed
+from xvd.errors import PeerClosed
+from xvd.sockets import UnixListener, claim
 
 logger = logging.getLogger(__name__)
 
@@ -37,19 +38,14 @@ class ControlServer:
         self._methods: dict[str, Callable[[], object]] = dict(methods)
         self._methods["rpc_get_methods"] = lambda: sorted(self._methods)
         self._server: asyncio.Server | None = None
-        self._path: Path | None = None
+        self._listener: UnixListener | None = None
 
     async def listen(self, path: Path) -> None:
         """Listen at `path`, mode 0660; `ConfigError` if another daemon answers there."""
         os.makedirs(path.parent, exist_ok=True)
-        with contextlib.suppress(PeerClosed):
-            await ask(path, "rpc_get_methods")
-            raise ConfigError(f"{path}: another daemon serves there; stop it first")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        self._server = await asyncio.start_unix_server(self._serve, path, limit=LINE_MAX)
-        os.chmod(path, 0o660)
-        self._path = path
+        self._listener = claim(path)
+        sock = self._listener.socket
+        self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=LINE_MAX)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, ValueError, asyncio.CancelledError):
@@ -74,8 +70,8 @@ class ControlServer:
         """Stop listening, remove the socket."""
         if self._server is not None:
             self._server.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self._listener is not None:
+            self._listener.remove()
 
 
 async def ask(path: Path, method: str) -> Any:

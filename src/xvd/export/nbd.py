@@ -6,13 +6,9 @@ reads, and the flush of one makes it durable for all (NBD's CAN_MULTI_CONN).
 """
 
 import asyncio
-import errno
 import ipaddress
 import os
-import socket
-import stat
 from collections import Counter
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import quote
@@ -21,6 +17,7 @@ from xvd.errors import ConfigError
 from xvd.export.nbd_connection import ExportedDisk, NbdConnection
 from xvd.export.nbd_negotiation import Export
 from xvd.export.nbd_protocol import STRING_MAX, TransmissionFlag
+from xvd.sockets import UnixListener, claim
 
 __all__ = ["ExportedDisk", "NbdServer"]
 
@@ -59,7 +56,7 @@ class NbdServer:
         self._connections_max = connections_max
         self._connections: set[NbdConnection] = set()
         self._listeners: list[asyncio.Server] = []
-        self._sockets: list[tuple[Path, int]] = []
+        self._sockets: list[UnixListener] = []
         self._uris: list[str] = []
         self._closed = False
         self._nobody = asyncio.Event()
@@ -84,13 +81,13 @@ class NbdServer:
         A socket that nobody answers is replaced. Raises `ConfigError` if a live server answers
         there, if `path` is not a socket, or if none can be made there.
         """
-        listener, where, inode = _listener(path, mode)
+        claimed = claim(path, mode=mode)
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: NbdConnection(self), sock=listener)
+        server = await loop.create_unix_server(lambda: NbdConnection(self), sock=claimed.socket)
         self._listeners.append(server)
-        self._sockets.append((where, inode))
+        self._sockets.append(claimed)
         # NBD's URI document (doc/uri.md): nbd+unix:///NAME?socket=PATH
-        self._uris.append(f"nbd+unix:///{quote(self.name)}?socket={quote(str(where))}")
+        self._uris.append(f"nbd+unix:///{quote(self.name)}?socket={quote(str(claimed.path))}")
         return self._uris[-1]
 
     async def listen_tcp(self, host: str = "127.0.0.1", port: int = 10809) -> str:
@@ -185,8 +182,8 @@ class NbdServer:
         for server in self._listeners:
             server.close()
         self._listeners.clear()
-        for path, inode in self._sockets:
-            _unlink_if_ours(path, inode)
+        for claimed in self._sockets:
+            claimed.remove()
         self._sockets.clear()
         for connection in list(self._connections):
             connection.finish()
@@ -204,51 +201,3 @@ def _in_uri(host: str) -> str:
         return f"[{host}]" if ipaddress.ip_address(host).version == 6 else host
     except ValueError:
         return host
-
-
-def _listener(path: str | os.PathLike[str], mode: int) -> tuple[socket.socket, Path, int]:
-    """A listening socket, its absolute path and its inode, by which it is known to be ours."""
-    where = Path(path).absolute()
-    _refuse_if_taken(where)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        return listener, where, _bind_aside(listener, where, mode)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"{where}: cannot listen there: {error}") from error
-
-
-def _refuse_if_taken(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"{path} is not a socket: name another path, or remove it first")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        result = probe.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:
-        raise ConfigError(f"{path}: a server answers there already: stop it, or name another path")
-
-
-def _bind_aside(listener: socket.socket, path: Path, mode: int) -> int:
-    # Bound under another name and renamed: nobody can connect before the mode is right, and a
-    # dead server's socket is replaced in one step.
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    listener.bind(str(aside))
-    try:
-        aside.chmod(mode)
-        listener.listen(128)
-        inode = aside.stat().st_ino
-        aside.rename(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    return inode
-
-
-def _unlink_if_ours(path: Path, inode: int) -> None:
-    if path.exists() and path.stat().st_ino == inode:
-        path.unlink()

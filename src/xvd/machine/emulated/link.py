@@ -12,16 +12,15 @@ import array
 import asyncio
 import os
 import socket
-import stat
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from xvd.errors import ConfigError, EventChannelError, GrantError, PeerClosed, XvdError
 from xvd.machine.emulated.host import Host, Limits, Session
+from xvd.sockets import UnixListener, claim
 from xvd.types import Domid, Gref, Port
 
 _PACKET_MAX = 256 * 1024
@@ -85,21 +84,14 @@ class LinkServer:
         self._host = host
         self._open_xenstore = open_xenstore
         self._events = asyncio.get_running_loop()
-        self._listener: socket.socket | None = None
-        self._path: Path | None = None
+        self._listener: UnixListener | None = None
         self._clients: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
 
     def listen(self, path: str | os.PathLike[str]) -> None:
         """Accept clients at `path`, mode 0660; `ConfigError` if a live host answers there."""
-        where = Path(path)
-        _refuse_if_live(where)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(str(where))
-        os.chmod(where, 0o660)
-        self._listener.listen(64)
-        self._path = where
-        self._start(self._accept, self._listener)
+        self._listener = claim(path, kind=socket.SOCK_SEQPACKET)
+        self._start(self._accept, self._listener.socket)
 
     def _start(self, work: Callable[[socket.socket], None], sock: socket.socket) -> None:
         def run() -> None:
@@ -173,11 +165,10 @@ class LinkServer:
     def close(self) -> None:
         """Stop listening and cut every client off."""
         if self._listener is not None:
-            self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
+            self._listener.remove()
+            self._listener.socket.shutdown(socket.SHUT_RDWR)
+            self._listener.socket.close()
             self._listener = None
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
         for client in list(self._clients):
             try:
                 client.shutdown(socket.SHUT_RDWR)
@@ -263,25 +254,6 @@ _CALLS: dict[str, Callable[..., tuple[Answer, list[int]]]] = {
         "create_domain", "destroy_domain", "books", "xenstore",
     )
 }  # fmt: skip
-
-
-def _refuse_if_live(path: Path) -> None:
-    """Remove a socket that nobody answers; `ConfigError` for one that lives or is no socket."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"{path}: there is something that is no socket; remove it")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}; remove it") from None
-    raise ConfigError(f"{path}: a host is running there; stop it, or choose another directory")
 
 
 class LinkClient:

@@ -9,18 +9,16 @@ does, it costs that client's connection, a bounded amount of memory and nothing 
 """
 
 import asyncio
-import errno
 import logging
 import os
 import socket
-import stat
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, Protocol
 
-from xvd.errors import ConfigError, XenstoreError
+from xvd.errors import XenstoreError
 from xvd.machine.xs.messages import Framer, Message, MessageType
+from xvd.sockets import UnixListener, claim
 from xvd.types import Domid
 
 _LOG = logging.getLogger(__name__)
@@ -177,7 +175,7 @@ class XenstoreServer:
         self.backlog_max = backlog_max
         self.peers: set[_Peer] = set()
         self.peer_left = asyncio.Event()
-        self._listeners: list[tuple[asyncio.Server, Path, int]] = []
+        self._listeners: list[tuple[asyncio.Server, UnixListener]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self, path: str | os.PathLike[str]) -> None:
@@ -186,17 +184,10 @@ class XenstoreServer:
         A socket that nobody answers is replaced, and the new one is there with its mode at once.
         Raises `ConfigError` if a live server answers there, or if `path` is not a socket.
         """
-        where = Path(path)
-        _refuse_if_taken(where)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            inode = _bind_aside(listener, where)
-        except OSError as error:
-            listener.close()
-            raise ConfigError(f"{where}: cannot listen there: {error}") from error
+        claimed = claim(path)
         loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: _Peer(self, Domid(0)), sock=listener)
-        self._listeners.append((server, where, inode))
+        server = await loop.create_unix_server(lambda: _Peer(self, Domid(0)), sock=claimed.socket)
+        self._listeners.append((server, claimed))
 
     async def serve_socket(self, sock: socket.socket, domid: Domid) -> None:
         """Serve a connected stream socket as `domid`'s; the server closes it when it ends.
@@ -221,48 +212,12 @@ class XenstoreServer:
     async def close(self) -> None:
         """Stop listening, end every connection, remove the socket if it is still ours."""
         await asyncio.gather(*self._tasks)
-        for server, path, inode in self._listeners:
+        for server, claimed in self._listeners:
             server.close()
-            _unlink_if_ours(path, inode)
+            claimed.remove()
         self._listeners.clear()
         for peer in list(self.peers):
             peer.abort()
         while self.peers:
             self.peer_left.clear()
             await self.peer_left.wait()
-
-
-def _refuse_if_taken(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"{path} is not a socket: name another path, or remove it first")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        result = probe.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:
-        raise ConfigError(f"{path}: a xenstore answers there already: stop it, or name another")
-
-
-def _bind_aside(listener: socket.socket, path: Path) -> int:
-    # Bound under another name and renamed: nobody can connect before the mode is right, and a
-    # dead server's socket is replaced in one step.
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    listener.bind(str(aside))
-    try:
-        aside.chmod(0o660)
-        listener.listen(128)
-        inode = aside.stat().st_ino
-        aside.rename(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    return inode
-
-
-def _unlink_if_ours(path: Path, inode: int) -> None:
-    if path.exists() and path.stat().st_ino == inode:
-        path.unlink()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Unix sockets that servers listen on: claimed without stealing, removed without stealing.
+
+Like errors and types, this may be imported by all.
+"""
+
+import errno
+import os
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from xvd.errors import ConfigError
+
+_BACKLOG = 128
+
+
+@dataclass(frozen=True, slots=True)
+class UnixListener:
+    """A listening socket at a path. `inode` is how the path is known to be still ours."""
+
+    socket: socket.socket
+    path: Path
+    inode: int
+
+    def remove(self) -> None:
+        """Remove the path, unless somebody has put something else there. The socket stays open."""
+        try:
+            if self.path.stat().st_ino == self.inode:
+                self.path.unlink()
+        except FileNotFoundError:
+            return
+
+
+def claim(
+    path: str | os.PathLike[str], *, mode: int = 0o660, kind: int = socket.SOCK_STREAM
+) -> UnixListener:
+    """Listen at `path`; `kind` is SOCK_STREAM or SOCK_SEQPACKET.
+
+    A socket that nobody answers is replaced. Raises `ConfigError` if a live server answers there,
+    if `path` is no socket, or if none can be made there.
+    """
+    where = Path(path).absolute()
+    _refuse_if_taken(where, kind)
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
+    try:
+        return UnixListener(listener, where, _bind_aside(listener, where, mode))
+    except OSError as error:
+        listener.close()
+        text = error.strerror or str(error)
+        raise ConfigError(f"{where}: cannot listen there ({text}); name another path") from error
+
+
+def _refuse_if_taken(path: Path, kind: int) -> None:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # nothing there, or not to be looked at: binding will say why
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} is not a socket: name another path, or remove it first")
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        result = probe.connect_ex(str(path))
+    if result != errno.ECONNREFUSED:
+        raise ConfigError(f"{path}: a server answers there already: stop it, or name another path")
+
+
+def _bind_aside(listener: socket.socket, path: Path, mode: int) -> int:
+    # Bound under another name and renamed: nobody can connect before the mode is right, and a
+    # dead server's socket is replaced in one step.
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    listener.bind(str(aside))
+    try:
+        aside.chmod(mode)
+        listener.listen(_BACKLOG)
+        inode = aside.stat().st_ino
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    return inode
