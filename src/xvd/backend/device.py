@@ -10,9 +10,10 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from xvd.backend.connection import Connection
 from xvd.blkif.abi import Abi, InfoFlag, XenbusState
@@ -90,6 +91,16 @@ def _frontends_node(name: str) -> bool:
     return (Side.FRONTEND, name) in NODES or bool(stale_frontend_nodes([name]))
 
 
+class _DeviceLog(logging.LoggerAdapter[logging.Logger]):
+    """Begins each line with the disk's directory."""
+
+    def process(
+        self, msg: object, kwargs: MutableMapping[str, Any]
+    ) -> tuple[str, MutableMapping[str, Any]]:
+        """Put the directory first."""
+        return f"{self.extra['device'] if self.extra else ''}: {msg}", kwargs
+
+
 class Device:
     """One disk of this backend domain; `run` returns when it is gone or `stop` has ended it.
 
@@ -114,9 +125,9 @@ class Device:
         self._store = store
         self._open_storage = open_storage
         self._settings = settings or Settings()
-        self._log = logging.LoggerAdapter(logging.getLogger(__name__), {"device": path})
-        self._log.process = lambda text, kwargs: (f"{path}: {text}", kwargs)  # type: ignore[method-assign]
+        self._log = _DeviceLog(logging.getLogger(__name__), {"device": path})
         self._events: asyncio.Queue[BackendEvent | None] = asyncio.Queue()
+        self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._released: asyncio.Event = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -138,17 +149,25 @@ class Device:
             for path in (f"{self.assignment.frontend}/state", self.path):
                 watches.append(await self._store.watch(path))
                 self._spawn(self._follow(watches[-1]))
-            self._spawn(self._open())
+            self._opening = asyncio.ensure_future(self._open())
             while self.state is not BackendState.GONE:
                 event = await self._events.get()
                 if event is None:
                     break
                 await self._feed(event)
         except XvdError as error:
-            self._log.error("%s; this disk is not served", error)
-            await report_error(self._store, self.path, str(error))
+            await self._report_unless_removed(error)
         finally:
             await self._end(watches)
+
+    async def _report_unless_removed(self, error: XvdError) -> None:
+        """What goes wrong because the toolstack is removing the nodes is no error."""
+        with contextlib.suppress(XvdError):
+            if not await self._store.exists(f"{self.path}/frontend"):
+                self._log.info("removed: %s", error)
+                return
+            await report_error(self._store, self.path, str(error))
+        self._log.error("%s; this disk is not served", error)
 
     async def stop(self) -> None:
         """Finish what is in flight, unmap, and leave the nodes as they are.
@@ -166,6 +185,9 @@ class Device:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._opening is not None:
+            # Not cancelled: what it opens would be nobody's, and stay open and locked.
+            await self._opening
         if self.engine is not None:
             engine, self.engine = self.engine, None
             await asyncio.to_thread(engine.close)
@@ -200,7 +222,12 @@ class Device:
         if state is None and not changes.write and not changes.remove:
             return
         there = await change_device(
-            self._store, self.path, state=state, write=changes.write, remove=changes.remove
+            self._store,
+            self.path,
+            state=state,
+            write=changes.write,
+            remove=changes.remove,
+            not_in=self._foreign_state(),
         )
         if there and state is not None:
             self._written = state
@@ -222,7 +249,21 @@ class Device:
         except (PeerProtocolError, XenstoreError):
             return XenbusState.UNKNOWN
 
+    def _foreign_state(self) -> XenbusState | None:
+        """Once we have written our state, Initialising is that of a new disk of the same name.
+
+        The toolstack removes the nodes of a disk that reads Closed, and may add them anew, while
+        we are on our way from there to another state.
+        """
+        begun = self._written not in (None, XenbusState.UNKNOWN, XenbusState.INITIALISING)
+        return XenbusState.INITIALISING if begun else None
+
     async def _do_look(self) -> None:
+        own = await self._store.try_read(f"{self.path}/state")
+        foreign = self._foreign_state()
+        if foreign is not None and own == str(int(foreign)):
+            self._events.put_nowait(None)
+            return
         frontend = await self._frontend_state()
         online = await self._store.try_read(f"{self.path}/online")
         if online is None or online.strip("\0 \n") == "0":

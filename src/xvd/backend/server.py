@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from xvd.backend.device import Device, Settings, StorageOpener
+from xvd.blkif.abi import XenbusState
 from xvd.errors import PeerClosed, XenstoreError
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
@@ -36,6 +37,8 @@ class Server:
         self._kinds = kinds
         self._settings = settings
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._again: set[asyncio.Task[None]] = set()
+        self._closing = False
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
 
@@ -52,9 +55,11 @@ class Server:
 
     async def close(self) -> None:
         """Drain and release every disk, leaving its nodes for whoever serves it next."""
-        for task in self._followers:
+        self._closing = True
+        tasks = [*self._followers, *self._again]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._followers, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for watch in self._watches:
             with contextlib.suppress(PeerClosed, XenstoreError):
                 await watch.close()
@@ -86,14 +91,31 @@ class Server:
         """Begin to serve a directory that the toolstack has completed and nobody serves yet."""
         if path in self._running or await self._store.try_read(f"{path}/frontend") is None:
             return
+        if await self._is_over(path) or path in self._running or self._closing:
+            return
         device = Device(self._machine, self._store, path, self._open_storage, self._settings)
         self.devices[path] = device
         task = asyncio.create_task(device.run())
         self._running[path] = task
         task.add_done_callback(lambda _: self._ended(path))
 
+    async def _is_over(self, path: str) -> bool:
+        """Whether the disk was closed for good, and the toolstack is about to remove its nodes."""
+        online = await self._store.try_read(f"{path}/online")
+        state = await self._store.try_read(f"{path}/state")
+        return online == "0" and state == str(int(XenbusState.CLOSED))
+
+    async def _consider_again(self, path: str) -> None:
+        """The toolstack may have assigned a new disk there while the old one was being let go."""
+        with contextlib.suppress(PeerClosed, XenstoreError):
+            await self._consider(path)
+
     def _ended(self, path: str) -> None:
         task = self._running.pop(path)
         self.devices.pop(path, None)
+        if not self._closing:
+            again = asyncio.ensure_future(self._consider_again(path))
+            self._again.add(again)
+            again.add_done_callback(self._again.discard)
         if not task.cancelled() and task.exception() is not None:
             logger.error("%s: %r; this disk is not served any more", path, task.exception())

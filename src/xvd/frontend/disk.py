@@ -277,6 +277,7 @@ class Disk:
 
     async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Store `data` at `offset`; durable after a later `flush`."""
+        data = memoryview(data).cast("B")
         length = len(data)
         self._check(offset, length)
         self._check_writable()

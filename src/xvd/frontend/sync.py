@@ -34,7 +34,16 @@ class SyncDisk:
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
+    @staticmethod
+    async def _cancel_the_rest() -> None:
+        """What `connect` left running, as its store's reader: nobody can reach it any more."""
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
     def _stop(self) -> None:
+        self._wait(self._cancel_the_rest())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -56,15 +56,17 @@ async def change_device(
     state: int | None,
     write: Mapping[str, str] | None = None,
     remove: Iterable[str] = (),
+    not_in: int | None = None,
 ) -> bool:
     """Write a device's own nodes and its state in one transaction; False if the device is gone.
 
-    A state node that is not there any more was removed by the toolstack: nothing is written, or a
+    `not_in`: a state that only a new device has; with it, the directory is another's by now. A state node that is not there any more was removed by the toolstack: nothing is written, or a
     late write would bring back a directory that nobody removes again.
     """
 
     async def work(tx: Transaction) -> bool:
-        if await tx.try_read(f"{path}/state") is None:
+        now = await tx.try_read(f"{path}/state")
+        if now is None or (not_in is not None and now == str(int(not_in))):
             return False
         for name in remove:
             if await tx.exists(f"{path}/{name}"):
