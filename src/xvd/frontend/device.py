@@ -59,7 +59,7 @@ class User(Protocol):
         """The queue is gone; what was outstanding has to be submitted again to the next one."""
 
     def ended(self, error: OSError | XvdError) -> None:
-        """There will be no next one."""
+        """There will be no next one. May be said twice."""
 
 
 class Device:
@@ -257,7 +257,7 @@ class Device:
         try:
             self.features = await self._backend_features()
         except XvdError as error:
-            self._failure = error
+            self._fail(error)
             self.put(FrontendEvent.FEATURES_BAD)
         else:
             self.put(FrontendEvent.FEATURES_READ)
@@ -279,7 +279,8 @@ class Device:
         try:
             features = await self._backend_features()
         except XvdError as error:
-            self._log.warning("%s: %s; the size stays as it was", self.path, error)
+            if await self._backend_state() is XenbusState.CONNECTED:
+                self._log.warning("%s: %s; the size stays as it was", self.path, error)
             return
         if features.sectors != self.features.sectors:
             self.features = features
@@ -312,12 +313,19 @@ class Device:
         self._released.set()
         breach = self.connection.queue.breach
         if breach is not None or failure is not None:
-            self._failure = PeerProtocolError(
-                f"{self.path}: the backend broke the protocol: {breach or failure}; "
-                "detach the disk and attach it again"
+            self._fail(
+                PeerProtocolError(
+                    f"{self.path}: the backend broke the protocol: {breach or failure}; "
+                    "detach the disk and attach it again"
+                )
             )
             self.put(FrontendEvent.BREACH)
         self.put(FrontendEvent.DRAINED)
+
+    def _fail(self, error: XvdError) -> None:
+        """The user hears at once: a backend that lies may never close, and `run` waits for it."""
+        self._failure = error
+        self._user.ended(error)
 
     async def _do_release(self) -> None:
         if self.connection is not None and not self._released.is_set():

@@ -104,8 +104,8 @@ class Disk:
     async def _leave(self, *, abandon: bool) -> None:
         if self._running is None:
             return
-        if abandon:
-            self._device.abandon()
+        if abandon or self._ended is not None:
+            self._device.abandon()  # a backend that broke the protocol is not waited for
         else:
             self._device.close()
         running, self._running = self._running, None

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Test doubles of a whole end: they write the store and the ring directly, and may lie.
+
+`RawFrontend` plays a guest's driver against our backend, `RawBackend` a backend against our disk.
+"""
+
+from rig_disk import World, until
+
+from xvd.blkif.abi import Abi
+from xvd.blkif.messages import AnyRequest, Response
+from xvd.blkif.ring import BackRing, FrontRing, Outcome
+from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.xs.client import XenstoreClient
+from xvd.toolstack.vbd import Vbd, wait_for_state
+from xvd.types import Gref, Port
+
+SECONDS = 10.0
+
+
+async def backend_reaches(world: World, vbd: Vbd, *states: int) -> int:
+    return await wait_for_state(world.store, vbd.backend, lambda s: s in states, SECONDS)
+
+
+async def backend_error(world: World, vbd: Vbd) -> str:
+    path = f"/local/domain/0/error/backend/vbd/{vbd.domid}/{vbd.vdev}/error"
+    return await world.store.try_read(path) or ""
+
+
+class RawFrontend:
+    """A frontend without manners. `nodes` overrides what an honest one would publish."""
+
+    def __init__(self, machine: EmulatedMachine, store: XenstoreClient, vbd: Vbd) -> None:
+        self.machine = machine
+        self.store = store
+        self.vbd = vbd
+        self.ring_pages = machine.grants.share(vbd.backend_domid, 1)
+        self.pages = machine.grants.share(vbd.backend_domid, 4)
+        self.port = machine.event_channels.alloc_unbound(vbd.backend_domid)
+        self.ring = FrontRing(self.ring_pages.view, Abi.X86_64).init()
+
+    async def write(self, nodes: dict[str, str | bytes | None]) -> None:
+        for name, value in nodes.items():
+            path = f"{self.vbd.frontend}/{name}"
+            if value is None:
+                if await self.store.exists(path):
+                    await self.store.rm(path)
+            else:
+                await self.store.write(path, value)
+
+    async def publish(
+        self, nodes: dict[str, str | bytes | None] | None = None, state: str | bytes = "4"
+    ) -> None:
+        honest: dict[str, str | bytes | None] = {
+            "ring-ref": str(self.ring_pages.grefs[0]),
+            "event-channel": str(self.port.port),
+            "protocol": "x86_64-abi",
+        }
+        await self.write(honest | (nodes or {}) | {"state": state})
+
+    async def ask(self, request: AnyRequest) -> Response:
+        self.ring.put_request(request)
+        self.ring.push()
+        self.port.notify()
+        found: list[Response] = []
+
+        def answered() -> bool:
+            outcome, response = self.ring.take_response()
+            assert outcome is not Outcome.BROKEN
+            if response is not None:
+                found.append(response)
+            return bool(found)
+
+        await until(answered)
+        return found[0]
+
+    def close(self) -> None:
+        self.port.close()
+        self.pages.close()
+        self.ring_pages.close()
+
+
+class RawBackend:
+    """A backend without manners, in domain 0."""
+
+    def __init__(self, world: World, vbd: Vbd) -> None:
+        self.world = world
+        self.vbd = vbd
+
+    async def write(self, nodes: dict[str, str | bytes | None]) -> None:
+        for name, value in nodes.items():
+            path = f"{self.vbd.backend}/{name}"
+            if value is None:
+                await self.world.store.rm(path)
+            else:
+                await self.world.store.write(path, value)
+
+    async def connect(self, nodes: dict[str, str | bytes | None] | None = None) -> None:
+        """Offer, wait for the frontend's rings, map them, publish `nodes` over honest ones."""
+        await self.write({"state": "2"})
+        store = self.world.store
+        await wait_for_state(store, self.vbd.frontend, lambda s: s == 3, SECONDS)
+        ref = await store.read(f"{self.vbd.frontend}/ring-ref")
+        port = await store.read(f"{self.vbd.frontend}/event-channel")
+        self.grants = self.world.dom0.grants.foreign(self.vbd.domid)
+        self.mapping = self.grants.map([Gref(int(ref))])
+        self.port = self.world.dom0.event_channels.bind_interdomain(
+            self.vbd.domid, Port(int(port))
+        )
+        self.ring = BackRing(self.mapping.view, Abi.X86_64)
+        honest: dict[str, str | bytes | None] = {
+            "sectors": "2048", "sector-size": "512", "info": "0", "feature-flush-cache": "1",
+        }  # fmt: skip
+        await self.write(honest | (nodes or {}) | {"state": "4"})
+
+    async def take(self) -> bytes:
+        """Wait for the next request's slot."""
+        slots: list[bytes] = []
+
+        def taken() -> bool:
+            outcome, slot = self.ring.take()
+            if outcome is Outcome.REQUEST:
+                slots.append(slot)
+            return bool(slots)
+
+        await until(taken)
+        return slots[0]
+
+    def push(self) -> None:
+        self.ring.push()
+        self.port.notify()
+
+    def close(self) -> None:
+        self.port.close()
+        self.mapping.close()
+        self.grants.close()
