@@ -2,6 +2,7 @@
 """What every source file obeys: who imports whom, how long it may be, and how it begins."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def imported(path: Path) -> set[str]:
                 found += [f"xvd.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-    return {name.removeprefix("xvd.") for name in found if name.startswith("xvd.")}
+    return {name.removeprefix("xvd.") for name in found if re.match(r"xvd\.[a-z]", name)}
 
 
 def lies_in(module: str, package: str) -> bool:
@@ -148,6 +149,26 @@ def test_every_source_is_built_and_installed(path: Path) -> None:
 
 def test_the_generated_header_is_fresh() -> None:
     result = subprocess.run(
-        [sys.executable, ROOT / "tools" / "gen_abi.py", "--check"], capture_output=True, text=True
+        [sys.executable, ROOT / "tools" / "gen_abi.py", "--check"],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+COMPILED = [
+    ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for path in CYTHON
+    if path.suffix == ".pyx"
+]
+
+
+@pytest.mark.slow
+def test_stubs_say_what_the_compiled_modules_are() -> None:
+    allowed = ROOT / "tools" / "stubtest_allowlist.txt"
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "--concise", "--allowlist", allowed, *COMPILED],
+        check=False, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"MYPYPATH": "src"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -78,7 +78,8 @@ def test_a_discard_touches_nothing_outside_its_range(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offset", "length"), [(SIZE, 512), (SIZE - 512, 1024), (-512, 512), (2**63, 512), (0, SIZE + 512)]
+    ("offset", "length"),
+    [(SIZE, 512), (SIZE - 512, 1024), (-512, 512), (2**63, 512), (0, SIZE + 512)],
 )
 def test_what_is_not_on_the_disk_is_refused(engine: Engine, offset: int, length: int) -> None:
     for call in (
@@ -156,7 +157,7 @@ def test_a_full_ring_of_all_kinds(world: QueueWorld) -> None:
     world.send(*requests, *(discard(1024 + 8 * i, 8, id=24 + i) for i in range(8)))
     world.port.notify()
     answers = world.collect(32)
-    assert {answer.id: answer.status for answer in answers} == {id: 0 for id in range(32)}
+    assert {answer.id: answer.status for answer in answers} == dict.fromkeys(range(32), 0)
 
 
 # ---- Errors ----
@@ -164,10 +165,16 @@ def test_a_full_ring_of_all_kinds(world: QueueWorld) -> None:
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(errno.EIO, Status.ERROR), (errno.ENOSPC, Status.ERROR), (errno.EOPNOTSUPP, Status.EOPNOTSUPP)],
+    [
+        (errno.EIO, Status.ERROR),
+        (errno.ENOSPC, Status.ERROR),
+        (errno.EOPNOTSUPP, Status.EOPNOTSUPP),
+    ],
 )
 def test_a_failing_engine_fails_that_request_only(number: int, status: Status) -> None:
-    engine = Error(MemoryEngine(SIZE), one_in=1, operations=("write", "flush", "discard"), error=number)
+    engine = Error(
+        MemoryEngine(SIZE), one_in=1, operations=("write", "flush", "discard"), error=number
+    )
     with QueueWorld(Checked(engine)) as world, world.running():
         world.send(
             rq(Op.WRITE, 0, world.segment(0), id=1), rq(Op.FLUSH_DISKCACHE, id=2),

@@ -143,9 +143,7 @@ def test_a_set_is_mapped_as_a_whole_or_not_at_all(pair: Pair, position: int) -> 
 
 @pytest.mark.parametrize("status", [GENERAL_ERROR, -7, NO_SPACE])
 @pytest.mark.parametrize("position", range(4))
-def test_an_injected_failure_leaves_nothing_mapped(
-    pair: Pair, position: int, status: int
-) -> None:
+def test_an_injected_failure_leaves_nothing_mapped(pair: Pair, position: int, status: int) -> None:
     """XSA-361, 362, 365: the good ones of a batch in which one fails."""
     pages = pair.granter.grants.share(MAPPER, 4)
     grants = pair.mapper.grants.foreign(GRANTER)

@@ -225,7 +225,7 @@ def test_a_host_that_stops_is_a_peer_that_closed(served: HostThread) -> None:
 
 
 def test_no_host_there(tmp_path: os.PathLike[str]) -> None:
-    with pytest.raises(PeerClosed, match="no host answers .*; start one: xvd host DIR"):
+    with pytest.raises(PeerClosed, match=r"no host answers .*; start one: xvd host DIR"):
         connect(tmp_path, Domid(0))
 
 

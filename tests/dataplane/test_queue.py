@@ -218,4 +218,3 @@ def test_failing_storage_rings_the_alarm_once_until_it_is_asked() -> None:
         assert world.queue.failure() == (5, 1)
         [answer] = world.collect(1)
         assert answer.status == Status.ERROR
-

@@ -32,7 +32,9 @@ def test_a_directory(tmp_path: Path, read_only: bool) -> None:
 @pytest.mark.parametrize("size", [1, 511, 513, 1000])
 def test_an_odd_size(tmp_path: Path, size: int) -> None:
     wanted = -(-size // 512) * 512
-    refused(image(tmp_path, size), errno.EINVAL, f"no multiple of 512; extend it: truncate -s {wanted}")
+    refused(
+        image(tmp_path, size), errno.EINVAL, f"no multiple of 512; extend it: truncate -s {wanted}"
+    )
 
 
 def test_an_empty_image(tmp_path: Path) -> None:

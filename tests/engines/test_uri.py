@@ -34,7 +34,8 @@ def test_what_is_no_size(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("1s", 1.0), ("10ms", 0.01), ("250us", 0.00025), ("2", 2.0), ("1.5s", 1.5)]
+    ("text", "seconds"),
+    [("1s", 1.0), ("10ms", 0.01), ("250us", 0.00025), ("2", 2.0), ("1.5s", 1.5)],
 )
 def test_times(text: str, seconds: float) -> None:
     assert parse_time(text) == pytest.approx(seconds)

@@ -26,7 +26,16 @@ from xvd.toolstack.vbd import detach
 @pytest.mark.parametrize("copying", [False, True], ids=["map", "copy"])
 @pytest.mark.parametrize(
     ("offset", "length"),
-    [(0, 512), (0, 1), (511, 2), (1, 45055), (4096, 45056), (100, 45057), (12345, 1 << 20), (8191, 1)],
+    [
+        (0, 512),
+        (0, 1),
+        (511, 2),
+        (1, 45055),
+        (4096, 45056),
+        (100, 45057),
+        (12345, 1 << 20),
+        (8191, 1),
+    ],
 )
 def test_what_is_written_is_read(copying: bool, offset: int, length: int) -> None:
     async def work() -> None:
@@ -125,7 +134,8 @@ def test_a_read_only_disk() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "number"), [("EIO", errno.EIO), ("ENOSPC", errno.EIO), ("EOPNOTSUPP", errno.EOPNOTSUPP)]
+    ("kind", "number"),
+    [("EIO", errno.EIO), ("ENOSPC", errno.EIO), ("EOPNOTSUPP", errno.EOPNOTSUPP)],
 )
 def test_failing_storage(kind: str, number: int, expect_log) -> None:
     expect_log("storage fails: ")
@@ -352,7 +362,7 @@ def test_hot_unplug_during_io_ends_every_operation() -> None:
             await detach(world.store, vbd)
             outcomes = await asyncio.gather(*writes, return_exceptions=True)
             assert {getattr(outcome, "errno", 0) for outcome in outcomes} <= {0, errno.ENODEV}
-            with pytest.raises(OSError, match="the disk is gone: .*removed"):
+            with pytest.raises(OSError, match=r"the disk is gone: .*removed"):
                 await disk.read(0, 512)
             await disk.close()
             assert await world.store.try_read(vbd.backend) is None

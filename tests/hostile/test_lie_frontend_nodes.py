@@ -31,7 +31,7 @@ def lie(nodes: dict[str, str | bytes | None], text: str, expect_log) -> None:
             await other.write(0, b"unaffected")
             assert await other.read(0, 10) == b"unaffected"
             frontend.close()
-            await frontend.write({name: None for name in nodes} | {"state": "1"})
+            await frontend.write(dict.fromkeys(nodes) | {"state": "1"})
             await backend_reaches(world, vbd, 2)
             async with await world.open(vbd) as disk:
                 await disk.write(0, b"served again")

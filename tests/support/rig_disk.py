@@ -41,7 +41,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 async def until(condition: Callable[[], bool]) -> None:
     """Let everybody else run until it holds."""
     async with asyncio.timeout(10):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 
 

@@ -103,9 +103,7 @@ class RawBackend:
         port = await store.read(f"{self.vbd.frontend}/event-channel")
         self.grants = self.world.dom0.grants.foreign(self.vbd.domid)
         self.mapping = self.grants.map([Gref(int(ref))])
-        self.port = self.world.dom0.event_channels.bind_interdomain(
-            self.vbd.domid, Port(int(port))
-        )
+        self.port = self.world.dom0.event_channels.bind_interdomain(self.vbd.domid, Port(int(port)))
         self.ring = BackRing(self.mapping.view, Abi.X86_64)
         honest: dict[str, str | bytes | None] = {
             "sectors": "2048", "sector-size": "512", "info": "0", "feature-flush-cache": "1",

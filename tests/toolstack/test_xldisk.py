@@ -46,7 +46,10 @@ def test_a_disk_is_what_its_text_says(text: str, wanted: dict[str, Any]) -> None
         ("", "'' names no vdev; add vdev=xvda"),
         ("/d", "names no vdev; add vdev=xvda"),
         ("vdev=xvda", "names no target; add target=IMAGE at its end"),
-        ("vdev=xvda,access=maybe,target=/d", "unknown value 'maybe' for access; there are r, ro, w"),
+        (
+            "vdev=xvda,access=maybe,target=/d",
+            "unknown value 'maybe' for access; there are r, ro, w",
+        ),
         ("/d,zip,xvda", "unknown value 'zip' for format; there are raw, qcow"),
         ("/d,raw,xvda,rw,more", "too many positional parameters: 'more'"),
         ("vdev=xvda,vdev=xvdb,target=/d", "vdev respecified: 'xvdb'"),

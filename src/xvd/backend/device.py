@@ -368,7 +368,7 @@ class Device:
             self.put(BackendEvent.RING_BROKEN)
 
     def _storage_failed(self) -> None:
-        """Say it once, and not again for a while: a guest can cause as many failures as it likes."""
+        """Say it once, and not again for a while: a guest can cause any number of failures."""
         assert self.connection is not None
         connection = self.connection
         events = asyncio.get_running_loop()

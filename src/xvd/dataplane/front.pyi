@@ -1,7 +1,8 @@
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from xvd.dataplane.types import HasPorts
 
+@disjoint_base
 class FrontQueue:
     def __init__(
         self,

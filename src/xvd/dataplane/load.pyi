@@ -1,5 +1,8 @@
+from typing_extensions import disjoint_base
+
 from xvd.dataplane.front import FrontQueue
 
+@disjoint_base
 class Load:
     def __init__(
         self,

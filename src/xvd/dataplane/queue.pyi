@@ -1,10 +1,11 @@
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from xvd.dataplane.types import HasPorts
 
 def journal_size(nr_ents: int) -> int: ...
 def unanswered(ring: Buffer) -> int: ...
 
+@disjoint_base
 class BackendQueue:
     def __init__(
         self,

@@ -1,9 +1,12 @@
 import threading
 
+from typing_extensions import disjoint_base
+
 from xvd.engines.interface import Engine
 
 KINDS: dict[int, str]
 
+@disjoint_base
 class Operation:
     @property
     def kind(self) -> str: ...
@@ -14,6 +17,7 @@ class Operation:
     def buffers(self) -> list[memoryview]: ...
     def complete(self, error: int = 0) -> None: ...
 
+@disjoint_base
 class BridgeChannel:
     @property
     def ports(self) -> object: ...

@@ -1,3 +1,6 @@
+from typing_extensions import disjoint_base
+
+@disjoint_base
 class FileChannel:
     def __init__(
         self, direct_fd: int, cached_fd: int, memory_align: int, offset_align: int

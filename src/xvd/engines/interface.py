@@ -76,13 +76,13 @@ class Engine(ABC):
     def write(self, buffer: memoryview, offset: int) -> None:
         """Store the whole buffer from `offset` bytes on."""
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027
         """Make everything accepted so far durable."""
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int) -> None:  # noqa: B027
         """Forget a range: afterwards it reads as anything. Called only if `info.can_discard`."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Give everything back. Idempotent."""
 
     def open_channel(self) -> Channel:

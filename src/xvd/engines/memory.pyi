@@ -1,5 +1,8 @@
+from typing_extensions import disjoint_base
+
 from xvd.engines.interface import Channel, Engine, EngineInfo
 
+@disjoint_base
 class Region:
     def __init__(self, size: int) -> None: ...
     @property
@@ -7,6 +10,7 @@ class Region:
     def view(self) -> memoryview: ...
     def forget(self, offset: int, length: int) -> None: ...
 
+@disjoint_base
 class MemoryChannel:
     def __init__(self, region: Region) -> None: ...
     @property

@@ -1,5 +1,8 @@
+from typing_extensions import disjoint_base
+
 from xvd.engines.interface import Channel, Engine, EngineInfo
 
+@disjoint_base
 class NullChannel:
     @property
     def ports(self) -> object: ...

@@ -10,6 +10,7 @@ edges; it waits for writes in progress on its blocks, and new ones wait for it.
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -206,10 +207,8 @@ class Disk:
     def _reap(self) -> None:
         assert self._connection is not None
         queue = self._connection.queue
-        try:
+        with contextlib.suppress(BlockingIOError):  # `disconnected` looks without being rung for
             os.eventfd_read(queue.done_fd)
-        except BlockingIOError:
-            pass  # `disconnected` looks without having been rung for
         for token, error in queue.reap():
             io = self._outstanding.pop(token)
             if not io.done.done():
@@ -341,9 +340,7 @@ class Disk:
             if error.errno != errno.EOPNOTSUPP:
                 raise
             self._flush_works = False
-            logger.warning(
-                "the backend has withdrawn flush: writes are as durable as it makes them"
-            )
+            logger.warning("the backend has withdrawn flush: how durable writes are is up to it")
 
     async def discard(self, offset: int, length: int) -> None:
         """Let go of the whole blocks within a range: what is read there afterwards is undefined.

@@ -8,6 +8,7 @@ theirs. The copy under /libxl is the toolstack's own memory: it never trusts the
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.vdev import format_vdev
@@ -21,6 +22,7 @@ INIT_TIMEOUT_S = 10.0
 on removal state 6: LIBXL_INIT_TIMEOUT and LIBXL_DESTROY_TIMEOUT (libxl_internal.h)."""
 
 BACKEND_KIND = "vbd"
+DOM0: Final = Domid(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Vbd:
 
     domid: Domid
     vdev: int
-    backend_domid: Domid = Domid(0)
+    backend_domid: Domid = DOM0
     kind: str = BACKEND_KIND
 
     @property
@@ -119,9 +121,7 @@ async def add(store: XenstoreClient, domid: Domid, disk: XlDisk, backend_domid: 
 
     async def work(tx: Transaction) -> None:
         if await tx.exists(vbd.frontend) or await tx.exists(vbd.backend):
-            raise ConfigError(
-                f"{vbd.name} exists already; detach it first, or choose another vdev"
-            )
+            raise ConfigError(f"{vbd.name} exists already; detach it first, or choose another vdev")
         await tx.mkdir(vbd.private)
         await tx.set_perms(vbd.private, ["n0"])
         for path, perms, nodes in (
@@ -162,7 +162,7 @@ async def attach(
     domid: Domid,
     disk: XlDisk,
     *,
-    backend_domid: Domid = Domid(0),
+    backend_domid: Domid = DOM0,
     timeout_s: float = INIT_TIMEOUT_S,
 ) -> Vbd:
     """Attach a disk and wait until a backend has taken it.

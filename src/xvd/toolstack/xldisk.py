@@ -76,7 +76,7 @@ def _set(disk: XlDisk, key: str, value: str) -> None:
 
 def _parts(text: str) -> list[str]:
     """Split at commas, up to a ``target=`` that swallows what follows."""
-    parts = []
+    parts: list[str] = []
     rest = text
     while rest:
         if rest.lstrip().startswith("target="):

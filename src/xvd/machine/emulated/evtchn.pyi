@@ -1,8 +1,11 @@
 from collections.abc import Callable
 
+from typing_extensions import disjoint_base
+
 from xvd.machine.emulated.shared import DomainState
 from xvd.types import Port
 
+@disjoint_base
 class EmulatedEventChannel:
     def __init__(
         self,

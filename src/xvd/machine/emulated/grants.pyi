@@ -1,10 +1,14 @@
 from collections.abc import Callable, Iterable, Sequence
 
+from typing_extensions import disjoint_base
+
+from xvd.errors import GrantError
 from xvd.machine.emulated.shared import DomainState
 from xvd.types import Gref
 
 STATUS_NAMES: dict[int, str]
 
+@disjoint_base
 class EmulatedForeignGrants:
     def __init__(
         self,
@@ -21,8 +25,10 @@ class EmulatedForeignGrants:
     def map(self, grefs: Sequence[Gref], *, writable: bool = True) -> EmulatedMapping: ...
     def read(self, gref: Gref, offset: int, size: int) -> bytes: ...
     def write(self, gref: Gref, offset: int, data: bytes) -> None: ...
+    def error(self, verb: str, gref: object, status: int) -> GrantError: ...
     def close(self) -> None: ...
 
+@disjoint_base
 class EmulatedMapping:
     def __init__(
         self, grants: EmulatedForeignGrants, grefs: Sequence[Gref], writable: bool
@@ -35,6 +41,7 @@ class EmulatedMapping:
     def view(self) -> memoryview: ...
     def close(self) -> None: ...
 
+@disjoint_base
 class EmulatedSharedPages:
     def __init__(
         self,

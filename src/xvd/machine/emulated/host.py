@@ -103,9 +103,7 @@ class Host:
         """Make a domain; nothing happens if it exists."""
         with self._lock:
             if domid not in self._domains:
-                self._domains[domid] = _new_domain(
-                    domid, limits or self.limits, self._generation
-                )
+                self._domains[domid] = _new_domain(domid, limits or self.limits, self._generation)
                 self._generation += 1
 
     def destroy_domain(self, domid: Domid) -> None:
@@ -194,7 +192,8 @@ class Host:
 
     def _free_share(self, domain: _Domain, share: _Shared) -> bool:
         """Free pages once every reference is revoked; False while a peer still maps one."""
-        if not all([domain.state.try_revoke(g) for g in share.grefs]):
+        revoked = [domain.state.try_revoke(gref) for gref in share.grefs]
+        if not all(revoked):
             return False
         domain.free_grefs.extend(reversed(share.grefs))
         self._give_frames(domain, share.frame, len(share.grefs))

@@ -183,7 +183,7 @@ class _ClientCalls:
 
     def __init__(self, server: LinkServer, first: Request) -> None:
         if first.call != "open" or len(first.arguments) != 2 or first.arguments[0] != _PROTOCOL:
-            raise ConfigError("the two sides of the machine socket are of different versions of xvd")
+            raise ConfigError("the two ends of the machine socket are different versions of xvd")
         self.server = server
         self.session: Session = server._host.open(Domid(first.arguments[1]))
 

@@ -24,13 +24,26 @@ class Calls(Protocol):
     number: int
     domid: Domid
 
-    def state(self, domid: Domid) -> tuple[int, int, Limits]: ...
-    def share(self, peer: Domid, count: int) -> tuple[int, list[Gref]]: ...
-    def unshare(self, frame: int) -> None: ...
-    def alloc_unbound(self, peer: Domid) -> tuple[Port, int, int]: ...
-    def bind_interdomain(self, peer: Domid, remote: Port) -> tuple[Port, int, int]: ...
-    def unbind(self, port: Port) -> None: ...
-    def close(self) -> None: ...
+    def state(self, domid: Domid) -> tuple[int, int, Limits]:
+        """A domain's memory, heap and limits."""
+
+    def share(self, peer: Domid, count: int) -> tuple[int, list[Gref]]:
+        """Contiguous zeroed pages: the first frame, and a reference for each."""
+
+    def unshare(self, frame: int) -> None:
+        """Give back what `share` gave."""
+
+    def alloc_unbound(self, peer: Domid) -> tuple[Port, int, int]:
+        """A port, the descriptor to wait on, and the peer's."""
+
+    def bind_interdomain(self, peer: Domid, remote: Port) -> tuple[Port, int, int]:
+        """The same for the end that binds."""
+
+    def unbind(self, port: Port) -> None:
+        """Close a port."""
+
+    def close(self) -> None:
+        """End the session."""
 
 
 class EmulatedMachine:

@@ -1,8 +1,11 @@
 from collections.abc import Mapping
 
+from typing_extensions import disjoint_base
+
 from xvd.machine.emulated.host import Limits
 from xvd.types import Domid
 
+@disjoint_base
 class DomainState:
     def __init__(self, domid: int, memory_fd: int, heap_fd: int, limits: Limits) -> None: ...
     limits: Limits

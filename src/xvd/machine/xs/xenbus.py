@@ -60,7 +60,9 @@ async def change_device(
 ) -> bool:
     """Write a device's own nodes and its state in one transaction; False if the device is gone.
 
-    `not_in`: a state that only a new device has; with it, the directory is another's by now. A state node that is not there any more was removed by the toolstack: nothing is written, or a
+    `not_in`: a state that only a new device has; with it, the directory is another's by now.
+
+    A state node that is not there any more was removed by the toolstack: nothing is written, or a
     late write would bring back a directory that nobody removes again.
     """
 
