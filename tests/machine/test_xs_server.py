@@ -4,6 +4,7 @@
 import asyncio
 import socket
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -122,7 +123,11 @@ def test_releasing_a_domain_ends_its_connection(path: Path) -> None:
     with_server(path, work)
 
 
-def test_a_domain_that_does_not_exist_gets_no_connection(path: Path) -> None:
+def test_a_domain_that_does_not_exist_gets_no_connection(
+    path: Path, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("there is no domain 32753")
+
     async def work(server: XenstoreServer, _: XenstoreClient) -> None:
         async with await XenstoreClient.from_socket(server.connect_local(0x7FF1)) as nobody:
             with pytest.raises(PeerClosed):
@@ -141,7 +146,11 @@ def test_a_domain_that_does_not_exist_gets_no_connection(path: Path) -> None:
     ],
     ids=["one-too-long", "huge", "noise", "good-then-noise"],
 )
-def test_a_bad_length_costs_that_connection_only(path: Path, sent: bytes) -> None:
+def test_a_bad_length_costs_that_connection_only(
+    path: Path, sent: bytes, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("a header claims")
+
     async def work(server: XenstoreServer, client: XenstoreClient) -> None:
         reader, writer = await connect(path)
         writer.write(sent)
@@ -238,7 +247,11 @@ def test_a_flood_of_one_event_is_held_once(path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_flood_of_different_events_cuts_the_connection_that_does_not_read(path: Path) -> None:
+def test_a_flood_of_different_events_cuts_the_connection_that_does_not_read(
+    path: Path, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("bytes of events wait for it")
+
     async def work(server: XenstoreServer, client: XenstoreClient) -> None:
         with socket.socket(socket.AF_UNIX) as lazy:
             lazy.connect(str(path))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend publishes of its storage, and what it counts over a disk's connections."""
+
+import pytest
+from rig_disk import disk_world, opener, run, until
+from rig_guest import RawFrontend, backend_reaches
+from rig_queue import rq
+
+from xvd.backend.connection import offered_operations
+from xvd.backend.device import Settings, features_of, merge_counters
+from xvd.blkif.abi import InfoFlag, Op
+from xvd.blkif.messages import Segment
+from xvd.blkif.nodes import BackendFeatures, parse_backend_assignment
+from xvd.engines.uri import open_engine
+
+TOOLSTACK = {
+    "frontend": "/local/domain/1/device/vbd/51712", "frontend-id": "1", "params": "memory:1M",
+    "mode": "w", "online": "1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "uri", "wanted"),
+    [
+        ({}, "memory:1M", {"sectors": 2048, "info": 0, "flush": True, "discard": True}),
+        ({"discard-enable": "0"}, "memory:1M", {"discard": False}),
+        ({"device-type": "cdrom"}, "memory:1M", {"info": InfoFlag.CDROM | InfoFlag.REMOVABLE}),
+        ({"mode": "r"}, "memory:1M", {"info": InfoFlag.READONLY, "discard": False}),
+    ],
+)
+def test_features_are_the_storages_and_the_toolstacks(
+    nodes: dict[str, str], uri: str, wanted: dict[str, object]
+) -> None:
+    assignment = parse_backend_assignment(TOOLSTACK | nodes)
+    features = features_of(open_engine(uri, read_only=not assignment.writable), assignment)
+    assert {name: getattr(features, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_queue_is_offered_what_the_frontend_was_told(number: int) -> None:
+    flush, discard, secure = number & 1, number & 2, number & 4
+    features = BackendFeatures(
+        8, flush=bool(flush), discard=bool(discard), discard_secure=bool(secure)
+    )
+    bits = offered_operations(features)
+    assert bits == 3 | bool(flush) << Op.FLUSH_DISKCACHE | bool(discard) << Op.DISCARD | (
+        bool(secure) << 16
+    )
+
+
+def test_counters_are_added_by_name_and_refusals_by_reason() -> None:
+    first = {"requests": 3, "refusals": {"read_only": 1}}
+    second = {"requests": 4, "errors": 1, "refusals": {"read_only": 1, "bad_grant": 2}}
+    assert merge_counters(first, second) == {
+        "requests": 7, "errors": 1, "refusals": {"read_only": 2, "bad_grant": 2},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("copying", "mode"), [(False, "mapping"), (True, "grant copy")])
+def test_counters_outlive_a_connection(copying: bool, mode: str) -> None:
+    async def work() -> None:
+        async with disk_world(settings=Settings(copying=copying)) as world:
+            vbd = await world.attach()
+            for _ in range(2):
+                async with await world.open(vbd) as disk:
+                    await disk.write(0, bytes(4096))
+            assert world.server is not None
+            [device] = world.server.devices.values()
+            await until(lambda: device.connection is None)
+            assert device.mode == mode
+            assert device.counters()["wr_req"] == 2
+            assert device.counters()["copied"] == (2 if copying else 0)
+
+    run(work())
+
+
+def test_what_a_restarted_backend_finds_on_the_ring_is_served_once() -> None:
+    """The frontend writes to the ring while nobody serves it, and is told by an event."""
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, 4)
+            assert world.server is not None
+            await world.server.close()
+            assert world.host.host.books()["mappings"] == 0
+            asking = frontend.ask(rq(Op.READ, 0, Segment(frontend.pages.grefs[0])))
+            await world.serve(opener())
+            assert (await asking).status == 0
+            assert frontend.ring.outstanding() == 0
+            frontend.close()
+
+    run(work())
+
+
+def test_a_server_that_is_closed_leaves_the_nodes_for_the_next() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            assert world.server is not None
+            await world.server.close()
+            assert await world.store.read(f"{vbd.backend}/state") == "2"
+            await world.serve(opener())
+            async with await world.open(vbd) as disk:
+                await disk.write(0, b"x")
+
+    run(work())
