@@ -163,6 +163,9 @@ class Device:
         self._closing = True
         if self.state in (FrontendState.CLOSED, FrontendState.HANDED_BACK):
             return
+        if self.state in (FrontendState.RESET_CLOSING, FrontendState.RESET_CLOSED):
+            self.abandon()  # nothing of ours is published yet; the next driver begins again here
+            return
         self.put(FrontendEvent.CLOSE)
 
     def abandon(self) -> None:

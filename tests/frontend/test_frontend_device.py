@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frontend's device where its backend does not play along."""
+
+import asyncio
+
+import pytest
+from rig_disk import disk_world, run, until
+
+from xvd.blkif.handshake import FrontendState
+from xvd.errors import PeerClosed, XvdError
+from xvd.frontend.device import Device
+from xvd.frontend.disk import Disk
+from xvd.toolstack.vbd import add
+from xvd.toolstack.xldisk import parse_xl_disk
+from xvd.types import Domid
+
+DISK = "vdev=xvda,target=memory:1M"
+PATH = "device/vbd/51712"
+
+
+class Listener:
+    """A device's user that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def connected(self, connection: object, features: object) -> None:
+        self.told.append("connected")
+
+    def resized(self, features: object) -> None:
+        self.told.append("resized")
+
+    def disconnected(self) -> None:
+        self.told.append("disconnected")
+
+    def ended(self, error: OSError | XvdError) -> None:
+        self.told.append("ended")
+
+
+@pytest.mark.parametrize("state", ["2", "4", "5"])
+def test_a_device_is_closed_while_it_leads_a_dead_backend_round(state: str) -> None:
+    """Its wish to close was lost in the reset, and then it waited for a backend for ever."""
+
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            machine, store = await world.guest()
+            vbd = await add(world.store, Domid(1), parse_xl_disk(DISK), Domid(0))
+            await store.write(f"{vbd.frontend}/state", "4")
+            await world.store.write(f"{vbd.backend}/state", state)
+            user = Listener()
+            device = Device(machine, store, PATH, user)
+            running = asyncio.ensure_future(device.run())
+            resets = (FrontendState.RESET_CLOSING, FrontendState.RESET_CLOSED)
+            await until(lambda: device.state in resets)
+            device.close()
+            async with asyncio.timeout(1):
+                await running
+            assert user.told == ["ended"]
+
+    run(work())
+
+
+def test_a_device_is_closed_while_it_waits_for_an_offer() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            machine, store = await world.guest()
+            vbd = await add(world.store, Domid(1), parse_xl_disk(DISK), Domid(0))
+            device = Device(machine, store, PATH, Listener())
+            running = asyncio.ensure_future(device.run())
+            await until(lambda: device.assignment is not None)
+            device.close()
+            await running
+            assert await store.read(f"{vbd.frontend}/state") == "1"
+
+    run(work())
+
+
+def test_an_opening_that_is_cancelled_holds_nothing() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            machine, store = await world.guest()
+            vbd = await add(world.store, Domid(1), parse_xl_disk(DISK), Domid(0))
+            opening = asyncio.ensure_future(Disk.open(machine, store, PATH))
+            await world.store.write(f"{vbd.backend}/state", "2")
+            while await store.read(f"{vbd.frontend}/state") != "3":
+                pass
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            books = world.host.host.books()
+            assert (books["pages"], books["ports"]) == (0, 0)
+
+    run(work())
+
+
+def test_memory_that_runs_out_is_told_and_nothing_is_kept() -> None:
+    from xvd.machine.emulated.host import Limits
+
+    async def work() -> None:
+        async with disk_world(limits=Limits(pages=256, grefs=128, tracks=64, ports=8)) as world:
+            vbd = await world.attach("memory:1M")
+            with pytest.raises(XvdError, match="grant references left, 352 are needed; detach a"):
+                await world.open(vbd)
+            assert world.host.host.books()["pages"] == 0
+
+    run(work())
+
+
+def test_a_disk_that_is_removed_while_it_is_opened() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            machine, store = await world.guest()
+            vbd = await add(world.store, Domid(1), parse_xl_disk(DISK), Domid(0))
+            opening = asyncio.ensure_future(Disk.open(machine, store, PATH))
+            await asyncio.sleep(0)
+            await world.store.rm(vbd.backend)
+            with pytest.raises(PeerClosed, match="there is no backend; the disk was removed"):
+                await opening
+
+    run(work())
