@@ -21,7 +21,7 @@ OTHERS = [
 ]
 EVERY = PYTHON + CYTHON + OTHERS
 
-FOR_ALL = ("errors", "types")
+FOR_ALL = ("errors", "sockets", "types")
 ENDS = ("blkif", "dataplane", "machine.interface", "machine.xs", "engines.interface")
 ARROWS: dict[str, tuple[str, ...]] = {
     "cli": ("backend", "frontend", "export", "sim", "engines", "machine", "blkif", "toolstack"),

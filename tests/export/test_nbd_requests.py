@@ -3,8 +3,7 @@
 
 import os
 import struct
-from collections.abc import Iterator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest

@@ -12,7 +12,7 @@ from xvd.blkif.abi import Op
 from xvd.blkif.messages import Segment
 
 GARBAGE = ["", " ", "-1", "0x10", "1e3", "99999999999999999999", "4294967296", "x", "1 2", "\u0661"]
-FAILED, CONNECTED = 5, 4
+FAILED, CONNECTED = 6, 4
 
 
 def lie(nodes: dict[str, str | bytes | None], text: str, expect_log) -> None:

@@ -5,8 +5,11 @@
 """
 
 import asyncio
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rig_queue import NOTHING, SMALL
@@ -68,9 +71,11 @@ class World:
         self.server: Server | None = None
         self.guests: dict[Domid, tuple[EmulatedMachine, XenstoreClient]] = {}
         self.undo: list[Callable[[], Awaitable[None]]] = []
+        self.journals = tempfile.TemporaryDirectory(prefix="xvd-journals-")
 
     async def serve(self, open_storage: StorageOpener, settings: Settings | None = None) -> Server:
-        """A backend in domain 0."""
+        """A backend in domain 0; its journals are there for the next one."""
+        settings = replace(settings or Settings(), state_dir=Path(self.journals.name))
         self.server = Server(self.dom0, self.store, open_storage, settings=settings)
         await self.server.start()
         return self.server
@@ -108,6 +113,7 @@ class World:
             machine.close()
         await self.store.close()
         self.dom0.close()
+        self.journals.cleanup()
 
 
 @asynccontextmanager

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declarations of our two C headers; see them for what each thing means."""
+"""Declarations of our C header, and page-aligned memory; see the header for what each means."""
 
 from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 
 cdef extern from "atomics.h" nogil:
@@ -24,3 +25,15 @@ cdef extern from "atomics.h" nogil:
     void xvd_put64(void *p, uint64_t v)
     void DEBUG_ASSERT(bint condition)
     const bint XVD_DEBUG
+
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+
+cdef inline void *aligned_pages(size_t count) noexcept nogil:
+    """`count` zeroed pages of 4096 bytes, page aligned, or NULL; to be freed by `free`."""
+    cdef void *pages = aligned_alloc(4096, count * 4096)
+    if pages != NULL:
+        memset(pages, 0, count * 4096)
+    return pages

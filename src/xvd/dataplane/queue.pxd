@@ -4,7 +4,8 @@
 from libc.stdint cimport int16_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
-from xvd.dataplane.abi cimport BLKIF_MAX_ENTRY_SIZE, REFUSAL_COUNT
+from xvd.dataplane.abi cimport REFUSAL_COUNT
+from xvd.dataplane.journal cimport journal_entry, journal_header
 from xvd.dataplane.ports cimport (engine_io, engine_ports, event_ports, grant_copy, grant_mapping,
                                   grant_ports, stepper_ports)
 from xvd.dataplane.request cimport NR_SEGMENTS, request, request_limits
@@ -19,26 +20,6 @@ cdef struct queue_counters:
     uint64_t mapped, unmapped, copied
     uint64_t notified, suppressed, steps, recovered
     uint64_t refusals[REFUSAL_COUNT]
-
-cdef enum entry_state:
-    ENTRY_FREE = 0
-    ENTRY_TAKEN = 1              # to be executed, and executed again if we die
-    ENTRY_ANSWERING = 2          # executed; its response goes to slot `index`
-
-# A request in flight, in memory that outlives the process (queue.pyx, "The journal").
-cdef struct journal_entry:
-    uint32_t state               # written last when an entry begins or moves on
-    uint32_t index               # of the request's slot, then of the response's
-    int16_t status
-    uint16_t pad
-    uint32_t pad2
-    uint8_t slot[BLKIF_MAX_ENTRY_SIZE]
-
-cdef struct journal_header:
-    uint32_t magic
-    uint32_t nr_ents
-    uint32_t req_cons
-    uint32_t rsp_prod_pvt
 
 # A request between the ring and its response.
 cdef struct pending:

@@ -10,13 +10,7 @@ makes them visible, together. Nothing here sleeps, allocates or touches a Python
 The descriptor is copied because the frontend may rewrite it while we look. The data is not (when
 mapping): a guest that changes its own data in flight hurts only itself.
 
-The journal. A response goes into the next slot, whoever's request lay there: once requests are
-answered out of order, the ring itself no longer says which are outstanding, and a successor that
-executed everything between rsp_prod and req_prod would answer some twice and some never. So the
-private copies of the requests in flight, and the two private indices, live in memory that may
-outlive this process. Each change is a few stores, the one that makes it count last; a process
-killed between any two of them leaves what `recover` can finish. It guards against the death of a
-process, not of the machine: that takes the frontend's memory too.
+journal.pxd says what outlives this process, and why.
 """
 
 from libc.errno cimport EOPNOTSUPP
@@ -29,7 +23,10 @@ from xvd.dataplane.abi cimport (
     BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_PAGE_SIZE, BLKIF_RSP_EOPNOTSUPP,
     BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, BLKIF_SECTOR_SIZE, REFUSAL_BAD_GRANT, REFUSAL_NONE,
     SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts, blkif_refusal_names, blkif_refusal_status)
-from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_load_acquire, xvd_store_release
+from xvd.dataplane.c cimport DEBUG_ASSERT, aligned_pages, xvd_load_acquire, xvd_store_release
+from xvd.dataplane.journal cimport (
+    ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, JOURNAL_MAGIC, journal_entry, journal_header,
+    mark_answering, mark_taken, strike)
 from xvd.dataplane.ports cimport (
     ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE, STEP_BROKEN, STEP_DRAINED, STEP_WORKED,
     engine_of, events_of, grants_of, wrap)
@@ -40,10 +37,6 @@ from xvd.dataplane.ring cimport (
 import os
 
 from xvd.errors import LocalProtocolError, PeerProtocolError
-
-
-cdef enum:
-    JOURNAL_MAGIC = 0x316A7678   # "xvj1"
 
 
 def journal_size(nr_ents):
@@ -61,13 +54,9 @@ def unanswered(const uint8_t[::1] ring):
 
 cdef void respond(backend_queue *q, pending *p, int16_t status) noexcept nogil:
     """Write the response and strike the request from the journal, in steps that can be resumed."""
-    cdef journal_entry *entry = p.entry
-    entry.status = status
-    entry.index = q.ring.rsp_prod_pvt
-    xvd_store_release(&entry.state, ENTRY_ANSWERING)
+    mark_answering(p.entry, q.ring.rsp_prod_pvt, status)
     back_respond(&q.ring, p.rq.id, p.rq.operation, status)
-    xvd_store_release(&q.journal.rsp_prod_pvt, q.ring.rsp_prod_pvt)
-    xvd_store_release(&entry.state, ENTRY_FREE)
+    strike(q.journal, p.entry, q.ring.rsp_prod_pvt)
 
 
 cdef void answer(backend_queue *q, pending *p, int16_t status) noexcept nogil:
@@ -114,8 +103,7 @@ cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
         p = q.free_list[q.nr_free]
         p.entry.index = q.ring.req_cons
         back_copy(&q.ring, p.entry.slot)
-        xvd_store_release(&p.entry.state, ENTRY_TAKEN)
-        xvd_store_release(&q.journal.req_cons, q.ring.req_cons)
+        mark_taken(q.journal, p.entry, q.ring.req_cons)
         q.in_flight += 1
         begin(q, p)
     q.count.requests += count
@@ -606,14 +594,3 @@ cdef class BackendQueue:
             for i in range(1, REFUSAL_COUNT) if refusals[i]
         }
         return counts
-
-
-cdef extern from "stdlib.h" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
-
-
-cdef void *aligned_pages(size_t count) noexcept:
-    cdef void *pages = aligned_alloc(BLKIF_PAGE_SIZE, count * BLKIF_PAGE_SIZE)
-    if pages != NULL:
-        memset(pages, 0, count * BLKIF_PAGE_SIZE)
-    return pages
