@@ -388,6 +388,8 @@ def _frontend_table() -> _FrontendTable:
     row(running, [e.BACKEND_CLOSING, e.CLOSE], stop)
     row([s.STARTING], [e.CLOSE], Step(s.CLOSED))
     row([*running, s.CLOSING], gone, fail)
+    # A backend at 1 or 2 has no ring of ours: what is outstanding gets no answer from it.
+    row([s.CLOSING], [e.BACKEND_INITIALISING, e.BACKEND_INIT_WAIT], fail)
     row([s.CLOSING], [e.RESUMED], fail)
     row([s.CONNECTING], [e.FEATURES_BAD], Step(s.CLOSING, (a.REPORT_ERROR, a.FAIL_IO)))
     row([*running, s.CLOSING], [e.BREACH], Step(s.CLOSING, (a.REPORT_ERROR, a.FAIL_IO)))
@@ -443,11 +445,11 @@ def removal_event(frontend_node: XenbusState) -> BackendEvent:
 def initial_backend(own: XenbusState, frontend: XenbusState) -> BackendStep:
     """Where a backend begins that finds its own node at `own` and the frontend's at `frontend`.
 
-    Both at 4 (or the frontend at 3, about to see our 4) is a predecessor that died under a
-    running guest: its rings are live and are attached to. The caller opens the storage in any
-    case, and feeds what came of it.
+    Both at 4 (or the frontend at 3, about to see our 4; or at 5, waiting for its last answers) is
+    a predecessor that died under a running guest: its rings are live and are attached to. The
+    caller opens the storage in any case, and feeds what came of it.
     """
-    live = frontend in (XenbusState.INITIALISED, XenbusState.CONNECTED)
+    live = XenbusState.INITIALISED <= frontend <= XenbusState.CLOSING
     resume = own is XenbusState.CONNECTED and live
     start = BackendState.RESUMING if resume else BackendState.STARTING
     return Step(start, (BackendAction.LOOK,))
