@@ -404,9 +404,9 @@ cdef class FrontQueue:
         io.has_view = 1
         io.buffer = <uint8_t *>io.view.buf
         if <uint64_t>io.view.len != io.nr_sectors * BLKIF_SECTOR_SIZE:
-            size = io.view.len
+            text = f"a buffer of {io.view.len} bytes for {io.nr_sectors} sectors"
             self.drop(io)
-            raise LocalProtocolError(f"a buffer of {size} bytes for {io.nr_sectors} sectors")
+            raise LocalProtocolError(text)
 
     def reap(self):
         """Operations that are over: a list of (token, errno), errno 0 for success."""
