@@ -299,8 +299,9 @@ class Device:
         await self._write(format_size(self.features.sectors), always=True)
 
     async def _do_report_error(self) -> None:
-        await self._write(NodeChanges({}))
+        # The reason first: the toolstack that sees the state looks for it at once.
         await report_error(self._store, self.path, self._error or "the disk failed")
+        await self._write(NodeChanges({}))
 
     async def _do_connect(self) -> None:
         self._start_connecting(resume=False)

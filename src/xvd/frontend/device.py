@@ -343,8 +343,8 @@ class Device:
             self.connection = None
 
     async def _do_report_error(self) -> None:
-        await self._write(NodeChanges({}))
         await report_error(self._store, self.path, str(self._failure or "the disk failed"))
+        await self._write(NodeChanges({}))
 
     async def _do_arm_timer(self) -> None:
         self._stop_timer()
