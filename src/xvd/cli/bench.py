@@ -92,6 +92,9 @@ async def _measure(uri: str, copying: bool, job: dict[str, int]) -> LoadResult:
         guest_store = await front.xenstore()
         span = min(SPAN, storage.info.size)
         path = f"device/vbd/{vbd.vdev}"
+        # First the disk is filled, or the reads would be of nothing and their checksum no proof.
+        fill = job | {"write_percent": 100, "operations": span // job["size"]}
+        await run_load(front, guest_store, path, span=span, **fill)
         result = await run_load(front, guest_store, path, span=span, **job)
         await detach(store, vbd)
         await server.close()

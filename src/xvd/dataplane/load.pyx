@@ -78,7 +78,8 @@ cdef int may_sleep(void *ctx) noexcept nogil:
 cdef class Load:
     """Run by a `Loop` in place of the queue: `Loop(Load(queue, ...)).run()` returns at the end.
 
-    size: bytes of one operation, a multiple of 512. span: bytes of the disk it may touch.
+    size: bytes of one operation, a multiple of 512. span: bytes of the disk it may touch. What it
+    writes is drawn from the seed too, so that the checksum of a later read tells that data moved.
     """
 
     cdef load l
@@ -106,6 +107,8 @@ cdef class Load:
         queue.lend(memory)
         self.l.ios = <front_io *><char *>memory
         self.l.data = <uint8_t *><char *>memory + depth * sizeof(front_io)
+        for i in range(depth * (size // 8)):
+            (<uint64_t *>self.l.data)[i] = draw(&self.l)
         for i in range(min(<uint64_t>depth, operations)):
             self.l.ios[i].borrowed = 1
             self.l.ios[i].nr_sectors = self.l.sectors
