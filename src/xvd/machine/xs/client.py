@@ -298,7 +298,11 @@ class XenstoreClient(_Operations):
         req_id = next(self._req_ids) & 0xFFFFFFFF
         reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._replies[req_id] = reply
-        self._writer.write(Message(message_type, req_id, tx_id, payload).pack())
+        try:
+            self._writer.write(Message(message_type, req_id, tx_id, payload).pack())
+        except XenstoreError:  # a transport that carries less than this
+            del self._replies[req_id]
+            raise
         try:
             await self._writer.drain()
         except OSError as error:
