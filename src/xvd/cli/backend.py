@@ -3,6 +3,7 @@
 
 import contextlib
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,54 +15,89 @@ from xvd.cli import common
 from xvd.cli.control import ControlServer
 from xvd.cli.report import disk_figures
 from xvd.engines.interface import Engine
-from xvd.errors import PeerClosed
-from xvd.machine.emulated.service import connect
+from xvd.errors import ConfigError, PeerClosed
+from xvd.machine.xen.machine import XenMachine
 from xvd.types import Domid
 
 
 def backend(
-    host: common.HostDir = common.DEFAULT_HOST,
-    domid: Annotated[int, typer.Option("--domid", help="The domain it runs in.")] = 0,
+    host: common.HostOrXen = None,
+    domid: Annotated[
+        int | None, typer.Option("--domid", help="The domain it runs in (emulated: 0).")
+    ] = None,
     kind: Annotated[
-        list[str], typer.Option("--kind", help="Kinds of backend to serve: backend/KIND/...")
-    ] = ["vbd"],  # noqa: B006  typer needs a literal
+        list[str],
+        typer.Option(
+            "--kind",
+            help="Kinds of backend to serve: backend/KIND/... Default: vbd; on real Xen vbd3, and "
+            "vbd where no xen-blkback is loaded.",
+        ),
+    ] = [],  # noqa: B006  typer needs a literal
     copy: Annotated[bool, typer.Option("--copy", help="Grant copy instead of mapping.")] = False,
     layer: common.Layers = [],  # noqa: B006  typer needs a literal
     verbose: common.Verbose = 0,
 ) -> int:
     """Serve the disks that the toolstack assigns to this domain.
 
-    Prints "ready" when it serves. SIGTERM or SIGINT finishes what is in flight and leaves each disk
-    connected for the next backend, which takes its ring up where this one put it down.
+    Prints "ready" when it serves, and tells systemd. SIGTERM or SIGINT finishes what is in flight
+    and leaves each disk connected for the next backend, which takes its ring up where this one put
+    it down.
     """
     common.start_logging(verbose)
-    return common.run(_backend(host, Domid(domid), kind, copy, layer))
+    number = None if domid is None else Domid(domid)
+    return common.run(_backend(host, number, kind, copy, layer))
+
+
+def competitor(kind: str, proc: Path = Path("/proc"), sys_dir: Path = Path("/sys")) -> str:
+    """Who else would serve backend/`kind` on a real Xen host, or nothing."""
+    if kind == "vbd" and (sys_dir / "bus/xen-backend/drivers/vbd").exists():
+        return "Linux's xen-blkback; unload it: modprobe -r xen-blkback, and blacklist it"
+    if kind == "vbd3":
+        for name in proc.glob("[0-9]*/comm"):
+            with contextlib.suppress(OSError):
+                if name.read_text() == "tapback\n":
+                    return "blktap's tapback; stop it"
+    return ""
+
+
+def _kinds(wanted: list[str], real: bool) -> list[str]:
+    """The kinds to serve; `ConfigError` if one that was asked for has a server already."""
+    if not real:
+        return wanted or ["vbd"]
+    for kind in wanted or ["vbd3"]:
+        if other := competitor(kind):
+            raise ConfigError(f"backend/{kind} is served by {other}")
+    return wanted or (["vbd3"] if competitor("vbd") else ["vbd3", "vbd"])
 
 
 async def _backend(
-    host: common.HostDir, domid: Domid, kinds: list[str], copy: bool, layers: list[str]
+    host: Path | None, domid: Domid | None, kinds: list[str], copy: bool, layers: list[str]
 ) -> int:
     stop = common.Stop()
-    machine = connect(host, domid)
+    machine, directory = await common.open_machine(host, domid)
+    name = f"backend-{machine.domid}"
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
+        kinds = _kinds(kinds, isinstance(machine, XenMachine))
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
 
         async def storage(assignment: BackendAssignment) -> Engine:
             return await common.open_assigned(assignment, layers)
 
-        settings = Settings(copying=copy, state_dir=host / "state" / f"backend-{domid}")
+        settings = Settings(copying=copy, state_dir=directory / "state" / name)
         server = Server(machine, store, storage, kinds=kinds, settings=settings)
         control = ControlServer(
             {"stats": lambda: [disk_figures(device) for device in server.devices.values()]}
         )
-        await control.listen(host / "control" / f"backend-{domid}")
+        await control.listen(directory / "control" / name)
         stack.push_async_callback(control.close)
         await server.start()
         stack.push_async_callback(server.close)
         sys.stdout.write("ready\n")
         sys.stdout.flush()
+        common.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
         if not await stop.wait_or(server.wait()):
-            raise PeerClosed(f"{host}: the host is gone; start it again, then this backend")
+            raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")
+        common.tell_service_manager("STOPPING=1")
     return 0

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Awaitable, Coroutine, Iterator
@@ -20,6 +21,10 @@ from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.errors import ConfigError
+from xvd.machine.emulated.service import connect
+from xvd.machine.interface import Machine
+from xvd.machine.xen import machine as xen
+from xvd.types import Domid
 
 HostDir = Annotated[
     Path,
@@ -27,6 +32,14 @@ HostDir = Annotated[
         "--host",
         envvar="XVD_HOST",
         help="Directory of the emulated host (xvd host DIR).",
+    ),
+]
+HostOrXen = Annotated[
+    Path | None,
+    typer.Option(
+        "--host",
+        envvar="XVD_HOST",
+        help="Directory of an emulated host (xvd host DIR). Without it: this domain, where Xen is.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -39,7 +52,36 @@ Layers = Annotated[
         "stats, log. May be given several times; the first is nearest to the guest.",
     ),
 ]
-DEFAULT_HOST = Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
+XEN_DIRECTORY = Path("/run/xvd")
+"""Where the daemons of a real Xen domain have their control sockets and journals."""
+
+DEFAULT_HOST = (
+    XEN_DIRECTORY if xen.available() else Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
+)
+
+
+async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine, Path]:
+    """A stake in a domain, and the directory for what its daemons keep.
+
+    host: an emulated host's directory, where no domid means domain 0. Without one, the Xen domain
+    that we run in, if there is Xen, and otherwise the emulated host in the usual place. Raises
+    `ConfigError` for a domid that is not the one we run in.
+    """
+    if host is not None or not xen.available():
+        host = host or DEFAULT_HOST
+        return connect(host, domid or Domid(0)), host
+    here = await xen.XenMachine.here()
+    if domid is not None and domid != here.domid:
+        raise ConfigError(f"this is domain {here.domid}: run it in domain {domid}")
+    return here, XEN_DIRECTORY
+
+
+def tell_service_manager(state: str) -> None:
+    """Say `state` ("READY=1") to systemd, if it started us with Type=notify (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+            out.sendto(state.encode(), address.replace("@", "\0", 1))
 
 
 def start_logging(verbose: int) -> None:

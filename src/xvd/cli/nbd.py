@@ -10,19 +10,17 @@ import typer
 
 from xvd.blkif.vdev import parse_vdev
 from xvd.cli import common
-from xvd.cli.attach import Guest
 from xvd.cli.control import ControlServer
 from xvd.errors import ConfigError, PeerClosed
 from xvd.export.nbd import NbdServer
 from xvd.frontend.disk import Disk
-from xvd.machine.emulated.service import connect
 from xvd.types import Domid
 
 
 def nbd(
-    guest: Guest,
+    guest: Annotated[int, typer.Argument(min=0, help="The guest's domain number.")],
     vdev: Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")],
-    host: common.HostDir = common.DEFAULT_HOST,
+    host: common.HostOrXen = None,
     socket: Annotated[
         Path | None,
         typer.Option("--socket", help="Path of the NBD socket (default: a private one)."),
@@ -34,6 +32,8 @@ def nbd(
     verbose: common.Verbose = 0,
 ) -> int:
     """Be the frontend of a guest's disk and offer it as an NBD export.
+
+    On real Xen it runs in that guest, in the place of its xen-blkfront.
 
     Prints the export's URI and serves until SIGINT or SIGTERM, or for the length of --run.
     """
@@ -49,7 +49,7 @@ def nbd(
 
 
 async def _nbd(
-    host: Path,
+    host: Path | None,
     guest: Domid,
     vdev: int,
     *,
@@ -58,7 +58,7 @@ async def _nbd(
     command: str,
 ) -> int:
     stop = common.Stop()
-    machine = connect(host, guest)
+    machine, directory = await common.open_machine(host, guest)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
         store = await machine.xenstore()
@@ -73,7 +73,7 @@ async def _nbd(
         if tcp is not None:
             await export.listen_tcp(*tcp)
         control = ControlServer({"stats": lambda: [{"disk": path, "frontend": disk.counters()}]})
-        await control.listen(host / "control" / f"nbd-{guest}-{vdev}")
+        await control.listen(directory / "control" / f"nbd-{guest}-{vdev}")
         stack.push_async_callback(control.close)
         if command:
             return await common.run_captive(command, stop, uri=export.uri, unixsocket=str(socket))
