@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SEEDS ?= 1000
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test check sim bench sanitize fuzz wheel clean
+.PHONY: help setup demo test check sim bench sanitize fuzz wheel xen clean
 
 help:
 	@echo 'make demo      build, and serve a real filesystem through a Xen ring'
@@ -16,6 +16,7 @@ help:
 	@echo 'make bench     the data path beside fio over NBD'
 	@echo 'make sanitize  the data plane under ASan and UBSan'
 	@echo 'make fuzz      long runs of the property tests'
+	@echo 'make xen       the tests on real Xen, in software emulation: SUITE=bookworm or trixie'
 	@echo 'make wheel     build the wheel and try it in a clean environment'
 
 setup:
@@ -56,6 +57,9 @@ fuzz: setup
 
 wheel: setup
 	tools/try_wheel
+
+xen: setup
+	xen-rig/test $(or $(SUITE),bookworm) $(PYTEST_ARGS)
 
 clean:
 	rm -rf build dist .venv .tools

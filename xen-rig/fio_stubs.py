@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""fio_stubs.py ROOT DEST: put ROOT's fio into a guest's initramfs at DEST, without its heavy engines.
+"""fio_stubs.py ROOT DEST: put ROOT's fio into an initramfs at DEST, without its heavy engines.
 
 Debian's fio is linked to the client libraries of several storage clusters, 85 MB with all they
 need. Each of these becomes a stub that has the symbols fio asks for and nothing in them, which is

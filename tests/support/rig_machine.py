@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machines that the contract suites run over, each as a pair of domains.
 
-A kind is a context manager that yields a `Pair`. Real Xen becomes one more entry of `KINDS` where
-its devices are there: nothing in the suites knows what is behind a `Machine`, but for what is
-reached through `host`, which may be None.
+A kind is a context manager that yields a `Pair`. With XVD_CONTRACT=xen, in dom0 of a Xen host, the
+only kind is real Xen, where one domain is both of the pair: it grants to itself, as dom0 does when
+a disk is attached to it. What the suites reach through `host` is the emulated machine's alone.
 """
 
 import asyncio
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rig_queue import NOTHING, SMALL, machine, no_store
 
 from xvd.machine.emulated.host import Host, Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.emulated.service import EmulatedHost, connect
+from xvd.machine.xen.machine import XenMachine
 from xvd.types import Domid
 
-GRANTER, MAPPER, OTHER = Domid(1), Domid(0), Domid(2)
+ON_XEN = os.environ.get("XVD_CONTRACT") == "xen"
+GRANTER, MAPPER, OTHER = (Domid(0),) * 3 if ON_XEN else (Domid(1), Domid(0), Domid(2))
 
 
 @dataclass
@@ -119,7 +123,21 @@ def across_a_socket(limits: Limits = SMALL) -> Iterator[Pair]:
         served.close()
 
 
-KINDS: dict[str, Callable[..., AbstractContextManager[Pair]]] = {
-    "one process": one_process,
-    "across a socket": across_a_socket,
-}
+@contextmanager
+def real_xen() -> Iterator[Pair]:
+    def open_machine(domid: Domid) -> Any:
+        return XenMachine(domid)
+
+    pair = Pair(open_machine(GRANTER), open_machine(MAPPER), open_machine, None, open_machine)  # type: ignore[arg-type]
+    before = Path("/proc/self/maps").read_text().count("/dev/xen/")
+    yield pair
+    for each in [pair.granter, pair.mapper, *pair.opened]:
+        each.close()
+    assert Path("/proc/self/maps").read_text().count("/dev/xen/") == before
+
+
+KINDS: dict[str, Callable[..., AbstractContextManager[Pair]]] = (
+    {"real Xen": real_xen}
+    if ON_XEN
+    else {"one process": one_process, "across a socket": across_a_socket}
+)

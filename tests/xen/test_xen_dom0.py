@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""dom0's own kernel uses a disk of ours: xen-blkfront against `xvd backend`, by unmodified xl."""
+
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from xen_host import Backend, Disk, Slot, sh
+
+
+def test_a_file_system_through_the_ring_is_the_one_in_the_image(attached: Disk) -> None:
+    sh(
+        "mkfs.ext4 -q /dev/xvda; mount /dev/xvda /mnt/out;"
+        "cp -r /usr/lib/python3*/json /etc /mnt/out;"
+        "umount /mnt/out; e2fsck -fn /dev/xvda; blockdev --flushbufs /dev/xvda"
+    )
+    seen = hashlib.md5(attached.device.read_bytes()).hexdigest()
+    assert seen == hashlib.md5(attached.image.read_bytes()).hexdigest()
+
+
+def test_fio_verifies_what_it_wrote(attached: Disk) -> None:
+    sh(
+        "fio --name=v --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=32 --rw=randrw"
+        " --bsrange=512-256k --size=32m --verify=crc32c --verify_fatal=1"
+    )
+
+
+def test_discard_gives_space_back(attached: Disk) -> None:
+    sh("dd if=/dev/urandom of=/dev/xvda bs=1M count=16 oflag=direct 2>&1")
+    before = attached.image.stat().st_blocks
+    sh("blkdiscard -o 0 -l 8388608 /dev/xvda")
+    assert before - attached.image.stat().st_blocks == 8388608 // 512
+
+
+def test_a_read_only_disk_cannot_be_written(backend: Backend, slot: Slot, image: Path) -> None:
+    disk = Disk(image, slot, access="ro")
+    disk.attach()
+    try:
+        assert sh("blockdev --getro /dev/xvda") == "1\n"
+        with pytest.raises(PermissionError):
+            os.open(disk.device, os.O_WRONLY)
+    finally:
+        disk.detach()
+
+
+def test_an_image_that_is_not_there_fails_the_attach_and_nothing_else(
+    backend: Backend, tmp_path: Path
+) -> None:
+    line = Disk(tmp_path / "nothing", Slot.VBD).line
+    done = subprocess.run(["xl", "block-attach", "0", line], check=False)
+    assert done.returncode != 0
+    subprocess.run(["xl", "block-detach", "0", "xvda", "force"], check=False)
+    assert backend.held()["grant mappings"] == 0
