@@ -5,7 +5,7 @@ import errno
 import select
 
 import pytest
-from rig_machine import GRANTER, MAPPER, OTHER, Pair
+from rig_machine import GRANTER, MAPPER, ON_XEN, OTHER, Pair
 
 from xvd.errors import EventChannelError, GrantError
 from xvd.machine.emulated.evtchn import EmulatedEventChannel
@@ -21,28 +21,35 @@ def bound(pair: Pair) -> tuple[EmulatedEventChannel, EmulatedEventChannel]:
 
 
 def readable(end: EmulatedEventChannel) -> bool:
-    return bool(select.select([end.fileno()], [], [], 0)[0])
+    """Whether an event is there; on real Xen it is an interrupt, which takes its time."""
+    return bool(select.select([end.fileno()], [], [], 0.2 if ON_XEN else 0)[0])
+
+
+def taken(end: EmulatedEventChannel) -> bool:
+    return readable(end) and end.consume()
 
 
 def test_an_event_arrives_at_the_other_end(pair: Pair) -> None:
     first, second = bound(pair)
     first.notify()
     assert (readable(first), readable(second)) == (False, True)
-    assert [second.consume(), second.consume()] == [True, False]
+    assert [taken(second), second.consume()] == [True, False]
     assert not readable(second)
 
 
 def test_events_go_both_ways(pair: Pair) -> None:
     first, second = bound(pair)
     second.notify()
-    assert (first.consume(), second.consume()) == (True, False)
+    assert (taken(first), taken(second)) == (True, False)
 
 
 def test_events_on_a_pending_port_are_one_event(pair: Pair) -> None:
+    """On real Xen the first may be on its way already, and the others are the one after it."""
     first, second = bound(pair)
     for _ in range(100):
         first.notify()
-    assert [second.consume(), second.consume()] == [True, False]
+    assert taken(second)
+    assert [taken(second), taken(second)] in ([[False, False], [True, False]][: 1 + ON_XEN])
 
 
 def test_the_end_that_binds_has_an_event_pending(pair: Pair) -> None:
