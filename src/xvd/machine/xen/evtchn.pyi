@@ -1,7 +1,10 @@
+from typing_extensions import disjoint_base
+
 from xvd.types import Domid, Port
 
 DEVICE: str
 
+@disjoint_base
 class XenEventChannel:
     @staticmethod
     def alloc_unbound(peer: Domid) -> XenEventChannel: ...

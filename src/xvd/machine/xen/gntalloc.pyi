@@ -1,7 +1,10 @@
+from typing_extensions import disjoint_base
+
 from xvd.types import Domid, Gref
 
 DEVICE: str
 
+@disjoint_base
 class XenSharedPages:
     def __init__(self, peer: Domid, count: int) -> None: ...
     @property

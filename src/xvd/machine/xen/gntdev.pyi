@@ -1,11 +1,14 @@
 from collections.abc import Sequence
 
+from typing_extensions import disjoint_base
+
 from xvd.errors import GrantError
 from xvd.types import Domid, Gref
 
 DEVICE: str
 STATUS_NAMES: dict[int, str]
 
+@disjoint_base
 class XenForeignGrants:
     def __init__(self, peer: Domid) -> None: ...
     @property
@@ -19,6 +22,7 @@ class XenForeignGrants:
     def blame(self, grefs: Sequence[Gref], status: int) -> GrantError: ...
     def close(self) -> None: ...
 
+@disjoint_base
 class XenMapping:
     def __init__(self, grants: XenForeignGrants, grefs: Sequence[Gref], writable: bool) -> None: ...
     @property
