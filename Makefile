@@ -53,7 +53,7 @@ sanitize:
 	tools/sanitized pytest -q -p no:cacheprovider tests/dataplane tests/hostile tests/contract tests/sim
 
 fuzz: setup
-	HYPOTHESIS_PROFILE=long pytest -q tests/differential tests/blkif $(PYTEST_ARGS)
+	HYPOTHESIS_PROFILE=long pytest -q -n 2 --timeout 1200 tests/differential tests/blkif $(PYTEST_ARGS)
 
 wheel: setup
 	tools/try_wheel
