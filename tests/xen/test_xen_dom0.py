@@ -38,8 +38,8 @@ def test_a_read_only_disk_cannot_be_written(backend: Backend, slot: Slot, image:
     disk.attach()
     try:
         assert sh("blockdev --getro /dev/xvda") == "1\n"
-        with pytest.raises(PermissionError):
-            disk.device.open("r+b", buffering=0).write(bytes(512))
+        with pytest.raises(PermissionError), disk.device.open("r+b", buffering=0) as file:
+            file.write(bytes(512))
     finally:
         disk.detach()
 
@@ -52,3 +52,4 @@ def test_an_image_that_is_not_there_fails_the_attach_and_nothing_else(
     assert done.returncode != 0
     subprocess.run(["xl", "block-detach", "0", "xvda", "force"], check=False)
     assert backend.held()["grant mappings"] == 0
+    assert sh("xenstore-ls -f /local/domain/0 | grep /backend/vbd/0 || true") == ""

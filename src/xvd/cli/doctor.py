@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from xvd.cli import common
+from xvd.cli.backend import competitor
 from xvd.engines.file import probe_io_uring
+from xvd.machine.xen import xenbus
+from xvd.machine.xen.machine import available
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,24 @@ def _device(path: str, needed: str, remedy: str) -> Callable[[], Finding]:
     return check
 
 
+def _free(kind: str, without: str) -> Callable[[], Finding]:
+    """Whether nobody else serves a kind of backend on this Xen host."""
+
+    def check() -> Finding:
+        other = competitor(kind)
+        what, _, remedy = other.partition("; ")
+        detail = f"served by {what}" if other else ""
+        return Finding(f"backend/{kind}", not other, without, detail, remedy)
+
+    return check
+
+
+def _xenstore() -> Finding:
+    ways = [path for path in (*xenbus.SOCKETS, *xenbus.DEVICES) if path.exists()]
+    remedy = "" if ways else "only on a Xen domain: start xenstored, or modprobe xenfs"
+    return Finding("xenstore", bool(ways), "real Xen", str(ways[0]) if ways else "", remedy)
+
+
 _ESSENTIAL: tuple[Callable[[], Finding], ...] = (_io_uring, _memfd, _maps, _descriptors)
 _OPTIONAL: tuple[Callable[[], Finding], ...] = (
     _tool("qemu-img", "qemu-utils", "converting and comparing images"),
@@ -88,14 +109,21 @@ _OPTIONAL: tuple[Callable[[], Finding], ...] = (
     _device(
         "/dev/xen/gntdev", "a backend on real Xen", "only on a Xen domain: modprobe xen-gntdev"
     ),
-    _device("/dev/xen/xenbus", "real Xen", "only on a Xen domain: mount xenfs"),
+    _device(
+        "/dev/xen/gntalloc", "a frontend on real Xen", "only on a Xen domain: modprobe xen-gntalloc"
+    ),
+    _xenstore,
+)
+_ON_XEN: tuple[Callable[[], Finding], ...] = (
+    _free("vbd", "disks of phy and of driver domains"),
+    _free("vbd3", "disks of backendtype=tap, from Xen 4.19 on"),
 )
 
 
 def doctor(json: common.Json = False) -> int:
     """Check what this machine can do. Fails if the emulated machine cannot run on it."""
     essential = [check() for check in _ESSENTIAL]
-    optional = [check() for check in _OPTIONAL]
+    optional = [check() for check in (*_OPTIONAL, *(_ON_XEN if available() else ()))]
     fit = all(finding.ok for finding in essential)
     if json:
         rows = [
