@@ -44,7 +44,7 @@ def test_a_guest_destroyed_under_load_leaves_nothing(
 ) -> None:
     before = backend.held()
     sh(f"domu -n u1 -b -d '{line(image, slot)}'")
-    sh(f"domu -e u1 '{LOAD} > /dev/null 2>&1 &'")
+    sh(f"domu -e u1 '({LOAD} > /dev/null 2>&1 &)'")
     eventually(lambda: image.stat().st_blocks > 2048)
     sh("xl destroy u1")
     eventually(lambda: backend_nodes() == "")
