@@ -87,13 +87,16 @@ class LinkServer:
         self._listener: UnixListener | None = None
         self._clients: set[socket.socket] = set()
         self._threads: set[threading.Thread] = set()
+        self._acceptor: threading.Thread | None = None
 
     def listen(self, path: str | os.PathLike[str]) -> None:
         """Accept clients at `path`, mode 0660; `ConfigError` if a live host answers there."""
         self._listener = claim(path, kind=socket.SOCK_SEQPACKET)
-        self._start(self._accept, self._listener.socket)
+        self._acceptor = self._start(self._accept, self._listener.socket)
 
-    def _start(self, work: Callable[[socket.socket], None], sock: socket.socket) -> None:
+    def _start(
+        self, work: Callable[[socket.socket], None], sock: socket.socket
+    ) -> threading.Thread:
         def run() -> None:
             try:
                 work(sock)
@@ -103,6 +106,7 @@ class LinkServer:
         thread = threading.Thread(target=run, name="xvd-link", daemon=True)
         self._threads.add(thread)
         thread.start()
+        return thread
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -169,6 +173,8 @@ class LinkServer:
             self._listener.socket.shutdown(socket.SHUT_RDWR)
             self._listener.socket.close()
             self._listener = None
+        if self._acceptor is not None:
+            self._acceptor.join()  # or it could be starting a client's thread while we join those
         for client in list(self._clients):
             try:
                 client.shutdown(socket.SHUT_RDWR)
