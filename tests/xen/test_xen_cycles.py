@@ -9,6 +9,7 @@ from xen_host import Backend, Disk, Slot, sh
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2000)
 def test_a_hundred_cycles_leave_nothing_behind(backend: Backend, slot: Slot, image: Path) -> None:
     disk = Disk(image, slot)
     disk.attach()
