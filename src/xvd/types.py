@@ -9,6 +9,9 @@ from typing import Final, NewType
 Domid = NewType("Domid", int)
 """A domain's number, 0..0x7fef (xen.h: DOMID_FIRST_RESERVED is 0x7ff0)."""
 
+DOM0: Final = Domid(0)
+"""The domain of the toolstack."""
+
 Gref = NewType("Gref", int)
 """A grant reference: an index into the granting domain's table, u32; 0..7 are reserved."""
 

@@ -5,14 +5,24 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Sequence
+from typing import Final
 
 from xvd.backend.device import Device, Settings, StorageOpener
+from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
+from xvd.blkif.handshake import BackendState
 from xvd.errors import PeerClosed, XenstoreError
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
+from xvd.machine.xs.xenbus import remove_device
+from xvd.types import DOM0
 
 logger = logging.getLogger(__name__)
+
+CLEAR_DELAY_S: Final = 0.5
+"""How long a disk of a driver domain reads Closed before its nodes go."""
+
+_GONE: Final = {"online": "0", "state": str(int(XenbusState.CLOSED))}
 
 
 class Server:
@@ -41,6 +51,7 @@ class Server:
         self._closing = False
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
+        self._pages = XentopPages(store)
 
     async def start(self) -> None:
         """Watch, and serve what is assigned already."""
@@ -65,6 +76,7 @@ class Server:
                 await watch.close()
         await asyncio.gather(*(device.stop() for device in list(self.devices.values())))
         await asyncio.gather(*self._running.values(), return_exceptions=True)
+        self._pages.close()
 
     async def _follow(self, kind: str, watch: Watch) -> None:
         """A path names the disk that changed; anything shorter means: look at all of them."""
@@ -95,15 +107,33 @@ class Server:
             return
         device = Device(self._machine, self._store, path, self._open_storage, self._settings)
         self.devices[path] = device
-        task = asyncio.create_task(device.run())
+        task = asyncio.create_task(self._serve(device))
         self._running[path] = task
         task.add_done_callback(lambda _: self._ended(path))
 
+    async def _serve(self, device: Device) -> None:
+        with contextlib.suppress(PeerClosed, XenstoreError):
+            await self._pages.add(device.path, device.counters)
+        try:
+            await device.run()
+        finally:
+            self._pages.remove(device.path)
+        if device.state is BackendState.GONE and self._machine.domid != DOM0:
+            await self._clear(device.path)
+
+    async def _clear(self, path: str) -> None:
+        """In a driver domain nobody else removes a disk's nodes, and the toolstack waits for it.
+
+        Not at once: a toolstack that finds them gone before it has seen Closed fails.
+        """
+        await asyncio.sleep(CLEAR_DELAY_S)
+        with contextlib.suppress(PeerClosed, XenstoreError):
+            await remove_device(self._store, path, _GONE)
+
     async def _is_over(self, path: str) -> bool:
         """Whether the disk was closed for good, and the toolstack is about to remove its nodes."""
-        online = await self._store.try_read(f"{path}/online")
-        state = await self._store.try_read(f"{path}/state")
-        return online == "0" and state == str(int(XenbusState.CLOSED))
+        nodes = {name: await self._store.try_read(f"{path}/{name}") for name in _GONE}
+        return nodes == _GONE
 
     async def _consider_again(self, path: str) -> None:
         """The toolstack may have assigned a new disk there while the old one was being let go."""

@@ -8,21 +8,19 @@ theirs. The copy under /libxl is the toolstack's own memory: it never trusts the
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.vdev import format_vdev
 from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.machine.xs.client import Transaction, XenstoreClient
 from xvd.toolstack.xldisk import XlDisk
-from xvd.types import Domid
+from xvd.types import DOM0, Domid
 
 INIT_TIMEOUT_S = 10.0
 """For the backend to reach state 2, and
 on removal state 6: LIBXL_INIT_TIMEOUT and LIBXL_DESTROY_TIMEOUT (libxl_internal.h)."""
 
 BACKEND_KIND = "vbd"
-DOM0: Final = Domid(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +122,7 @@ async def add(store: XenstoreClient, domid: Domid, disk: XlDisk, backend_domid: 
             raise ConfigError(f"{vbd.name} exists already; detach it first, or choose another vdev")
         await tx.mkdir(vbd.private)
         await tx.set_perms(vbd.private, ["n0"])
+        await _open_to_driver_domain(tx, backend_domid)
         for path, perms, nodes in (
             (vbd.backend, back, _backend_nodes(vbd, disk)),
             (vbd.frontend, front, _frontend_nodes(vbd, disk)),
@@ -138,6 +137,14 @@ async def add(store: XenstoreClient, domid: Domid, disk: XlDisk, backend_domid: 
 
     await store.transact(work)
     return vbd
+
+
+async def _open_to_driver_domain(tx: Transaction, domid: Domid) -> None:
+    """What lies below ``backend`` is that domain's: it removes the nodes of disks that are over."""
+    home = f"/local/domain/{domid}/backend"
+    if domid != DOM0 and not await tx.exists(home):
+        await tx.mkdir(home)
+        await tx.set_perms(home, [f"n{domid}"])
 
 
 async def wait_for_state(

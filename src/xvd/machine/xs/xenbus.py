@@ -82,6 +82,25 @@ async def change_device(
     return await store.transact(work)
 
 
+async def remove_device(store: XenstoreClient, path: str, only_if: Mapping[str, str]) -> None:
+    """Remove a device's directory, and the one of its frontend's domain if that is empty then.
+
+    Nothing happens unless its nodes read as in `only_if`: the toolstack may have added another
+    device of the same name.
+    """
+
+    async def work(tx: Transaction) -> None:
+        for name, value in only_if.items():
+            if await tx.try_read(f"{path}/{name}") != value:
+                return
+        await tx.rm(path)
+        domain = path.rpartition("/")[0]
+        if not await _children(tx, domain):
+            await tx.rm(domain)
+
+    await store.transact(work)
+
+
 async def report_error(store: XenstoreClient, path: str, text: str) -> None:
     """Write a device's error where Linux writes it: ``error/<path>/error`` of our own domain.
 
