@@ -8,6 +8,7 @@ from rig_disk import disk_world, run, until
 
 from xvd.blkif.handshake import FrontendState
 from xvd.errors import PeerClosed, XvdError
+from xvd.frontend import device as device_module
 from xvd.frontend.device import Device
 from xvd.frontend.disk import Disk
 from xvd.toolstack.vbd import add
@@ -116,5 +117,24 @@ def test_a_disk_that_is_removed_while_it_is_opened() -> None:
             await world.store.rm(vbd.backend)
             with pytest.raises(PeerClosed, match="there is no backend; the disk was removed"):
                 await opening
+
+    run(work())
+
+
+def test_a_backend_that_closes_and_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one whose module was unloaded: nobody removes the disk, and nobody will serve it."""
+    monkeypatch.setattr(device_module, "RETURN_S", 0.0)
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            disk = await world.open(vbd)
+            assert world.server is not None
+            await world.server.close()
+            reading = asyncio.ensure_future(disk.read(0, 512))
+            await world.store.write(f"{vbd.backend}/state", "6")
+            with pytest.raises(OSError, match="not come back within"):
+                await reading
+            await disk.close()
 
     run(work())

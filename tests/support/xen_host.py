@@ -8,6 +8,17 @@ import subprocess
 import time
 from pathlib import Path
 
+REPORT = Path(os.environ.get("XVD_REPORT", "/tmp/xvd-report"))
+
+COMPLAINTS = "dmesg -r | grep -E '^<[0-4]>' | grep -iE 'blkfront|vbd|xvd|bad grant|I/O error'"
+"""Whatever a guest's kernel warns of that could be about its disks; empty when all is well."""
+
+VERIFY = (
+    "fio --name=v --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=16 --rw=randrw"
+    " --bsrange=512-128k --size=16m --verify=crc32c --verify_fatal=1"
+)
+"""Random writes of any size, each read back and its checksum compared."""
+
 
 def sh(command: str) -> str:
     """Run a shell command that must succeed; what it says."""
@@ -23,6 +34,48 @@ class Slot(enum.Enum):
 
     VBD = "script=block-xvd"
     TAP = "backendtype=tap,script=block-xvd"
+
+    def line(self, target: object, vdev: str = "xvda", access: str = "rw") -> str:
+        """A disk's line for xl; the target takes the rest of it, so it comes last."""
+        return f"format=raw,vdev={vdev},access={access},{self.value},target={target}"
+
+
+def backend_nodes() -> str:
+    """Those of guests in dom0; dom0's own disks are another file's."""
+    return sh("xenstore-ls -f /local/domain/0 | grep -E '/backend/vbd3?/[1-9]' || true")
+
+
+def typed(guest: str, command: str) -> str:
+    """Type a command into the shell of a running guest; it must succeed; what it says."""
+    done = subprocess.run(
+        ["domu", "-e", guest, command], check=False, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+_PRIVATE = {"backend", "frontend", "params", "script", "physical-device-path", "physical-device"}
+"""Where things are: of no interest in a table."""
+
+
+def negotiated(domid: int, vdev: int = 51712) -> dict[str, tuple[str, str]]:
+    """What both ends have published of a disk: {node: (frontend's, backend's)}, without paths."""
+    front = f"/local/domain/{domid}/device/vbd/{vdev}"
+    back = sh(f"xenstore-read {front}/backend").strip()
+    sides = []
+    for path in (front, back):
+        lines = (line.partition(" = ") for line in sh(f"xenstore-ls -f {path}").splitlines())
+        sides.append({name.removeprefix(f"{path}/"): value.strip('"') for name, _, value in lines})
+    names = sorted((sides[0].keys() | sides[1].keys()) - _PRIVATE)
+    return {name: (sides[0].get(name, ""), sides[1].get(name, "")) for name in names}
+
+
+def report(title: str, rows: dict[str, tuple[str, str]]) -> None:
+    """Add a table to the report that the rig shows at its end."""
+    lines = [f"{title}\n  {'node':<30} {'frontend':<12} backend"]
+    lines += [f"  {name:<30} {front:<12} {back}" for name, (front, back) in rows.items()]
+    with REPORT.open("a") as file:
+        file.write("\n".join(lines) + "\n\n")
 
 
 class Backend:
@@ -61,12 +114,20 @@ class Backend:
     def log(self) -> str:
         return self._log.read_text()
 
+    def threads(self) -> int:
+        """Those of disks and the event loop's helpers, of which there are more the more it does."""
+        return len(os.listdir(f"/proc/{self.pid}/task"))
+
+    def resident(self) -> int:
+        """The process's own memory, bytes."""
+        pages = Path(f"/proc/{self.pid}/statm").read_text().split()
+        return (int(pages[1]) - int(pages[2])) * 4096
+
     def held(self) -> dict[str, int]:
-        """What the process holds that could leak: descriptors, threads, mapped grants."""
+        """What the process holds on behalf of disks: descriptors (ports among them), grants."""
         maps = Path(f"/proc/{self.pid}/maps").read_text()
         return {
             "descriptors": len(os.listdir(f"/proc/{self.pid}/fd")),
-            "threads": len(os.listdir(f"/proc/{self.pid}/task")),
             "grant mappings": maps.count("/dev/xen/gntdev"),
         }
 
@@ -78,7 +139,7 @@ class Disk:
 
     def __init__(self, image: Path, slot: Slot, access: str = "rw") -> None:
         self.image = image
-        self.line = f"format=raw,vdev=xvda,access={access},{slot.value},target={image}"
+        self.line = slot.line(image, access=access)
 
     def attach(self) -> None:
         sh(f"xl block-attach 0 '{self.line}'")

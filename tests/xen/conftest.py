@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from xen_host import Backend, Disk, Slot, sh
+from xen_host import Backend, Disk, Slot, backend_nodes, sh
 
 REASON = "needs dom0 of a real Xen host with the rig's tools: make xen"
 
@@ -32,9 +32,9 @@ def xen_version() -> tuple[int, ...]:
     return int(fields["xen_major"]), int(fields["xen_minor"])
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
-    """One daemon for all tests, as on a host; it must end well and must not have complained."""
+    """One daemon for a file's tests, as on a host; it must end well, and without complaints."""
     sh("modprobe xen-blkfront")
     daemon = Backend(tmp_path_factory.mktemp("backend"))
     daemon.start()
@@ -54,11 +54,25 @@ def slot(request: pytest.FixtureRequest, xen_version: tuple[int, ...]) -> Slot:
 
 
 @pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    with path.open("wb") as file:
-        file.truncate(64 << 20)
-    return path
+def best_slot(xen_version: tuple[int, ...]) -> Slot:
+    """The one to take on this Xen, where a test is not about the difference."""
+    return Slot.VBD if xen_version < (4, 19) else Slot.TAP
+
+
+@pytest.fixture
+def make_image(tmp_path: Path) -> Callable[..., Path]:
+    def make(name: str = "disk.img", size: int = 64 << 20) -> Path:
+        path = tmp_path / name
+        with path.open("wb") as file:
+            file.truncate(size)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def image(make_image: Callable[..., Path]) -> Path:
+    return make_image()
 
 
 @pytest.fixture
@@ -82,8 +96,12 @@ def eventually() -> Callable[..., None]:
 
 
 @pytest.fixture
-def no_guest_left() -> Iterator[None]:
+def guests(backend: Backend, eventually: Callable[..., None]) -> Iterator[None]:
+    """For tests that boot guests: when they end, no guest, node or mapping of theirs is left."""
+    before = backend.held()
     yield
     listed = subprocess.run(["xl", "list"], check=False, capture_output=True, text=True).stdout
     for line in listed.splitlines()[2:]:
         subprocess.run(["xl", "destroy", line.split()[0]], check=False)
+    eventually(lambda: backend_nodes() == "")
+    eventually(lambda: backend.held() == before)

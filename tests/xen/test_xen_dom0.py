@@ -50,7 +50,7 @@ def test_an_image_that_is_not_there_fails_the_attach_and_nothing_else(
     line = Disk(tmp_path / "nothing", Slot.VBD).line
     done = subprocess.run(["xl", "block-attach", "0", line], check=False)
     assert done.returncode != 0
-    subprocess.run(["xl", "block-detach", "0", "xvda", "force"], check=False)
+    subprocess.run(["xl", "block-detach", "--force", "0", "xvda"], check=False)
     assert backend.held()["grant mappings"] == 0
     assert sh("xenstore-ls -f /local/domain/0 | grep ^/local/domain/0/backend/vbd/ || true") == ""
     assert "no such image" in sh("xenstore-read error/backend/vbd/0/51712/error")

@@ -45,6 +45,9 @@ from xvd.machine.xs.xenbus import change_device, read_directory, report_error
 RESET_STEP_S = 5.0
 """Longest wait in each step of a reset, as Linux has it (xenbus_probe_frontend.c)."""
 
+RETURN_S = 30.0
+"""How long a backend that has closed may take to offer the disk again before its user is told."""
+
 
 class User(Protocol):
     """Who uses the device; called in the event loop's thread."""
@@ -92,6 +95,7 @@ class Device:
         self._events: asyncio.Queue[FrontendEvent | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._patience: asyncio.TimerHandle | None = None
         self._written: XenbusState | None = None
         self._closing = False
         self._failure: XvdError | None = None
@@ -129,11 +133,28 @@ class Device:
         if self.state is not FrontendState.CLOSED:
             return
         if not self._closing and not self._failure and await self._online():
+            self._await_return()
             await self._take(frontend_step(self.state, FrontendEvent.REOPEN))
         else:
             if not self._closing and not self._failure:
                 self._failure = PeerClosed(f"{self.path}: the disk was removed")
             await self._take(frontend_step(self.state, FrontendEvent.LEAVE))
+
+    def _await_return(self) -> None:
+        """A backend that was killed comes back; one that was unloaded never does."""
+        if self._patience is None:
+            events = asyncio.get_running_loop()
+            self._patience = events.call_later(RETURN_S, self._lose_patience)
+
+    def _lose_patience(self) -> None:
+        text = f"{self.path}: the backend has closed and not come back within {RETURN_S:g} s"
+        self._failure = PeerClosed(f"{text}; start one, and open the disk again")
+        self._events.put_nowait(None)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     async def _online(self) -> bool:
         """Whether the backend will come back: its directory is there and not being removed."""
@@ -146,6 +167,7 @@ class Device:
 
     async def _end(self, watch: Watch | None) -> None:
         self._stop_timer()
+        self._stop_waiting()
         if self.connection is not None:
             if self.connection.thread is not None:
                 self.connection.thread.abandon()
@@ -273,6 +295,7 @@ class Device:
     async def _do_start_io(self) -> None:
         assert self.connection is not None
         assert self.features is not None
+        self._stop_waiting()
         self._released.clear()
         self.connection.start(self._stepper)
         self._user.connected(self.connection, self.features)

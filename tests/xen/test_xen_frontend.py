@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our frontend uses disks of dom0's own that Linux's xen-blkback and QEMU serve.
+
+No backend of ours runs here, and no xen-blkfront: dom0 is attached to itself.
+"""
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from xen_host import negotiated, report, sh
+
+SIZE = 256 << 20
+COPY_BOTH_WAYS = 'nbdcopy {data} "$uri" && nbdcopy "$uri" {back} && cmp {data} {back} && rm {back}'
+VERIFY = (
+    'fio --name=v --ioengine=nbd --uri="$uri" --iodepth=16 --rw=randrw --bsrange=4k-128k'
+    " --size=16m --verify=crc32c --verify_fatal=1"
+)
+DETACH = "xl block-detach 0 xvda"
+"""While our frontend runs, which closes then. Without one xen-blkback never lets a disk go: nobody
+answers its closing, as in a guest that has no driver."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A backend of somebody else's: how it is told to serve a disk to dom0."""
+
+    name: str
+    line: str
+
+
+def qemu_of_dom0() -> None:
+    """The QEMU that serves dom0's own qdisks; libxl of 4.17 wants to find its process."""
+    sh(
+        "[ -e /run/qemu-dom0.pid ] && kill -0 $(cat /run/qemu-dom0.pid) ||"
+        " /usr/libexec/xen-qemu-system-i386 -xen-domid 0 -xen-attach -name dom0 -nographic -M xenpv"
+        " -daemonize -monitor none -serial none -parallel none -pidfile /run/qemu-dom0.pid;"
+        " xenstore-write /local/domain/0/image/device-model-pid $(cat /run/qemu-dom0.pid)"
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernel_modules() -> Iterator[None]:
+    """Linux's backend instead of ours, and nobody else's frontend."""
+    sh("modprobe -r xen-blkfront; modprobe xen-blkback; modprobe loop; ulimit -l unlimited")
+    yield
+    sh("modprobe -r null_blk xen-blkback; rm -f /tmp/front.img; modprobe xen-blkfront")
+
+
+@pytest.fixture(params=["null_blk", "loop", "qdisk"])
+def peer(request: pytest.FixtureRequest) -> Iterator[Peer]:
+    if request.param == "null_blk":
+        sh("modprobe -r null_blk; modprobe null_blk gb=1 memory_backed=1 nr_devices=1")
+        yield Peer("xen-blkback on null_blk", "phy:/dev/nullb0,xvda,w")
+        sh("modprobe -r null_blk")
+        return
+    image = Path("/tmp/front.img")
+    with image.open("wb") as file:
+        file.truncate(SIZE)
+    if request.param == "qdisk":
+        qemu_of_dom0()
+        line = f"format=raw,vdev=xvda,access=rw,backendtype=qdisk,target={image}"
+        yield Peer("QEMU's qdisk", line)
+    else:
+        device = sh(f"losetup -f --show {image}").strip()
+        yield Peer("xen-blkback on a loop device", f"phy:{device},xvda,w")
+        sh(f"losetup -d {device}")
+    image.unlink()
+
+
+@pytest.fixture
+def attached(peer: Peer) -> Iterator[Peer]:
+    sh(f"xl block-attach 0 '{peer.line}'")
+    yield peer
+    if "51712" in sh("xl block-list 0"):
+        subprocess.run(["xl", "block-detach", "-f", "0", "xvda"], check=False, capture_output=True)
+
+
+@pytest.fixture
+def data() -> Iterator[Path]:
+    path = Path("/tmp/data")
+    sh(f"head -c {SIZE} /dev/urandom > {path}")
+    yield path
+    path.unlink()
+
+
+def test_256_mib_are_the_same_both_ways_and_fio_verifies(attached: Peer, data: Path) -> None:
+    script = COPY_BOTH_WAYS.format(data=data, back="/tmp/back")
+    sh(f"xvd nbd 0 xvda --run '{script} && {VERIFY} 2>&1 && {DETACH} 2>&1'")
+    assert "51712" not in sh("xl block-list 0")
+
+
+def test_both_ends_publish_what_they_agreed_on(attached: Peer) -> None:
+    command = ["xvd", "nbd", "0", "xvda"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as nbd:
+        assert nbd.stdout is not None
+        assert nbd.stderr is not None
+        assert nbd.stdout.readline().startswith("nbd+unix://")
+        table = negotiated(0)
+        sh(DETACH)
+        assert nbd.wait(30) == 1
+        assert "was removed" in nbd.stderr.read()
+    report(f"xvd's frontend with {attached.name}", table)
+    assert table["state"] == ("4", "4")
+
+
+@pytest.mark.parametrize("peer", ["null_blk"], indirect=True)
+def test_a_backend_that_is_unloaded_gives_errors_and_no_hang(attached: Peer) -> None:
+    """As long as a disk is served the module cannot be unloaded, so the driver leaves it first."""
+    unload = "echo vbd-0-51712 > /sys/bus/xen-backend/drivers/vbd/unbind && modprobe -r xen-blkback"
+    read = 'fio --name=r --ioengine=nbd --uri="$uri" --rw=read --bs=4k --size=4k'
+    script = f"{read} && {unload} && ! {read}"
+    try:
+        done = subprocess.run(
+            ["xvd", "nbd", "0", "xvda", "--run", script], check=False, timeout=100,
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Input/output error" in done.stdout + done.stderr
+    finally:
+        sh("modprobe xen-blkback")

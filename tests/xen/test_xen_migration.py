@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guest is paused, saved, restored and migrated in the middle of a verifying write loop."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from xen_host import COMPLAINTS, VERIFY, Slot, sh, typed
+
+pytestmark = pytest.mark.usefixtures("guests")
+
+LOOP = (
+    f"((while [ ! -e /tmp/stop ]; do {VERIFY} --size=4m || break; echo round >> /tmp/rounds; done;"
+    " echo $? > /tmp/status) > /tmp/log 2>&1 &)"
+)
+
+
+def rounds() -> int:
+    """How often the guest's loop has written and verified its whole range."""
+    return int(typed("u1", "cat /tmp/rounds 2> /dev/null | wc -l"))
+
+
+@pytest.fixture
+def verifying(guests: None, slot: Slot, image: Path) -> Iterator[Callable[[], None]]:
+    """A guest in its loop; to be called to let the loop go round, and at the end it is judged."""
+    sh(f"domu -n u1 -m 160 -b -d '{slot.line(image)}'")
+    typed("u1", LOOP)
+
+    def go_on() -> None:
+        seen = rounds()
+        for _ in itertools.takewhile(lambda _: rounds() < seen + 2, range(300)):
+            assert typed("u1", "cat /tmp/status 2> /dev/null || true") == ""
+
+    go_on()
+    yield go_on
+    typed("u1", "touch /tmp/stop; while [ ! -e /tmp/status ]; do sleep 1; done")
+    assert typed("u1", "cat /tmp/status").strip() == "0", typed("u1", "tail -n 20 /tmp/log")
+    typed("u1", f"! {COMPLAINTS}")
+
+
+def test_pause_and_unpause(verifying: Callable[[], None]) -> None:
+    for _ in range(3):
+        sh("xl pause u1; sleep 0.5; xl unpause u1")
+    verifying()
+
+
+def test_save_and_restore(verifying: Callable[[], None], tmp_path: Path) -> None:
+    for _ in range(2):
+        before = sh("xl domid u1")
+        sh(f"xl save u1 {tmp_path}/saved 2>&1; xl restore {tmp_path}/saved < /dev/null 2>&1")
+        (tmp_path / "saved").unlink()
+        assert sh("xl domid u1") != before
+        verifying()
+
+
+def test_migrate_to_the_same_host(
+    verifying: Callable[[], None], xen_version: tuple[int, ...]
+) -> None:
+    if xen_version >= (4, 20):
+        pytest.skip("Xen 4.20 refuses log-dirty mode in software emulation: save and restore there")
+    before = sh("xl domid u1")
+    sh("xl migrate -s '' u1 'xl migrate-receive' 2>&1")
+    assert sh("xl domid u1") != before
+    verifying()
