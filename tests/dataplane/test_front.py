@@ -174,8 +174,8 @@ def test_submit_says_whether_the_thread_must_be_woken() -> None:
 @pytest.mark.parametrize(
     ("operation", "sectors", "buffer", "text"),
     [
-        (2, 1, b"", "none of read, write, flush, discard"),
-        (6, 1, b"", "none of read, write, flush, discard"),
+        (4, 1, b"", "none of read, write, barrier, flush"),
+        (6, 1, b"", "none of read, write, barrier, flush"),
         (0, 0, bytearray(), "at least one sector"),
         (1, 2, bytes(512), "512 bytes for 2 sectors"),
         (0, 1, bytearray(513), "513 bytes for 1 sectors"),
@@ -240,14 +240,14 @@ def test_grants_are_taken_back_with_each_answer() -> None:
         assert {state.entry(gref)[0] for gref in world.pages.grefs} == {0}
 
 
-def test_too_few_pages_for_the_ring() -> None:
-    with FrontWorld() as world, pytest.raises(LocalProtocolError, match="32 requests need 352"):
+def test_too_few_pages_for_one_request() -> None:
+    with FrontWorld() as world, pytest.raises(LocalProtocolError, match="1 pages are too few for"):
         FrontQueue(world.ring_pages.view, 32, 0, world.ring_pages, world.port)
 
 
-@pytest.mark.parametrize("segments_max", [0, 12])
+@pytest.mark.parametrize("segments_max", [0, 4097])
 def test_segments_have_bounds(segments_max: int) -> None:
-    with FrontWorld() as world, pytest.raises(LocalProtocolError, match="1 to 11 segments"):
+    with FrontWorld() as world, pytest.raises(LocalProtocolError, match="1 to 4096 segments"):
         FrontQueue(
             world.ring_pages.view, 32, 0, world.pages, world.port, segments_max=segments_max
         )  # fmt: skip

@@ -6,32 +6,61 @@ from typing import Self
 
 from rig_queue import BACKEND, GUEST, NOTHING, SMALL, machine
 
-from xvd.blkif.abi import Abi, nr_ents
-from xvd.blkif.messages import AnyRequest, Request, Response, unpack_request
+from xvd.blkif.abi import SEGMENTS_PER_INDIRECT_PAGE, Abi, Op, nr_ents
+from xvd.blkif.messages import (
+    AnyRequest,
+    IndirectRequest,
+    Request,
+    Response,
+    Segment,
+    unpack_request,
+    unpack_segments,
+)
 from xvd.blkif.ring import BackRing, Outcome
 from xvd.dataplane.front import FrontQueue
-from xvd.machine.emulated.host import Host
-from xvd.types import RequestId
+from xvd.dataplane.ring import FrontRing
+from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.interface import Mapping
+from xvd.types import Gref, RequestId
 
 
 class FrontWorld:
-    """A queue, and the raw ring behind it, with the grants to move data."""
+    """A queue, and the raw ring behind it, with the grants to move data.
 
-    def __init__(self, *, abi: Abi = Abi.X86_64, segments_max: int = 11) -> None:
-        self.host = Host(SMALL)
+    keeping: the backend keeps what it has mapped once, as one with persistent grants does.
+    """
+
+    def __init__(
+        self,
+        *,
+        abi: Abi = Abi.X86_64,
+        ring_pages: int = 1,
+        segments_max: int = 11,
+        pool: int | None = None,
+        persistent: bool = False,
+        keeping: bool = False,
+        block_sectors: int = 1,
+        limits: Limits = SMALL,
+    ) -> None:
+        self.host = Host(limits)
         self.guest = machine(self.host, GUEST)
         self.backend = machine(self.host, BACKEND)
         self.abi = abi
-        self.ring_pages = self.guest.grants.share(BACKEND, 1)
-        self.pages = self.guest.grants.share(BACKEND, nr_ents(1, abi) * 11)
+        self.entries = nr_ents(ring_pages, abi)
+        self.ring_pages = self.guest.grants.share(BACKEND, ring_pages)
+        self.pages = self.guest.grants.share(BACKEND, pool or self.entries * 11)
         self.port = self.guest.event_channels.alloc_unbound(BACKEND)
+        FrontRing(self.ring_pages.view, self.entries, abi.number).init()
         self.queue = FrontQueue(
-            self.ring_pages.view, nr_ents(1, abi), abi.number, self.pages, self.port,
-            handle=0xCA00, segments_max=segments_max,
+            self.ring_pages.view, self.entries, abi.number, self.pages, self.port,
+            handle=0xCA00, segments_max=segments_max, block_sectors=block_sectors,
+            persistent=persistent,
         )  # fmt: skip
         self.grants = self.backend.grants.foreign(GUEST)
         self.mapping = self.grants.map(self.ring_pages.grefs)
         self.ring = BackRing(self.mapping.view, abi)
+        self.keeping = keeping
+        self.kept: dict[Gref, Mapping] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -42,6 +71,7 @@ class FrontWorld:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.let_go()
         self.mapping.close()
         self.grants.close()
         self.guest.close()
@@ -49,6 +79,8 @@ class FrontWorld:
         if exc is None:
             assert self.host.books() == NOTHING
         self.host.close()
+
+    # ---- The frontend's turn ----
 
     def requests(self) -> list[AnyRequest]:
         """Step the queue and take what it has put on the ring."""
@@ -60,6 +92,54 @@ class FrontWorld:
                 return found
             found.append(unpack_request(self.abi, slot))
 
+    # ---- The backend's turn ----
+
+    def segments(self, request: AnyRequest) -> tuple[Segment, ...]:
+        """Where a request's data lies; read from its pages of descriptors if it has them."""
+        if isinstance(request, Request):
+            return request.segments
+        if not isinstance(request, IndirectRequest):
+            return ()
+        left, found = request.nr_segments, []
+        for gref in request.indirect_grefs:
+            here = min(left, SEGMENTS_PER_INDIRECT_PAGE)
+            found += unpack_segments(bytes(self.page(gref)[: here * 8]), here)
+            left -= here
+        return tuple(found)
+
+    def page(self, gref: Gref) -> memoryview | bytes:
+        """A granted page as the backend sees it: kept mapped, or copied out."""
+        if not self.keeping:
+            return self.grants.read(gref, 0, 4096)
+        if gref not in self.kept:
+            self.kept[gref] = self.grants.map([gref])
+        return self.kept[gref].view
+
+    def let_go(self, *grefs: Gref) -> None:
+        """Unmap what was kept: these, or all."""
+        for gref in grefs or tuple(self.kept):
+            self.kept.pop(gref).close()
+
+    def data(self, request: AnyRequest) -> bytes:
+        """What a request carries to the backend."""
+        parts = [
+            bytes(self.page(s.gref)[s.first_sect * 512 : (s.last_sect + 1) * 512])
+            for s in self.segments(request)
+        ]
+        return b"".join(parts)
+
+    def fill(self, request: AnyRequest, data: bytes) -> None:
+        """Put `data`, repeated, where a read wants it."""
+        segments = self.segments(request)
+        size = sum(segment.sectors for segment in segments) * 512
+        stream = (data * (size // len(data) + 1))[:size]
+        at = 0
+        for segment in segments:
+            end = at + segment.sectors * 512
+            self.page(segment.gref)
+            self.grants.write(segment.gref, segment.first_sect * 512, stream[at:end])
+            at = end
+
     def answer(self, id: int, operation: int, status: int = 0) -> None:
         self.ring.put_response(Response(RequestId(id), operation, status))
 
@@ -68,19 +148,28 @@ class FrontWorld:
         self.ring.push()
         return self.queue.step()
 
+    def reply(self, *requests: AnyRequest, status: int = 0) -> int:
+        """Answer these, in this order, and let the queue look; its flags."""
+        for request in requests:
+            self.answer(request.id, operation_of(request), status)
+        return self.push()
+
     def serve(self, data: bytes = b"") -> list[AnyRequest]:
         """Answer everything as an honest backend; reads are filled with `data`, repeated."""
         done: list[AnyRequest] = []
         while requests := self.requests():
             for request in requests:
-                operation = getattr(request, "operation", 5)
-                if operation == 0 and data:
-                    assert isinstance(request, Request)
-                    for segment in request.segments:
-                        size = segment.sectors * 512
-                        chunk = (data * (size // len(data) + 1))[:size]
-                        self.grants.write(segment.gref, segment.first_sect * 512, chunk)
-                self.answer(request.id, operation)
-            self.push()
+                if operation_of(request) == Op.READ and data:
+                    self.fill(request, data)
+                elif self.keeping:
+                    self.data(request)
+            self.reply(*requests)
             done += requests
         return done
+
+
+def operation_of(request: AnyRequest) -> int:
+    """The operation that an honest answer names."""
+    if isinstance(request, IndirectRequest):
+        return request.indirect_op
+    return getattr(request, "operation", Op.DISCARD)

@@ -2,29 +2,36 @@
 """One frontend queue: what it holds (front.pyx)."""
 
 from cpython.buffer cimport Py_buffer
-from libc.stdint cimport int16_t, int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from xvd.dataplane.abi cimport BLKIF_MAX_ENTRY_SIZE
-from xvd.dataplane.ports cimport event_ports, granter_ports, stepper_ports
+from xvd.dataplane.abi cimport (BLKIF_MAX_ENTRY_SIZE, BLKIF_OP_READ, BLKIF_OP_WRITE,
+                                BLKIF_OP_WRITE_BARRIER)
+from xvd.dataplane.front_pool cimport page_pool
+from xvd.dataplane.ports cimport event_ports, stepper_ports
 from xvd.dataplane.ring cimport front_ring
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
 
-# What a caller asked for: any length, split into ring requests as slots become free.
+# What a caller asked for: any length, split into ring requests as slots become free. One request
+# may carry the end of one operation and the beginning of the next.
 cdef struct front_io:
     uint8_t operation
+    uint8_t flag                 # of a discard
+    uint8_t started              # some of it has been put on the ring
     int32_t error                # 0 or -errno, the worst of the parts
     uint32_t outstanding         # parts on the ring
     uint64_t sector_number
     uint64_t nr_sectors
     uint64_t issued              # sectors put on the ring so far
-    uint32_t started             # an operation without data has been put on the ring
     uint8_t *buffer
     uint64_t token
-    front_io *next
+    front_io *next               # in whichever list it is
+    front_io *follow             # the one that the request with our last sector goes on with
     Py_buffer view
     uint32_t has_view
     uint32_t borrowed            # its memory is not the queue's to free
@@ -40,26 +47,29 @@ cdef enum shadow_state:
 # Our private memory of a request: nothing is ever read back from the ring.
 cdef struct shadow:
     uint8_t state
-    uint8_t operation
-    uint16_t nr_pages
+    uint8_t operation            # of an indirect request the inner one
+    uint8_t nr_indirect          # pages of descriptors; 0 for a direct request
+    uint16_t nr_pages            # pages of data
+    uint32_t first_page          # of the chain in the pool: first the data's, then the descriptors'
     uint32_t size                # bytes of data
-    uint64_t at                  # where in the caller's buffer
-    front_io *io
+    uint64_t at                  # where in the first operation's buffer
+    front_io *io                 # the first operation with data in it
 
 cdef struct front_counters:
     uint64_t requests, responses, errors
     uint64_t rd_sect, wr_sect
-    uint64_t granted, revoked
+    uint64_t indirect, merged, split
     uint64_t notified, suppressed, steps
 
 cdef struct front_queue:
     front_ring ring
-    granter_ports *pages
+    page_pool pool
     event_ports *events
     uint16_t handle
-    uint32_t segments_max
+    uint32_t sectors_max         # in one request, whole blocks; above 88 by indirect descriptors
     uint32_t broken              # BREACH_*
     uint32_t stopping
+    uint32_t scan                # idle grants are to be ended
     uint32_t in_flight
     shadow *shadows
     uint32_t *free_ids
@@ -72,7 +82,30 @@ cdef struct front_queue:
     uint8_t copy[BLKIF_MAX_ENTRY_SIZE]
     front_counters count
 
-cdef void append(io_list *ios, front_io *io) noexcept nogil
+
+cdef inline void append(io_list *ios, front_io *io) noexcept nogil:
+    io.next = NULL
+    if ios.last == NULL:
+        ios.first = io
+    else:
+        ios.last.next = io
+    ios.last = io
+
+
+cdef inline bint is_rw(const front_io *io) noexcept nogil:
+    """Whether it may be split, and joined to a neighbour."""
+    return io.operation == BLKIF_OP_READ or io.operation == BLKIF_OP_WRITE
+
+
+cdef inline bint has_data(const front_io *io) noexcept nogil:
+    return is_rw(io) or (io.operation == BLKIF_OP_WRITE_BARRIER and io.nr_sectors > 0)
+
+
+cdef inline bint is_issued(const front_io *io) noexcept nogil:
+    """Whether no further part of it has to go on the ring."""
+    return io.issued == io.nr_sectors if has_data(io) else io.started
+
+
 cdef uint32_t front_step(void *ctx, uint32_t budget) noexcept nogil
 cdef int front_may_sleep(void *ctx) noexcept nogil
 
@@ -82,7 +115,8 @@ cdef class FrontQueue:
     cdef stepper_ports table
     cdef object keep
 
+    cdef set_limits(self, uint32_t pages, uint32_t segments_max, uint32_t block_sectors)
     cdef lend(self, object memory)
     cdef drop(self, front_io *io)
-    cdef drop_in_flight(self)
+    cdef check(self, int operation, uint64_t nr_sectors)
     cdef lock_buffer(self, front_io *io, object buffer)

@@ -41,7 +41,8 @@ cdef uint64_t draw(load *l) noexcept nogil:
 cdef void start(load *l, front_io *io) noexcept nogil:
     io.operation = BLKIF_OP_WRITE if (draw(l) >> 32) % 100 < l.write_percent else BLKIF_OP_READ
     io.sector_number = (draw(l) >> 11) % l.places * l.sectors
-    io.issued = io.started = 0
+    io.issued = 0
+    io.started = 0
     io.error = 0
     append(&l.queue.queued, io)
     l.started += 1

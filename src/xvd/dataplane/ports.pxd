@@ -46,6 +46,7 @@ cdef struct granter_ports:
     uint8_t *base                # `count` contiguous pages of our own memory
     const uint32_t *grefs        # page i is granted as grefs[i]
     uint32_t count
+    uint32_t lasting             # 1: a grant lasts as long as the page; granting and revoking do nothing
     void (*grant)(void *ctx, uint32_t page, uint32_t readonly) noexcept nogil
     # 0, or -1 while the peer still has the page mapped: then it may not be reused (XSA-396).
     int (*revoke)(void *ctx, uint32_t page) noexcept nogil

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
 from xvd.blkif.nodes import FrontendConfig, QueueConfig
 from xvd.dataplane.front import FrontQueue
+from xvd.dataplane.ring import FrontRing
 from xvd.dataplane.thread import Queue, QueueThread
 from xvd.machine.interface import Machine
 from xvd.types import Domid
@@ -35,6 +36,7 @@ class Connection:
         try:
             ring = machine.grants.share(peer, 1)
             self._undo.append(ring.close)
+            FrontRing(ring.view, entries, abi.number).init()
             pages = machine.grants.share(peer, entries * MAX_SEGMENTS_PER_REQUEST)
             self._undo.append(pages.close)
             self.channel = machine.event_channels.alloc_unbound(peer)

@@ -9,6 +9,7 @@ thread; here the scheduler decides when.
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
 from xvd.dataplane.front import FrontQueue
 from xvd.dataplane.queue import BackendQueue
+from xvd.dataplane.ring import FrontRing
 from xvd.engines.bridge import BridgeChannel
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.sim.clock import Clock
@@ -44,6 +45,7 @@ class SimFrontend(_End):
         self.machine = machine
         self.abi = abi
         self.ring = machine.grants.share(peer, 1)
+        FrontRing(self.ring.view, nr_ents(1, abi), abi.number).init()
         self.pages = machine.grants.share(peer, nr_ents(1, abi) * MAX_SEGMENTS_PER_REQUEST)
         self.channel = machine.event_channels.alloc_unbound(peer)
         self.queue = FrontQueue(

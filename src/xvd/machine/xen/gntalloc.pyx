@@ -93,6 +93,7 @@ cdef class XenSharedPages:
         self.table.count = self.request.count
         self.table.grant = grant
         self.table.revoke = revoke
+        self.table.lasting = 1
 
     cdef allocate(self):
         cdef size_t size = <size_t>self.request.count * 4096

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From operations to ring requests: how they are cut, joined, and laid into granted pages.
+
+Sectors of consecutive operations are packed without gaps, eight to a page, so that a request has
+exactly as many grants as its data needs and no segment is empty. Up to 11 segments stand in the
+slot itself; more go into pages of descriptors (indirect requests, Linux 402b27f9), because a direct
+request is the cheaper one.
+"""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from xvd.dataplane.abi cimport (
+    BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_DISCARD, BLKIF_OP_INDIRECT, BLKIF_OP_READ,
+    BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE,
+    blkif_layout)
+from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_put16, xvd_put32, xvd_put64
+from xvd.dataplane.front cimport (SHADOW_FREE, SHADOW_IN_FLIGHT, front_io, front_queue, has_data,
+                                  is_issued, is_rw, shadow)
+from xvd.dataplane.front_pool cimport page_data, page_pool, take_page
+from xvd.dataplane.ring cimport front_free, front_next_slot
+
+
+cdef enum:
+    SEGMENTS_PER_PAGE = 512      # descriptors in one indirect page
+    LAST_SECT = 7                # of a page
+
+
+cdef inline uint32_t pages_for(uint64_t sectors) noexcept nogil:
+    return <uint32_t>((sectors + BLKIF_SECTORS_PER_PAGE - 1) // BLKIF_SECTORS_PER_PAGE)
+
+
+cdef inline uint32_t indirect_pages(uint32_t segments) noexcept nogil:
+    """Pages of descriptors that so many segments need; none up to 11."""
+    if segments <= BLKIF_MAX_SEGMENTS_PER_REQUEST:
+        return 0
+    return (segments + SEGMENTS_PER_PAGE - 1) // SEGMENTS_PER_PAGE
+
+
+cdef inline bint goes_on(const front_io *io, const front_io *following) noexcept nogil:
+    """Whether `following` begins on the disk where `io` ends, and is of its kind."""
+    return (following != NULL and is_rw(io) and following.operation == io.operation
+            and following.sector_number == io.sector_number + io.nr_sectors)
+
+
+cdef inline uint64_t next_sectors(const front_queue *q, const front_io *io) noexcept nogil:
+    """How long the next request is: the rest of `io`, and of what goes on from it, to the limit."""
+    cdef uint64_t sectors = io.nr_sectors - io.issued
+    while sectors < q.sectors_max and goes_on(io, io.next):
+        io = io.next
+        sectors += io.nr_sectors
+    return min(sectors, <uint64_t>q.sectors_max)
+
+
+cdef inline void move_data(front_queue *q, const shadow *s, bint to_pages) noexcept nogil:
+    """Copy between a request's pages and the buffers of its operations."""
+    cdef const front_io *io = s.io
+    cdef uint64_t at = s.at
+    cdef uint32_t page = s.first_page, left = s.size, within, size
+    cdef uint8_t *data
+    while left:
+        data = page_data(&q.pool, page)
+        within = 0
+        while within < BLKIF_PAGE_SIZE and left:
+            size = <uint32_t>min(<uint64_t>min(BLKIF_PAGE_SIZE - within, left),
+                                 io.nr_sectors * BLKIF_SECTOR_SIZE - at)
+            if to_pages:
+                memcpy(data + within, io.buffer + at, size)
+            else:
+                memcpy(io.buffer + at, data + within, size)
+            within += size
+            left -= size
+            at += size
+            if at == io.nr_sectors * BLKIF_SECTOR_SIZE:
+                io = io.follow
+                at = 0
+        page = q.pool.next[page]
+
+
+cdef inline void claim(front_queue *q, shadow *s, uint64_t sectors) noexcept nogil:
+    """Count the next `sectors` of the queued operations as issued, in this request."""
+    cdef front_io *io = s.io
+    cdef uint64_t size
+    s.at = io.issued * BLKIF_SECTOR_SIZE
+    s.size = <uint32_t>sectors * BLKIF_SECTOR_SIZE
+    q.count.split += io.started
+    while True:
+        size = min(sectors, io.nr_sectors - io.issued)
+        io.issued += size
+        io.started = 1
+        io.outstanding += 1
+        sectors -= size
+        if sectors == 0:
+            return
+        io.follow = io.next
+        io = io.next
+        q.count.merged += 1
+
+
+cdef inline uint32_t take_chain(page_pool *p, uint32_t count, bint readonly) noexcept nogil:
+    """The first `count` free pages, granted; they stay chained as they were in the free list."""
+    cdef uint32_t first = p.first, i
+    for i in range(count):
+        take_page(p, readonly)
+    return first
+
+
+cdef inline uint32_t put_segments(front_queue *q, uint8_t *segment, uint32_t page, uint32_t count,
+                                  uint32_t last_sect) noexcept nogil:
+    """Describe `count` pages of a chain, the last up to `last_sect`; the page after them."""
+    cdef const blkif_layout *at = q.ring.layout
+    cdef uint32_t i
+    for i in range(count):
+        memset(segment, 0, at.segment_size)
+        xvd_put32(segment + at.segment_gref, q.pool.ports.grefs[page])
+        segment[at.segment_last_sect] = <uint8_t>last_sect if i + 1 == count else LAST_SECT
+        segment += at.segment_size
+        page = q.pool.next[page]
+    return page
+
+
+cdef inline void put_direct(front_queue *q, uint8_t *slot, uint32_t id, uint64_t sector_number,
+                            uint32_t last_sect) noexcept nogil:
+    cdef const blkif_layout *at = q.ring.layout
+    cdef shadow *s = &q.shadows[id]
+    slot[at.rw_nr_segments] = <uint8_t>s.nr_pages
+    xvd_put16(slot + at.rw_handle, q.handle)
+    xvd_put64(slot + at.rw_id, id)
+    xvd_put64(slot + at.rw_sector_number, sector_number)
+    put_segments(q, slot + at.rw_seg, s.first_page, s.nr_pages, last_sect)
+
+
+cdef inline void put_indirect(front_queue *q, uint8_t *slot, uint32_t id, uint64_t sector_number,
+                              uint32_t last_sect) noexcept nogil:
+    """An indirect request: its descriptors lie in pages of ours that the backend only reads."""
+    cdef const blkif_layout *at = q.ring.layout
+    cdef shadow *s = &q.shadows[id]
+    cdef uint32_t i, here, data = s.first_page, left = s.nr_pages
+    cdef uint32_t page = take_chain(&q.pool, s.nr_indirect, True)
+    slot[at.rw_operation] = BLKIF_OP_INDIRECT
+    slot[at.indirect_op] = s.operation
+    xvd_put16(slot + at.indirect_nr_segments, s.nr_pages)
+    xvd_put16(slot + at.indirect_handle, q.handle)
+    xvd_put64(slot + at.indirect_id, id)
+    xvd_put64(slot + at.indirect_sector_number, sector_number)
+    for i in range(s.nr_indirect):
+        here = min(left, <uint32_t>SEGMENTS_PER_PAGE)
+        left -= here
+        xvd_put32(slot + at.indirect_grefs + 4 * i, q.pool.ports.grefs[page])
+        data = put_segments(q, page_data(&q.pool, page), data, here,
+                            LAST_SECT if left else last_sect)
+        page = q.pool.next[page]
+    q.count.indirect += 1
+
+
+cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
+                          uint64_t sectors) noexcept nogil:
+    """A request with data: the next `sectors` of the queued operations."""
+    cdef shadow *s = &q.shadows[id]
+    cdef uint64_t sector_number = s.io.sector_number + s.io.issued
+    cdef bint writes = s.operation != BLKIF_OP_READ
+    claim(q, s, sectors)
+    s.nr_pages = <uint16_t>pages_for(sectors)
+    s.nr_indirect = <uint8_t>indirect_pages(s.nr_pages)
+    s.first_page = take_chain(&q.pool, s.nr_pages, writes)
+    if writes:
+        move_data(q, s, True)
+        q.count.wr_sect += sectors
+    else:
+        q.count.rd_sect += sectors
+    if s.nr_indirect:
+        put_indirect(q, slot, id, sector_number, <uint32_t>(sectors - 1) % BLKIF_SECTORS_PER_PAGE)
+    else:
+        put_direct(q, slot, id, sector_number, <uint32_t>(sectors - 1) % BLKIF_SECTORS_PER_PAGE)
+
+
+cdef inline void put_bare(front_queue *q, uint8_t *slot, uint32_t id, front_io *io) noexcept nogil:
+    """A request without data: flush, empty barrier, or discard."""
+    cdef const blkif_layout *at = q.ring.layout
+    io.started = 1
+    io.outstanding += 1
+    if io.operation == BLKIF_OP_DISCARD:
+        slot[at.discard_flag] = io.flag
+        xvd_put16(slot + at.discard_handle, q.handle)
+        xvd_put64(slot + at.discard_id, id)
+        xvd_put64(slot + at.discard_sector_number, io.sector_number)
+        xvd_put64(slot + at.discard_nr_sectors, io.nr_sectors)
+    else:
+        xvd_put16(slot + at.rw_handle, q.handle)
+        xvd_put64(slot + at.rw_id, id)
+
+
+cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept nogil:
+    """Put one request on the ring; there are a slot, a shadow, and pages for `sectors`."""
+    cdef uint8_t *slot = front_next_slot(&q.ring)
+    cdef uint32_t id
+    q.nr_free -= 1
+    id = q.free_ids[q.nr_free]
+    DEBUG_ASSERT(q.shadows[id].state == SHADOW_FREE)
+    memset(&q.shadows[id], 0, sizeof(shadow))
+    q.shadows[id].state = SHADOW_IN_FLIGHT
+    q.shadows[id].operation = io.operation
+    q.shadows[id].io = io
+    memset(slot, 0, q.ring.layout.entry_size)
+    slot[q.ring.layout.rw_operation] = io.operation
+    if sectors:
+        put_data(q, slot, id, sectors)
+    else:
+        put_bare(q, slot, id, io)
+    q.in_flight += 1
+    q.count.requests += 1
+
+
+cdef inline bint has_room(front_queue *q, uint64_t sectors) noexcept nogil:
+    """Whether a request of so many sectors can go out now, with all of its pages."""
+    cdef uint32_t pages = pages_for(sectors)
+    return (q.nr_free > 0 and front_free(&q.ring) > 0
+            and pages + indirect_pages(pages) <= q.pool.nr_free)
+
+
+cdef inline uint32_t issue(front_queue *q, uint32_t budget) noexcept nogil:
+    """Move queued operations onto the ring, in order, as far as there is room."""
+    cdef uint32_t n = 0
+    cdef uint64_t sectors
+    while q.queued.first != NULL and n < budget:
+        sectors = next_sectors(q, q.queued.first) if has_data(q.queued.first) else 0
+        if not has_room(q, sectors):
+            break
+        put(q, q.queued.first, sectors)
+        n += 1
+        while q.queued.first != NULL and is_issued(q.queued.first):
+            q.queued.first = q.queued.first.next
+        if q.queued.first == NULL:
+            q.queued.last = NULL
+    return n

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A frontend queue's data pages: one list of free ones, and what each is granted as.
+
+The free list and the pages of each request are chains through one array, so that a request of any
+size holds its pages in two numbers. The list is last in, first out: the hot pages stay hot, and the
+backend's mappings of the cold ones grow old and are dropped (Linux blkfront, 0a8704a5).
+
+Without persistent grants a page is granted when it is taken and must be free of the peer when it
+is given back. With them it stays granted as long as the peer keeps it mapped: whether it does, only
+the attempt to end the grant tells.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from xvd.dataplane.c cimport DEBUG_ASSERT
+from xvd.dataplane.ports cimport granter_ports
+
+
+cdef enum:
+    NO_PAGE = 0xFFFFFFFF
+
+cdef struct page_pool:
+    granter_ports *ports
+    uint32_t persistent
+    uint32_t nr_free
+    uint32_t first, last         # of the free list; NO_PAGE both when it is empty
+    uint32_t *next               # of each page: in the free list, or in its request's chain
+    uint8_t *granted             # of each page: the peer may map it now
+    uint64_t grants              # made
+    uint64_t reused              # found made already
+    uint64_t ended
+
+
+cdef inline void put_first(page_pool *p, uint32_t page) noexcept nogil:
+    p.next[page] = p.first
+    p.first = page
+    if p.last == NO_PAGE:
+        p.last = page
+    p.nr_free += 1
+
+
+cdef inline void put_last(page_pool *p, uint32_t page) noexcept nogil:
+    p.next[page] = NO_PAGE
+    if p.last == NO_PAGE:
+        p.first = page
+    else:
+        p.next[p.last] = page
+    p.last = page
+    p.nr_free += 1
+
+
+cdef inline bint open_pool(page_pool *p, granter_ports *ports, bint persistent) noexcept nogil:
+    """Take over all pages of `ports`, none of them granted; False without memory."""
+    cdef uint32_t page
+    p.ports = ports
+    p.persistent = persistent
+    p.first = p.last = NO_PAGE
+    p.next = <uint32_t *>calloc(ports.count, sizeof(uint32_t))
+    p.granted = <uint8_t *>calloc(ports.count, 1)
+    if p.next == NULL or p.granted == NULL:
+        return False
+    for page in range(ports.count):
+        # A peer that is in such haste that it has one mapped already is found out at its first use.
+        p.granted[page] = ports.lasting or ports.revoke(ports.ctx, page) != 0
+        put_last(p, page)
+    return True
+
+
+cdef inline void close_pool(page_pool *p) noexcept nogil:
+    free(p.next)
+    free(p.granted)
+    p.next = NULL
+    p.granted = NULL
+
+
+cdef inline uint8_t *page_data(const page_pool *p, uint32_t page) noexcept nogil:
+    return p.ports.base + <size_t>page * 4096
+
+
+cdef inline uint32_t take_page(page_pool *p, bint readonly) noexcept nogil:
+    """A granted page; only while `nr_free` says there is one.
+
+    A persistent grant is writable whatever it is for at first: the page's next use may be a read.
+    """
+    cdef uint32_t page = p.first
+    DEBUG_ASSERT(p.nr_free > 0)
+    p.first = p.next[page]
+    if p.first == NO_PAGE:
+        p.last = NO_PAGE
+    p.nr_free -= 1
+    if p.granted[page] and p.persistent:
+        p.reused += 1
+        return page
+    p.ports.grant(p.ports.ctx, page, readonly and not p.persistent)
+    p.granted[page] = 1
+    p.grants += 1
+    return page
+
+
+cdef inline bint give_page(page_pool *p, uint32_t page) noexcept nogil:
+    """The request is over. False if the peer holds on to a page that it should have let go.
+
+    Such a page does not come back (XSA-396). A persistent one that the peer has let go goes last:
+    it costs a grant at its next use.
+    """
+    if p.persistent and (p.ports.lasting or p.ports.revoke(p.ports.ctx, page) != 0):
+        put_first(p, page)
+        return True
+    if not p.persistent and p.ports.revoke(p.ports.ctx, page) != 0:
+        return False
+    p.granted[page] = 0
+    p.ended += 1
+    if p.persistent:
+        put_last(p, page)
+    else:
+        put_first(p, page)
+    return True
+
+
+cdef inline bint give_pages(page_pool *p, uint32_t first, uint32_t count) noexcept nogil:
+    """Give back a chain; False as soon as the peer holds on to one."""
+    cdef uint32_t page = first, following, i
+    for i in range(count):
+        following = p.next[page]
+        if not give_page(p, page):
+            return False
+        page = following
+    return True
+
+
+cdef inline void end_idle_grants(page_pool *p) noexcept nogil:
+    """End the grants of free pages that the peer has let go of meanwhile (Linux 4b422cb9).
+
+    A backend drops what it has not used for long, and would otherwise leave us with references that
+    nobody maps and that nobody else may have.
+    """
+    cdef uint32_t page = p.first
+    while page != NO_PAGE:
+        if p.granted[page] and not p.ports.lasting and p.ports.revoke(p.ports.ctx, page) == 0:
+            p.granted[page] = 0
+            p.ended += 1
+        page = p.next[page]
