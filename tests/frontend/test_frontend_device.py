@@ -11,6 +11,7 @@ from xvd.errors import PeerClosed, XvdError
 from xvd.frontend import device as device_module
 from xvd.frontend.device import Device
 from xvd.frontend.disk import Disk
+from xvd.machine.emulated.host import Limits
 from xvd.toolstack.vbd import add
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid
@@ -95,14 +96,24 @@ def test_an_opening_that_is_cancelled_holds_nothing() -> None:
 
 
 def test_memory_that_runs_out_is_told_and_nothing_is_kept() -> None:
-    from xvd.machine.emulated.host import Limits
-
     async def work() -> None:
-        async with disk_world(limits=Limits(pages=256, grefs=128, tracks=64, ports=8)) as world:
+        async with disk_world(limits=Limits(pages=64, grefs=19, tracks=64, ports=8)) as world:
             vbd = await world.attach("memory:1M")
-            with pytest.raises(XvdError, match="grant references left, 352 are needed; detach a"):
+            with pytest.raises(XvdError, match="10 grant references left, 11 are needed; detach a"):
                 await world.open(vbd)
-            assert world.host.host.books()["pages"] == 0
+            assert world.host.host.books()["pages"] == 1  # the ring, which the backend has mapped
+
+    run(work())
+
+
+def test_where_memory_is_short_there_are_fewer_pages_and_the_disk_works() -> None:
+    async def work() -> None:
+        async with disk_world(limits=Limits(pages=64, grefs=40, tracks=64, ports=8)) as world:
+            async with await world.disk("memory:1M") as disk:
+                data = bytes(range(256)) * 2048
+                await disk.write(0, data)
+                assert await disk.read(0, len(data)) == data
+                assert world.host.host.books()["pages"] == 1 + 22
 
     run(work())
 

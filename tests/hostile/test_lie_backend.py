@@ -11,6 +11,7 @@ from rig_guest import RawBackend
 from xvd.blkif.messages import Response
 from xvd.errors import XvdError
 from xvd.frontend.disk import Disk
+from xvd.frontend.settings import Settings
 from xvd.toolstack.vbd import Vbd, add
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid, RequestId
@@ -59,6 +60,43 @@ def test_garbage_in_its_nodes(node: str, value: str | bytes | None, text: str) -
             await backend.connect({node: value})
             with pytest.raises(XvdError, match=text):
                 await opening
+            backend.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    "node", ["max-ring-page-order", "max-ring-pages", "multi-queue-max-queues"]
+)
+def test_garbage_in_its_offer(node: str) -> None:
+    """Read before anything is allocated by it."""
+
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            vbd, backend = await added(world)
+            await backend.write({node: "-1", "state": "2"})
+            with pytest.raises(XvdError, match=f"backend node {node} holds '-1'"):
+                await world.open(vbd)
+            assert world.host.host.books()["pages"] == 0
+
+    run(work())
+
+
+@pytest.mark.parametrize(("node", "pages"), [("max-ring-page-order", 1), ("max-ring-pages", 1)])
+def test_an_offer_without_measure_is_cut_down_to_our_own(node: str, pages: int) -> None:
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            vbd, backend = await added(world)
+            await backend.write({node: "4294967295", "multi-queue-max-queues": "4294967295"})
+            machine, store = await world.guest()
+            path = f"device/vbd/{vbd.vdev}"
+            opening = asyncio.ensure_future(
+                Disk.open(machine, store, path, settings=Settings(max_queues=1))
+            )
+            await backend.connect()
+            disk = await opening
+            assert len(backend.mapping.view) == pages * 4096
+            await disk._leave(abandon=True)
             backend.close()
 
     run(work())

@@ -73,7 +73,7 @@ def bench(
     return 0
 
 
-async def _measure(uri: str, copying: bool, job: dict[str, int]) -> LoadResult:
+async def _measure(uri: str, copying: bool, job: dict[str, Any]) -> LoadResult:
     """One run on a machine of its own."""
     storage = open_engine(uri)
 

@@ -1,24 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a frontend publishes: a ring, data pages, a port; with its queue and thread.
+"""What a frontend has with one backend: its queues, each with a ring, a port, pages and a thread.
 
-Made in one piece or not at all, and given back in the opposite order.
+It comes about in two steps, as a backend says what it can in two: rings and ports are there before
+they are published, data pages and queues when the backend is connected. Either step is made whole
+or not at all; where a budget is too small for what was wanted, less is taken.
 """
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
-from xvd.blkif.nodes import FrontendConfig, QueueConfig
+from xvd.blkif.messages import indirect_pages
+from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
 from xvd.dataplane.front import FrontQueue
 from xvd.dataplane.ring import FrontRing
 from xvd.dataplane.thread import Queue, QueueThread
-from xvd.machine.interface import Machine
-from xvd.types import Domid
+from xvd.errors import EventChannelError, GrantError
+from xvd.frontend.settings import Settings
+from xvd.machine.interface import EventChannel, Machine, SharedPages
+from xvd.types import RING_SECTOR_SIZE, Domid
+
+SCAN_S = 10.0
+"""How often grants that the backend has dropped are looked for (Linux 4b422cb9)."""
+
+Stepper = Callable[[Sequence[FrontQueue]], Sequence[Queue]]
+"""Puts something that steps the queues, a load, in the place of each."""
 
 
 class Connection:
-    """Our side of one connection. `on_exit` is called when its thread has ended.
+    """Our side of one connection. `on_exit` is called once, when the last thread has ended.
 
-    Raises `GrantError` or `EventChannelError`, holding nothing, when a budget is used up.
+    queues, ring_page_order: how many and how large, as offered. A machine that has no room for them
+    gets fewer, then smaller ones; raises `GrantError` or `EventChannelError`, holding nothing, when
+    it has none for a single page.
     """
 
     def __init__(
@@ -29,38 +44,214 @@ class Connection:
         abi: Abi,
         handle: int,
         name: str,
-        on_exit: Callable[[Exception | None], None],
+        queues: int,
+        ring_page_order: int,
+        settings: Settings,
+        on_exit: Callable[[], None],
     ) -> None:
+        self._machine = machine
+        self._peer = peer
+        self._handle = handle & 0xFFFF
+        self._name = name
+        self._settings = settings
+        self._on_exit = on_exit
         self._undo: list[Callable[[], None]] = []
-        entries = nr_ents(1, abi)
+        self._rings: list[tuple[SharedPages, EventChannel]] = []
+        self._threads: list[QueueThread] = []
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._scanner: asyncio.TimerHandle | None = None
+        self._turn = 0
+        self._ends: list[int] = []
+        self.queues: list[FrontQueue] = []
+        self.failure: str | None = None
+        self.persistent = False
+        self._take_rings(abi, queues, ring_page_order)
+        published = (QueueConfig(tuple(ring.grefs), channel.port) for ring, channel in self._rings)
+        self.config = FrontendConfig(abi, tuple(published), settings.feature_persistent)
+
+    # ---- Coming about ----
+
+    def _take_rings(self, abi: Abi, queues: int, order: int) -> None:
         try:
-            ring = machine.grants.share(peer, 1)
-            self._undo.append(ring.close)
-            FrontRing(ring.view, entries, abi.number).init()
-            pages = machine.grants.share(peer, entries * MAX_SEGMENTS_PER_REQUEST)
-            self._undo.append(pages.close)
-            self.channel = machine.event_channels.alloc_unbound(peer)
-            self._undo.append(self.channel.close)
-            queue = QueueConfig(tuple(ring.grefs), self.channel.port)
-            self.config = FrontendConfig(abi, (queue,))
-            self.queue = FrontQueue(
-                ring.view, entries, abi.number, pages, self.channel, handle=handle & 0xFFFF
-            )
-            self._name, self._on_exit = name, on_exit
-            self.thread: QueueThread | None = None
+            for _ in range(queues):
+                ring = self._machine.grants.share(self._peer, 1 << order)
+                self._undo.append(ring.close)
+                FrontRing(ring.view, nr_ents(1 << order, abi), abi.number).init()
+                channel = self._machine.event_channels.alloc_unbound(self._peer)
+                self._undo.append(channel.close)
+                self._rings.append((ring, channel))
+        except (GrantError, EventChannelError):
+            self.release()
+            if queues == 1 and order == 0:
+                raise
+            less = (queues // 2, order) if queues > 1 else (1, order - 1)
+            self._take_rings(abi, *less)
         except BaseException:
             self.release()
             raise
 
-    def start(self, stepper: Callable[[FrontQueue], Queue] | None = None) -> None:
-        """Let the queue run: the backend is connected. `stepper` may put a load in its place."""
-        queue = stepper(self.queue) if stepper is not None else self.queue
-        self.thread = QueueThread(queue, self._name, self._on_exit)
+    def prepare(self, features: BackendFeatures) -> None:
+        """Take the data pages and make the queues, by what the connected backend offers.
+
+        Raises `GrantError` when there is no room for even one request of 11 pages in each queue;
+        `release` is due in any case.
+        """
+        abi = self.config.abi
+        entries = nr_ents(self.config.ring_pages, abi)
+        segments = self._settings.segments(features)
+        self.persistent = features.persistent and self._settings.feature_persistent
+        pools, segments = self._take_pools(entries, segments)
+        for (ring, channel), pages in zip(self._rings, pools, strict=True):
+            self.queues.append(
+                FrontQueue(
+                    ring.view, entries, abi.number, pages, channel, handle=self._handle,
+                    segments_max=segments, persistent=self.persistent,
+                    block_sectors=features.sector_size // RING_SECTOR_SIZE,
+                )
+            )  # fmt: skip
+        self._ends = [-1] * len(self.queues)
+
+    def _take_pools(self, entries: int, segments: int) -> tuple[list[SharedPages], int]:
+        """Pages for each queue, and the segments of a request that they are enough for."""
+        request = segments + (indirect_pages(segments) if segments > 11 else 0)
+        size = max(request, min(entries * request, self._settings.pool_pages))
+        while True:
+            taken: list[SharedPages] = []
+            try:
+                for _ in self._rings:
+                    taken.append(self._machine.grants.share(self._peer, size))
+            except GrantError:
+                for pages in taken:
+                    pages.close()
+                if size > request:
+                    size = max(request, size // 2)
+                elif segments > MAX_SEGMENTS_PER_REQUEST:
+                    size = request = segments = MAX_SEGMENTS_PER_REQUEST
+                else:
+                    raise
+            else:
+                self._undo += [pages.close for pages in taken]
+                return taken, segments
+
+    # ---- Running ----
+
+    def start(self, stepper: Stepper | None = None) -> None:
+        """Let the queues run. Raises OSError if a thread cannot be had; `end` is due then."""
+        steppers = stepper(self.queues) if stepper is not None else self.queues
+        try:
+            for number, queue in enumerate(steppers):
+                ended = partial(self._ended, self.queues[number])
+                name = f"{self._name}-{number}" if len(self.queues) > 1 else self._name
+                self._threads.append(QueueThread(queue, name, ended))
+                self._running += 1
+                self._idle.clear()
+        except BaseException:
+            self._on_exit = _nothing
+            self.abandon()
+            raise
+        if self.persistent:
+            self._scan_later()
+
+    def _scan_later(self) -> None:
+        self._scanner = asyncio.get_running_loop().call_later(SCAN_S, self._scan)
+
+    def _scan(self) -> None:
+        for queue, thread in zip(self.queues, self._threads, strict=False):
+            queue.scan()
+            thread.wake()
+        self._scan_later()
+
+    def _ended(self, queue: FrontQueue, failure: Exception | None) -> None:
+        """A thread has returned: drained, abandoned, or broken; then the rest has to go too."""
+        self._running -= 1
+        if queue.breach is not None or failure is not None:
+            self.failure = self.failure or queue.breach or str(failure)
+            self.abandon()
+        if self._running == 0:
+            self._stop_scanning()
+            self._idle.set()
+            self._on_exit()
+
+    def _stop_scanning(self) -> None:
+        if self._scanner is not None:
+            self._scanner.cancel()
+            self._scanner = None
+
+    @property
+    def running(self) -> bool:
+        """Whether a thread is still at work."""
+        return self._running > 0
+
+    def drain(self) -> None:
+        """Finish what is on the rings and nothing more; ends in `on_exit`."""
+        for thread in self._threads:
+            thread.drain()
+
+    def abandon(self) -> None:
+        """Leave at once, whatever is in flight; ends in `on_exit`."""
+        for thread in self._threads:
+            thread.abandon()
+
+    async def end(self) -> None:
+        """Abandon, wait for the threads, release."""
+        self.abandon()
+        await self._idle.wait()
+        self.release()
 
     def release(self) -> None:
-        """End the grants, free the port; only after the thread has ended.
+        """End the grants, free the ports; only when nothing runs.
 
         Pages that the backend still maps are freed when it lets go, and not reused before.
         """
+        self._stop_scanning()
         while self._undo:
             self._undo.pop()()
+        # Each thread knows us: without this its descriptors would wait for the collector.
+        self._rings.clear()
+        self._threads.clear()
+        self.queues.clear()
+
+    # ---- Use ----
+
+    def submit(
+        self,
+        operation: int,
+        sector_number: int,
+        nr_sectors: int,
+        buffer: bytes | bytearray | memoryview | None,
+        token: int,
+        *,
+        flag: int = 0,
+    ) -> None:
+        """Queue an operation on one of the queues: see `FrontQueue.submit`.
+
+        What goes on where a queue's last operation ended goes to that queue, which can join the
+        two; everything else goes round.
+        """
+        number = self._choose(sector_number)
+        self._ends[number] = sector_number + nr_sectors
+        queue = self.queues[number]
+        if queue.submit(operation, sector_number, nr_sectors, buffer, token, flag=flag):
+            self._threads[number].wake()
+
+    def _choose(self, sector_number: int) -> int:
+        if len(self.queues) == 1:
+            return 0
+        if sector_number in self._ends:
+            return self._ends.index(sector_number)
+        self._turn = (self._turn + 1) % len(self.queues)
+        return self._turn
+
+    def counters(self) -> dict[str, int]:
+        """The queues' figures, added up."""
+        total: dict[str, int] = {}
+        for queue in self.queues:
+            for name, value in queue.counters().items():
+                total[name] = total.get(name, 0) + value
+        return total
+
+
+def _nothing() -> None:
+    """Nobody has to be told."""

@@ -9,7 +9,7 @@ when it is down, and when there will be none again.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Protocol
 
 from xvd.blkif.abi import Abi, XenbusState
@@ -31,13 +31,13 @@ from xvd.blkif.nodes import (
     format_frontend,
     parse_backend,
     parse_frontend_assignment,
+    parse_offer,
     parse_state,
     stale_frontend_nodes,
 )
-from xvd.dataplane.front import FrontQueue
-from xvd.dataplane.thread import Queue
 from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
-from xvd.frontend.connection import Connection
+from xvd.frontend.connection import Connection, Stepper
+from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
@@ -79,7 +79,8 @@ class Device:
         user: User,
         *,
         abi: Abi | None = None,
-        stepper: Callable[[FrontQueue], Queue] | None = None,
+        settings: Settings | None = None,
+        stepper: Stepper | None = None,
     ) -> None:
         self.path = path
         self.state = FrontendState.STARTING
@@ -90,6 +91,7 @@ class Device:
         self._store = store
         self._user = user
         self._abi = abi or Abi.native()
+        self._settings = settings or Settings()
         self._stepper = stepper
         self._log = logging.getLogger(__name__)
         self._events: asyncio.Queue[FrontendEvent | None] = asyncio.Queue()
@@ -99,8 +101,6 @@ class Device:
         self._written: XenbusState | None = None
         self._closing = False
         self._failure: XvdError | None = None
-        self._released = asyncio.Event()
-        self._released.set()
 
     # ---- The actor ----
 
@@ -168,11 +168,7 @@ class Device:
     async def _end(self, watch: Watch | None) -> None:
         self._stop_timer()
         self._stop_waiting()
-        if self.connection is not None:
-            if self.connection.thread is not None:
-                self.connection.thread.abandon()
-            await self._released.wait()
-            self._release()
+        await self._release()
         if watch is not None:
             with contextlib.suppress(XvdError):
                 await watch.close()
@@ -259,14 +255,22 @@ class Device:
 
     async def _do_publish(self) -> None:
         assert self.assignment is not None
-        self._released.set()
+        nodes = await read_directory(self._store, self.assignment.backend, _backends_node)
+        order, queues = parse_offer(
+            nodes,
+            max_ring_page_order=self._settings.max_ring_page_order,
+            max_queues=self._settings.max_queues,
+        )
         self.connection = Connection(
             self._machine,
             self.assignment.backend_domid,
             abi=self._abi,
             handle=self.assignment.vdev,
             name=f"xvd-front-{self.assignment.vdev}",
-            on_exit=self._thread_ended,
+            queues=queues,
+            ring_page_order=order,
+            settings=self._settings,
+            on_exit=self._connection_ended,
         )
         present = await self._store.ls(self.path)
         await self._write(format_frontend(self.connection.config, present))
@@ -279,12 +283,17 @@ class Device:
         self._spawn(self._read_features())
 
     async def _read_features(self) -> None:
+        connection = self.connection
         try:
-            self.features = await self._backend_features()
+            features = await self._backend_features()
+            if connection is None or connection is not self.connection:
+                return  # there is a newer one, and its features are read for it
+            connection.prepare(features)
         except XvdError as error:
             self._fail(error)
             self.put(FrontendEvent.FEATURES_BAD)
         else:
+            self.features = features
             self.put(FrontendEvent.FEATURES_READ)
 
     async def _backend_features(self) -> BackendFeatures:
@@ -296,7 +305,6 @@ class Device:
         assert self.connection is not None
         assert self.features is not None
         self._stop_waiting()
-        self._released.clear()
         self.connection.start(self._stepper)
         self._user.connected(self.connection, self.features)
 
@@ -312,36 +320,26 @@ class Device:
             self.features = features
             self._user.resized(features)
 
-    def _nothing_runs(self) -> bool:
-        """Whether there is no thread to wait for, or it has ended."""
-        return self.connection is None or self.connection.thread is None or self._released.is_set()
-
     async def _do_stop_io(self) -> None:
-        if self._nothing_runs():
-            self.put(FrontendEvent.DRAINED)
+        if self.connection is not None and self.connection.running:
+            self.connection.drain()
         else:
-            assert self.connection is not None
-            assert self.connection.thread is not None
-            self.connection.thread.drain()
+            self.put(FrontendEvent.DRAINED)
 
     async def _do_fail_io(self) -> None:
-        if self._nothing_runs():
-            self.put(FrontendEvent.DRAINED)
+        if self.connection is not None and self.connection.running:
+            self.connection.abandon()
         else:
-            assert self.connection is not None
-            assert self.connection.thread is not None
-            self.connection.thread.abandon()
+            self.put(FrontendEvent.DRAINED)
 
-    def _thread_ended(self, failure: Exception | None) -> None:
+    def _connection_ended(self) -> None:
         """Drained, abandoned, or broken by the backend."""
         assert self.connection is not None
         self._user.disconnected()
-        self._released.set()
-        breach = self.connection.queue.breach
-        if breach is not None or failure is not None:
+        if self.connection.failure is not None:
             self._fail(
                 PeerProtocolError(
-                    f"{self.path}: the backend broke the protocol: {breach or failure}; "
+                    f"{self.path}: the backend broke the protocol: {self.connection.failure}; "
                     "detach the disk and attach it again"
                 )
             )
@@ -354,15 +352,11 @@ class Device:
         self._user.ended(error)
 
     async def _do_release(self) -> None:
-        if self.connection is not None and not self._released.is_set():
-            assert self.connection.thread is not None
-            self.connection.thread.abandon()
-            await self._released.wait()
-        self._release()
+        await self._release()
 
-    def _release(self) -> None:
+    async def _release(self) -> None:
         if self.connection is not None:
-            self.connection.release()
+            await self.connection.end()
             self.connection = None
 
     async def _do_report_error(self) -> None:

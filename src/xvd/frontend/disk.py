@@ -20,9 +20,11 @@ from typing import Self
 
 from xvd.blkif.abi import Abi, InfoFlag, Op
 from xvd.blkif.nodes import BackendFeatures
+from xvd.dataplane.front import FrontQueue
 from xvd.errors import XvdError
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
+from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import RING_SECTOR_SIZE
@@ -53,9 +55,15 @@ class Disk:
     """
 
     def __init__(
-        self, machine: Machine, store: XenstoreClient, path: str, *, abi: Abi | None = None
+        self,
+        machine: Machine,
+        store: XenstoreClient,
+        path: str,
+        *,
+        abi: Abi | None = None,
+        settings: Settings | None = None,
     ) -> None:
-        self._device = Device(machine, store, path, self, abi=abi)
+        self._device = Device(machine, store, path, self, abi=abi, settings=settings)
         self._connection: Connection | None = None
         self._features: BackendFeatures | None = None
         self._outstanding: dict[int, _Outstanding] = {}
@@ -71,14 +79,20 @@ class Disk:
 
     @classmethod
     async def open(
-        cls, machine: Machine, store: XenstoreClient, path: str, *, abi: Abi | None = None
+        cls,
+        machine: Machine,
+        store: XenstoreClient,
+        path: str,
+        *,
+        abi: Abi | None = None,
+        settings: Settings | None = None,
     ) -> Self:
         """Connect to the disk in `path` (``device/vbd/51712``, relative to this domain).
 
         Waits for the backend as long as there is one to wait for; raises OSError (ENODEV) or an
         `XvdError` that says why there is none.
         """
-        disk = cls(machine, store, path, abi=abi)
+        disk = cls(machine, store, path, abi=abi, settings=settings)
         disk._running = asyncio.create_task(disk._device.run())
         try:
             await disk._ready
@@ -166,7 +180,7 @@ class Disk:
 
     def counters(self) -> dict[str, int]:
         """The figures of the connection that is up; empty when none is."""
-        return {} if self._connection is None else self._connection.queue.counters()
+        return {} if self._connection is None else self._connection.counters()
 
     # ---- The device's side ----
 
@@ -176,7 +190,8 @@ class Disk:
         self._features = features
         self._flush_works = True
         self.connections += 1
-        asyncio.get_running_loop().add_reader(connection.queue.done_fd, self._reap)
+        for queue in connection.queues:
+            asyncio.get_running_loop().add_reader(queue.done_fd, self._reap, queue)
         for token, io in self._outstanding.items():
             self._put(token, io)
         if not self._ready.done():
@@ -187,10 +202,11 @@ class Disk:
         self._features = features
 
     def disconnected(self) -> None:
-        """The queue is over; answers that came are taken, the rest waits."""
+        """The queues are over; answers that came are taken, the rest waits."""
         assert self._connection is not None
-        self._reap()
-        asyncio.get_running_loop().remove_reader(self._connection.queue.done_fd)
+        for queue in self._connection.queues:
+            self._reap(queue)
+            asyncio.get_running_loop().remove_reader(queue.done_fd)
         self._connection = None
 
     def ended(self, error: OSError | XvdError) -> None:
@@ -204,9 +220,7 @@ class Disk:
                 io.done.set_exception(self._ended)
         self._outstanding.clear()
 
-    def _reap(self) -> None:
-        assert self._connection is not None
-        queue = self._connection.queue
+    def _reap(self, queue: FrontQueue) -> None:
         with contextlib.suppress(BlockingIOError):  # `disconnected` looks without being rung for
             os.eventfd_read(queue.done_fd)
         for token, error in queue.reap():
@@ -218,10 +232,7 @@ class Disk:
 
     def _put(self, token: int, io: _Outstanding) -> None:
         assert self._connection is not None
-        assert self._connection.thread is not None
-        queue = self._connection.queue
-        if queue.submit(io.operation, io.sector_number, io.nr_sectors, io.buffer, token):
-            self._connection.thread.wake()
+        self._connection.submit(io.operation, io.sector_number, io.nr_sectors, io.buffer, token)
 
     async def _run(
         self,

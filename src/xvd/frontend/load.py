@@ -3,15 +3,16 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xvd.blkif.nodes import BackendFeatures
 from xvd.dataplane.front import FrontQueue
 from xvd.dataplane.load import Load
-from xvd.dataplane.thread import Queue
 from xvd.errors import XvdError
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
+from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
 
@@ -64,33 +65,45 @@ async def run_load(
     operations: int,
     write_percent: int = 0,
     seed: int = 1,
+    settings: Settings | None = None,
 ) -> LoadResult:
     """Connect to a disk, run `operations` of `size` bytes, `depth` at a time; close it again.
+
+    The same seed is the same load on as many queues.
 
     Raises as `Disk.open` does.
     """
     loads: list[Load] = []
 
-    def stepper(queue: FrontQueue) -> Queue:
-        load = Load(
-            queue,
-            depth=depth,
-            size=size,
-            span=span,
-            operations=operations,
-            write_percent=write_percent,
-            seed=seed,
-        )
-        loads.append(load)
-        return load
+    def stepper(queues: Sequence[FrontQueue]) -> list[Load]:
+        """The load in equal shares; a queue too many for it stands idle."""
+        shares = min(len(queues), depth, operations)
+        for number, queue in enumerate(queues[:shares]):
+            loads.append(
+                Load(
+                    queue,
+                    depth=share(depth, shares, number),
+                    size=size,
+                    span=span,
+                    operations=share(operations, shares, number),
+                    write_percent=write_percent,
+                    seed=seed + number,
+                )
+            )
+        return loads
 
     user = _User()
-    device = Device(machine, store, path, user, stepper=stepper)
+    device = Device(machine, store, path, user, settings=settings, stepper=stepper)
     running = asyncio.create_task(device.run())
     try:
         seconds = await user.done
     finally:
         device.close()
         await asyncio.gather(running, return_exceptions=True)
-    ended, errors, checksum = loads[0].result
-    return LoadResult(ended, errors, seconds, checksum)
+    ended, errors, checksums = zip(*(load.result for load in loads), strict=True)
+    return LoadResult(sum(ended), sum(errors), seconds, sum(checksums) % (1 << 64))
+
+
+def share(total: int, shares: int, number: int) -> int:
+    """One of `shares` parts of `total` that differ by one at most."""
+    return total // shares + (number < total % shares)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a frontend would like; the backend's offer cuts it down at each connection."""
+
+import os
+from dataclasses import dataclass, field, fields
+
+from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS, MAX_SEGMENTS_PER_REQUEST
+from xvd.blkif.nodes import MAX_QUEUES, BackendFeatures
+from xvd.errors import ConfigError
+
+RING_PAGE_ORDER_MAX = 6
+"""64 pages, 2048 requests. Linux stops at 4, FreeBSD at 5."""
+POOL_PAGES = 1056
+"""Pages of one queue: what Linux's backend keeps mapped for a ring (max_persistent_grants)."""
+
+
+def _queues() -> int:
+    return min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Limits and switches under the names of Linux's xen-blkfront, with its defaults.
+
+    max_queues: 1 and more; at most 4 and one for each CPU unless said. max_ring_page_order: 0 to 6.
+    max_indirect_segments: pages in one request, 11 and less meaning no indirect ones. pool_pages:
+    most pages of one queue; requests wait when they are all in use.
+
+    Raises `ConfigError` for what is out of range.
+    """
+
+    max_queues: int = field(default_factory=_queues)
+    max_ring_page_order: int = 0
+    max_indirect_segments: int = 32
+    feature_persistent: bool = True
+    pool_pages: int = POOL_PAGES
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "max_queues": (1, MAX_QUEUES),
+            "max_ring_page_order": (0, RING_PAGE_ORDER_MAX),
+            "max_indirect_segments": (0, MAX_INDIRECT_SEGMENTS),
+            "pool_pages": (MAX_SEGMENTS_PER_REQUEST, 1 << 20),
+        }
+        for one in fields(self):
+            low, high = ranges.get(one.name, (0, 1))
+            value = getattr(self, one.name)
+            if not low <= value <= high:
+                raise ConfigError(f"{one.name} is {value}; it goes from {low} to {high}")
+
+    def segments(self, features: BackendFeatures) -> int:
+        """Pages of data in one request, by what such a backend offers."""
+        return max(
+            min(features.max_indirect_segments, self.max_indirect_segments),
+            MAX_SEGMENTS_PER_REQUEST,
+        )

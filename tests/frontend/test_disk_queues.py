@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several queues, large rings, persistent grants, indirect requests: a disk on a rich backend."""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import pytest
+from rig_backend import RICH, model_disk
+from rig_disk import disk_world, run, until
+
+from xvd.blkif.messages import IndirectRequest
+from xvd.errors import ConfigError
+from xvd.frontend.settings import Settings
+from xvd.machine.emulated.host import Limits
+
+LARGE = Limits(pages=32768, grefs=16384, tracks=16384, ports=64)
+
+
+@pytest.mark.parametrize("queues", [1, 2, 4])
+@pytest.mark.parametrize("order", [0, 1, 4, 6])
+def test_every_shape_of_rings_carries_data(queues: int, order: int) -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            async with model_disk(world, max_queues=queues, max_ring_page_order=order) as (
+                disk,
+                backend,
+            ):
+                data = random.Random(order).randbytes(1 << 20)
+                parts = range(0, len(data), 65536)
+                await asyncio.gather(*(disk.write(at, data[at : at + 65536]) for at in parts))
+                assert await disk.read(0, len(data)) == data
+                assert backend.storage[: len(data)] == data
+                assert backend.config is not None
+                assert (len(backend.config.queues), backend.config.ring_pages) == (
+                    queues,
+                    1 << order,
+                )
+
+    run(work())
+
+
+@pytest.mark.parametrize("order", [0, 2, 6])
+@pytest.mark.parametrize("queues", [1, 3])
+def test_what_is_published_is_what_is_used_and_nothing_else(queues: int, order: int) -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            _, store = await world.guest()
+            path = "/local/domain/1/device/vbd/51712"
+            async with model_disk(world, max_queues=queues, max_ring_page_order=order):
+                names = set(await store.ls(path))
+            top = {"protocol", "feature-persistent"}
+            rings = {"event-channel"}
+            rings |= {f"ring-ref{page}" for page in range(1 << order)} if order else {"ring-ref"}
+            top |= {"ring-page-order"} if order else set()
+            if queues == 1:
+                top |= rings
+            else:
+                top |= {"multi-queue-num-queues", *(f"queue-{n}" for n in range(queues))}
+                assert set(await store.ls(f"{path}/queue-0")) == rings
+            theirs = {"backend", "backend-id", "state", "virtual-device", "device-type", "trusted"}
+            assert names - theirs == top
+
+    run(work())
+
+
+def test_the_backend_has_the_last_word() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            features = replace(RICH, max_queues=2, max_ring_page_order=1, max_indirect_segments=20)
+            async with model_disk(
+                world, features, max_queues=8, max_ring_page_order=6, max_indirect_segments=4096
+            ) as (disk, backend):
+                await disk.write(0, bytes(20 * 4096 + 512))
+                assert backend.config is not None
+                assert (len(backend.config.queues), backend.config.ring_pages) == (2, 2)
+                assert [type(r).__name__ for r in backend.seen] == ["IndirectRequest", "Request"]
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("offered", "wanted", "used"), [(256, 32, 32), (20, 32, 20), (256, 100, 100), (256, 11, 0)]
+)
+def test_indirect_requests_are_as_large_as_both_allow(offered: int, wanted: int, used: int) -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            features = replace(RICH, max_indirect_segments=offered)
+            async with model_disk(world, features, max_indirect_segments=wanted) as (disk, backend):
+                await disk.write(0, bytes(1 << 20))
+                sizes = {r.nr_segments for r in backend.seen if isinstance(r, IndirectRequest)}
+                assert max(sizes, default=0) == used
+
+    run(work())
+
+
+def test_operations_go_round_the_queues() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            async with model_disk(world, max_queues=4) as (disk, backend):
+                await asyncio.gather(*(disk.write(i * 8192, bytes(512)) for i in range(40)))
+                assert [len(ring.taken) for ring in backend.rings] == [10, 10, 10, 10]
+
+    run(work())
+
+
+def test_a_sequence_stays_on_its_queue_and_is_joined() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            async with model_disk(world, max_queues=4) as (disk, backend):
+                await asyncio.gather(*(disk.write(i * 4096, bytes([i]) * 4096) for i in range(32)))
+                assert sum(bool(ring.taken) for ring in backend.rings) == 1
+                assert disk.counters()["merged"] == 32 - len(backend.seen)
+                expected = b"".join(bytes([i]) * 4096 for i in range(32))
+                assert await disk.read(0, 32 * 4096) == expected
+
+    run(work())
+
+
+def test_persistent_grants_need_both() -> None:
+    async def counters(persistent: bool, feature_persistent: bool) -> tuple[int, int]:
+        async with disk_world(serve=False) as world:
+            features = replace(RICH, persistent=persistent)
+            async with model_disk(
+                world, features, max_queues=1, feature_persistent=feature_persistent
+            ) as (disk, _):
+                for _ in range(10):
+                    await disk.write(0, bytes(4096))
+                counted = disk.counters()
+                return counted["granted"], counted["reused"]
+
+    assert run(counters(True, True)) == (1, 9)
+    assert run(counters(False, True)) == (10, 0)
+    assert run(counters(True, False)) == (10, 0)
+
+
+def test_where_grants_are_short_there_are_fewer_queues_and_smaller_rings() -> None:
+    async def work() -> None:
+        small = Limits(pages=512, grefs=64, tracks=512, ports=64)
+        async with disk_world(serve=False, limits=small) as world:
+            async with model_disk(world, max_queues=4, max_ring_page_order=6) as (disk, backend):
+                data = random.Random(1).randbytes(300_000)
+                await disk.write(0, data)
+                assert await disk.read(0, len(data)) == data
+                assert backend.config is not None
+                assert (len(backend.config.queues), backend.config.ring_pages) == (1, 32)
+
+    run(work())
+
+
+def test_one_broken_ring_ends_the_disk_with_all_its_queues() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            async with model_disk(world, max_queues=4) as (disk, backend):
+                backend.paused = True
+                waiting = [asyncio.ensure_future(disk.read(i * 8192, 512)) for i in range(8)]
+                await until(lambda: len(backend.seen) == 8)
+                backend.rings[2].mapping.view.cast("I")[2] = 4000
+                backend.rings[2].port.notify()
+                outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+                assert all("response_overflow" in str(outcome) for outcome in outcomes)
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_queues", 0),
+        ("max_queues", 1025),
+        ("max_ring_page_order", 7),
+        ("max_ring_page_order", -1),
+        ("max_indirect_segments", 4097),
+        ("pool_pages", 10),
+    ],
+)
+def test_settings_have_bounds(name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is {value}; it goes from"):
+        Settings(**{name: value})
