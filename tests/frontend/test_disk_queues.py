@@ -177,3 +177,23 @@ def test_one_broken_ring_ends_the_disk_with_all_its_queues() -> None:
 def test_settings_have_bounds(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=f"{name} is {value}; it goes from"):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize("page_size", [4096, 16384, 65536])
+@pytest.mark.parametrize("segments", [0, 32])
+def test_guests_with_pages_of_any_size(page_size: int, segments: int) -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            features = replace(RICH, max_indirect_segments=segments)
+            async with model_disk(world, features, page_size=page_size) as (disk, backend):
+                data = random.Random(page_size).randbytes(1_000_000)
+                await disk.write(1000, data)
+                assert await disk.read(1000, len(data)) == data
+                assert backend.storage[1000 : 1000 + len(data)] == data
+
+    run(work())
+
+
+def test_a_page_size_that_no_guest_has() -> None:
+    with pytest.raises(ConfigError, match="page_size is 8192; it may be 4096, 16384 or 65536"):
+        Settings(page_size=8192)

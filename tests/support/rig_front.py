@@ -40,6 +40,7 @@ class FrontWorld:
         persistent: bool = False,
         keeping: bool = False,
         block_sectors: int = 1,
+        page_grants: int = 1,
         limits: Limits = SMALL,
     ) -> None:
         self.host = Host(limits)
@@ -54,7 +55,7 @@ class FrontWorld:
         self.queue = FrontQueue(
             self.ring_pages.view, self.entries, abi.number, self.pages, self.port,
             handle=0xCA00, segments_max=segments_max, block_sectors=block_sectors,
-            persistent=persistent,
+            page_grants=page_grants, persistent=persistent,
         )  # fmt: skip
         self.grants = self.backend.grants.foreign(GUEST)
         self.mapping = self.grants.map(self.ring_pages.grefs)

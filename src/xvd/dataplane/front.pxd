@@ -67,6 +67,7 @@ cdef struct front_queue:
     event_ports *events
     uint16_t handle
     uint32_t sectors_max         # in one request, whole blocks; above 88 by indirect descriptors
+    uint32_t unit_sectors        # in what goes on the ring at once, whole guest pages
     uint32_t broken              # BREACH_*
     uint32_t stopping
     uint32_t scan                # idle grants are to be ended
@@ -115,7 +116,8 @@ cdef class FrontQueue:
     cdef stepper_ports table
     cdef object keep
 
-    cdef set_limits(self, uint32_t pages, uint32_t segments_max, uint32_t block_sectors)
+    cdef set_limits(self, uint32_t pages, uint32_t segments_max, uint32_t block_sectors,
+                    uint32_t page_grants)
     cdef lend(self, object memory)
     cdef drop(self, front_io *io)
     cdef check(self, int operation, uint64_t nr_sectors)

@@ -15,8 +15,11 @@ class FrontQueue:
         handle: int = 0,
         segments_max: int = 11,
         block_sectors: int = 1,
+        page_grants: int = 1,
         persistent: bool = False,
     ) -> None: ...
+    @staticmethod
+    def pages_needed(segments_max: int, page_grants: int = 1) -> int: ...
     @property
     def ports(self) -> object: ...
     def submit(

@@ -36,6 +36,7 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef enum:
     INDIRECT_SEGMENTS_MAX = 4096     # 8 pages of 512 (blkif.h)
+    BARRIER_SECTORS_MAX = 88         # 11 pages
 
 
 cdef front_io *take_all(front_queue *q, io_list *ios) noexcept nogil:
@@ -98,19 +99,22 @@ cdef class FrontQueue:
     needs. handle: low 16 bits of the vdev. segments_max: pages of data in one request, 1 to 4096;
     more than 11 only if the backend offers so many indirect segments. block_sectors: the backend's
     logical block in 512-byte sectors, a power of two; operations are whole blocks, and requests
-    then are too. persistent: both ends have said that grants are to be kept.
+    then are too. persistent: both ends have said that grants are to be kept. page_grants: grants in
+    one of our own pages: 1, 4 or 16 for pages of 4, 16 or 64 KiB; requests are then whole ones, and
+    where a request has less than one, several go on the ring together. `FrontQueue.pages_needed`
+    says how many pages a queue must have.
     """
 
     def __init__(self, ring, uint32_t nr_ents, int abi, pages, events, *, uint16_t handle=0,
                  uint32_t segments_max=BLKIF_MAX_SEGMENTS_PER_REQUEST, uint32_t block_sectors=1,
-                 bint persistent=False):
+                 uint32_t page_grants=1, bint persistent=False):
         cdef uint8_t[::1] page = ring
         cdef uint32_t i
         if self.q.shadows != NULL:
             raise LocalProtocolError("a queue is made once")
         check_ring(page.shape[0], nr_ents, abi)
         self.keep = (ring, pages, events)
-        self.set_limits(granter_of(pages).count, segments_max, block_sectors)
+        self.set_limits(granter_of(pages).count, segments_max, block_sectors, page_grants)
         self.q.events = events_of(events)
         self.q.handle = handle
         self.q.ring.sring = &page[0]
@@ -132,15 +136,33 @@ cdef class FrontQueue:
         self.table.events = self.q.events
         self.table.engine = NULL
 
-    cdef set_limits(self, uint32_t pages, uint32_t segments_max, uint32_t block_sectors):
-        if not 1 <= segments_max <= INDIRECT_SEGMENTS_MAX:
-            raise LocalProtocolError(f"a request has 1 to 4096 segments, not {segments_max}")
-        if segments_max + indirect_pages(segments_max) > pages:
-            raise LocalProtocolError(f"{pages} pages are too few for {segments_max} segments")
-        if block_sectors == 0 or segments_max * BLKIF_SECTORS_PER_PAGE < block_sectors:
+    cdef set_limits(self, uint32_t pages, uint32_t segments_max, uint32_t block_sectors,
+                    uint32_t page_grants):
+        cdef uint32_t needed = FrontQueue.pages_needed(segments_max, page_grants)
+        cdef uint32_t sectors = segments_max * BLKIF_SECTORS_PER_PAGE
+        cdef uint32_t whole = page_grants * BLKIF_SECTORS_PER_PAGE
+        if needed > pages:
+            raise LocalProtocolError(f"{pages} pages are too few for {segments_max} segments: "
+                                     f"{needed} are needed")
+        if block_sectors == 0 or sectors < block_sectors:
             raise LocalProtocolError(f"{segments_max} segments hold no block of {block_sectors} "
                                      "sectors")
-        self.q.sectors_max = segments_max * BLKIF_SECTORS_PER_PAGE // block_sectors * block_sectors
+        self.q.sectors_max = sectors // block_sectors * block_sectors
+        self.q.unit_sectors = self.q.sectors_max
+        if page_grants > 1:
+            self.q.unit_sectors = max(sectors, whole) // whole * whole // block_sectors * block_sectors
+            self.q.sectors_max = min(self.q.sectors_max, self.q.unit_sectors)
+
+    @staticmethod
+    def pages_needed(uint32_t segments_max, uint32_t page_grants=1):
+        """Pages that a queue of such requests needs to put anything on the ring, in whole ones."""
+        if not 1 <= segments_max <= INDIRECT_SEGMENTS_MAX:
+            raise LocalProtocolError(f"a request has 1 to 4096 segments, not {segments_max}")
+        if page_grants not in (1, 4, 16):
+            raise LocalProtocolError(f"a page has 1, 4 or 16 grants, not {page_grants}")
+        segments = max(segments_max, page_grants)
+        needed = segments + indirect_pages(min(segments, segments_max))
+        return (needed + page_grants - 1) // page_grants * page_grants
 
     def __dealloc__(self):
         cdef uint32_t id
@@ -218,7 +240,7 @@ cdef class FrontQueue:
     @property
     def barrier_sectors_max(self):
         """Sectors of the largest barrier: it cannot be split, and has no indirect form."""
-        return min(self.q.sectors_max, <uint32_t>88)
+        return min(self.q.sectors_max, <uint32_t>BARRIER_SECTORS_MAX)
 
     cdef lock_buffer(self, front_io *io, object buffer):
         cdef int flags = PyBUF_WRITABLE if io.operation == BLKIF_OP_READ else PyBUF_SIMPLE

@@ -5,6 +5,10 @@ Sectors of consecutive operations are packed without gaps, eight to a page, so t
 exactly as many grants as its data needs and no segment is empty. Up to 11 segments stand in the
 slot itself; more go into pages of descriptors (indirect requests, Linux 402b27f9), because a direct
 request is the cheaper one.
+
+A unit is what goes on the ring at once: one request, or, where a guest page has more than 11 grants
+and the backend knows no descriptors, the requests that carry whole guest pages (Linux 6cc56833).
+They are linked by their operations: each has its status, and the last answer ends the operation.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -44,12 +48,12 @@ cdef inline bint goes_on(const front_io *io, const front_io *following) noexcept
 
 
 cdef inline uint64_t next_sectors(const front_queue *q, const front_io *io) noexcept nogil:
-    """How long the next request is: the rest of `io`, and of what goes on from it, to the limit."""
+    """How long the next unit is: the rest of `io`, and of what goes on from it, to the limit."""
     cdef uint64_t sectors = io.nr_sectors - io.issued
-    while sectors < q.sectors_max and goes_on(io, io.next):
+    while sectors < q.unit_sectors and goes_on(io, io.next):
         io = io.next
         sectors += io.nr_sectors
-    return min(sectors, <uint64_t>q.sectors_max)
+    return min(sectors, <uint64_t>q.unit_sectors)
 
 
 cdef inline void move_data(front_queue *q, const shadow *s, bint to_pages) noexcept nogil:
@@ -212,10 +216,33 @@ cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept no
 
 
 cdef inline bint has_room(front_queue *q, uint64_t sectors) noexcept nogil:
-    """Whether a request of so many sectors can go out now, with all of its pages."""
-    cdef uint32_t pages = pages_for(sectors)
-    return (q.nr_free > 0 and front_free(&q.ring) > 0
-            and pages + indirect_pages(pages) <= q.pool.nr_free)
+    """Whether a unit of so many sectors can go out now, whole and with all of its pages."""
+    cdef uint32_t requests = <uint32_t>(sectors // q.sectors_max)
+    cdef uint32_t pages = requests * (pages_for(q.sectors_max)
+                                      + indirect_pages(pages_for(q.sectors_max)))
+    cdef uint32_t rest = pages_for(sectors % q.sectors_max)
+    if rest or sectors == 0:
+        requests += 1
+        pages += rest + indirect_pages(rest)
+    return requests <= min(q.nr_free, front_free(&q.ring)) and pages <= q.pool.nr_free
+
+
+cdef inline uint32_t put_unit(front_queue *q, uint64_t sectors) noexcept nogil:
+    """Put the next unit on the ring, a bare request if it has no sectors; how many requests."""
+    cdef uint32_t n = 0
+    cdef uint64_t part
+    while True:
+        part = min(sectors, <uint64_t>q.sectors_max)
+        put(q, q.queued.first, part)
+        n += 1
+        while q.queued.first != NULL and is_issued(q.queued.first):
+            q.queued.first = q.queued.first.next
+        sectors -= part
+        if sectors == 0:
+            break
+    if q.queued.first == NULL:
+        q.queued.last = NULL
+    return n
 
 
 cdef inline uint32_t issue(front_queue *q, uint32_t budget) noexcept nogil:
@@ -226,10 +253,5 @@ cdef inline uint32_t issue(front_queue *q, uint32_t budget) noexcept nogil:
         sectors = next_sectors(q, q.queued.first) if has_data(q.queued.first) else 0
         if not has_room(q, sectors):
             break
-        put(q, q.queued.first, sectors)
-        n += 1
-        while q.queued.first != NULL and is_issued(q.queued.first):
-            q.queued.first = q.queued.first.next
-        if q.queued.first == NULL:
-            q.queued.last = NULL
+        n += put_unit(q, sectors)
     return n

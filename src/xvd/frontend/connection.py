@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
-from xvd.blkif.messages import indirect_pages
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
 from xvd.dataplane.front import FrontQueue
 from xvd.dataplane.ring import FrontRing
@@ -19,7 +18,7 @@ from xvd.dataplane.thread import Queue, QueueThread
 from xvd.errors import EventChannelError, GrantError
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import EventChannel, Machine, SharedPages
-from xvd.types import RING_SECTOR_SIZE, Domid
+from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid
 
 SCAN_S = 10.0
 """How often grants that the backend has dropped are looked for (Linux 4b422cb9)."""
@@ -108,6 +107,7 @@ class Connection:
                 FrontQueue(
                     ring.view, entries, abi.number, pages, channel, handle=self._handle,
                     segments_max=segments, persistent=self.persistent,
+                    page_grants=self._settings.page_size // PAGE_SIZE,
                     block_sectors=features.sector_size // RING_SECTOR_SIZE,
                 )
             )  # fmt: skip
@@ -115,8 +115,9 @@ class Connection:
 
     def _take_pools(self, entries: int, segments: int) -> tuple[list[SharedPages], int]:
         """Pages for each queue, and the segments of a request that they are enough for."""
-        request = segments + (indirect_pages(segments) if segments > 11 else 0)
-        size = max(request, min(entries * request, self._settings.pool_pages))
+        grants = self._settings.page_size // PAGE_SIZE
+        request = FrontQueue.pages_needed(segments, grants)
+        size = max(request, min(entries * request, self._settings.pool_pages // grants * grants))
         while True:
             taken: list[SharedPages] = []
             try:
@@ -126,9 +127,10 @@ class Connection:
                 for pages in taken:
                     pages.close()
                 if size > request:
-                    size = max(request, size // 2)
+                    size = max(request, size // 2 // grants * grants)
                 elif segments > MAX_SEGMENTS_PER_REQUEST:
-                    size = request = segments = MAX_SEGMENTS_PER_REQUEST
+                    segments = MAX_SEGMENTS_PER_REQUEST
+                    size = request = FrontQueue.pages_needed(segments, grants)
                 else:
                     raise
             else:

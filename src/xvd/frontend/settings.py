@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS, MAX_SEGMENTS_PER_REQUEST
 from xvd.blkif.nodes import MAX_QUEUES, BackendFeatures
 from xvd.errors import ConfigError
+from xvd.types import PAGE_SIZE
 
 RING_PAGE_ORDER_MAX = 6
 """64 pages, 2048 requests. Linux stops at 4, FreeBSD at 5."""
@@ -24,7 +25,8 @@ class Settings:
 
     max_queues: 1 and more; at most 4 and one for each CPU unless said. max_ring_page_order: 0 to 6.
     max_indirect_segments: pages in one request, 11 and less meaning no indirect ones. pool_pages:
-    most pages of one queue; requests wait when they are all in use.
+    most pages of one queue; requests wait when they are all in use. page_size: the guest's page by
+    which requests are cut, 4096, 16384 or 65536 bytes.
 
     Raises `ConfigError` for what is out of range.
     """
@@ -34,6 +36,7 @@ class Settings:
     max_indirect_segments: int = 32
     feature_persistent: bool = True
     pool_pages: int = POOL_PAGES
+    page_size: int = PAGE_SIZE
 
     def __post_init__(self) -> None:
         ranges = {
@@ -42,7 +45,11 @@ class Settings:
             "max_indirect_segments": (0, MAX_INDIRECT_SEGMENTS),
             "pool_pages": (MAX_SEGMENTS_PER_REQUEST, 1 << 20),
         }
+        if self.page_size not in (PAGE_SIZE, 4 * PAGE_SIZE, 16 * PAGE_SIZE):
+            raise ConfigError(f"page_size is {self.page_size}; it may be 4096, 16384 or 65536")
         for one in fields(self):
+            if one.name == "page_size":
+                continue
             low, high = ranges.get(one.name, (0, 1))
             value = getattr(self, one.name)
             if not low <= value <= high:
