@@ -13,26 +13,29 @@ mapping): a guest that changes its own data in flight hurts only itself.
 journal.pxd says what outlives this process, and why.
 """
 
-from libc.errno cimport EOPNOTSUPP
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from posix.unistd cimport close, read, write
+from posix.unistd cimport close, read
 
 from xvd.dataplane.abi cimport (
-    BLKIF_NR_ABI, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT, BLKIF_OP_READ,
-    BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_PAGE_SIZE, BLKIF_RSP_EOPNOTSUPP,
-    BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, BLKIF_SECTOR_SIZE, REFUSAL_BAD_GRANT, REFUSAL_NONE,
-    SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts, blkif_refusal_names, blkif_refusal_status)
-from xvd.dataplane.c cimport DEBUG_ASSERT, aligned_pages, xvd_load_acquire, xvd_store_release
+    BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE,
+    BLKIF_OP_WRITE_BARRIER, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE, REFUSAL_COUNT, REFUSAL_NONE,
+    SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts, blkif_refusal_names)
+from xvd.dataplane.answer cimport publish_responses, refuse, respond
+from xvd.dataplane.c cimport aligned_pages, xvd_load_acquire, xvd_store_release
+from xvd.dataplane.gather cimport gather
 from xvd.dataplane.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, JOURNAL_MAGIC, journal_entry, journal_header,
-    mark_answering, mark_taken, strike)
+    mark_taken)
+from xvd.dataplane.pending cimport backend_queue, pending
 from xvd.dataplane.ports cimport (
     ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE, STEP_BROKEN, STEP_DRAINED, STEP_WORKED,
-    engine_of, events_of, grants_of, wrap)
-from xvd.dataplane.request cimport OFFER_SECURE, parse, validate
+    engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
+from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
-    RING_BROKEN, back_attach, check_ring, back_copy, back_final_check, back_pending, back_push, back_respond)
+    RING_BROKEN, back_attach, back_copy, back_final_check, back_pending, check_ring)
+from xvd.dataplane.storage cimport collect, start
 
 import os
 
@@ -48,44 +51,6 @@ def unanswered(const uint8_t[::1] ring):
     """Requests on a ring that have no response yet, by its shared indices."""
     cdef uint32_t req_prod = xvd_load_acquire(&ring[SRING_REQ_PROD])
     return <uint32_t>(req_prod - xvd_load_acquire(&ring[SRING_RSP_PROD]))
-
-
-# ---- Answering -------------------------------------------------------------------------------
-
-cdef void respond(backend_queue *q, pending *p, int16_t status) noexcept nogil:
-    """Write the response and strike the request from the journal, in steps that can be resumed."""
-    mark_answering(p.entry, q.ring.rsp_prod_pvt, status)
-    back_respond(&q.ring, p.rq.id, p.rq.operation, status)
-    strike(q.journal, p.entry, q.ring.rsp_prod_pvt)
-
-
-cdef void answer(backend_queue *q, pending *p, int16_t status) noexcept nogil:
-    """The one place where a request gets its one response."""
-    DEBUG_ASSERT(q.in_flight > 0)
-    respond(q, p, status)
-    q.count.responses += 1
-    if status != BLKIF_RSP_OKAY:
-        q.count.errors += 1
-    q.in_flight -= 1
-    q.unpushed += 1
-    q.free_list[q.nr_free] = p
-    q.nr_free += 1
-
-
-cdef void refuse(backend_queue *q, pending *p, int refusal) noexcept nogil:
-    q.count.refusals[refusal] += 1
-    answer(q, p, blkif_refusal_status[refusal])
-
-
-cdef void publish_responses(backend_queue *q) noexcept nogil:
-    if q.unpushed == 0:
-        return
-    q.unpushed = 0
-    if back_push(&q.ring):
-        q.count.notified += 1
-        q.events.notify(q.events.ctx)
-    else:
-        q.count.suppressed += 1
 
 
 # ---- Taking ----------------------------------------------------------------------------------
@@ -189,195 +154,6 @@ cdef void prepare(backend_queue *q, pending *p) noexcept nogil:
         p.io.op = ENGINE_DISCARD
     else:
         p.io.op = ENGINE_FLUSH
-
-
-# ---- Grants ----------------------------------------------------------------------------------
-
-cdef void add_data(pending *p, uint8_t *at, size_t size) noexcept nogil:
-    """Append to the transfer; what touches the part before joins it."""
-    cdef iovec *last
-    if p.io.iovcnt:
-        last = &p.iov[p.io.iovcnt - 1]
-        if <uint8_t *>last.iov_base + last.iov_len == at:
-            last.iov_len += size
-            return
-    p.iov[p.io.iovcnt].iov_base = at
-    p.iov[p.io.iovcnt].iov_len = size
-    p.io.iovcnt += 1
-
-
-cdef void drop_failed(backend_queue *q) noexcept nogil:
-    """Refuse those of the batch whose grants could not be had (marked by `mapped` 2)."""
-    cdef uint32_t i, kept = 0
-    for i in range(q.nr_batch):
-        if q.batch[i].mapped == 2:
-            refuse(q, q.batch[i], REFUSAL_BAD_GRANT)
-        else:
-            q.batch[kept] = q.batch[i]
-            kept += 1
-    q.nr_batch = kept
-
-
-cdef void map_batch(backend_queue *q) noexcept nogil:
-    """Map the grants of the whole batch by one call; writable only what the storage writes to."""
-    cdef uint32_t i, j, first, n = 0
-    cdef pending *p
-    for i in range(q.nr_batch):
-        p = q.batch[i]
-        if p.rq.nr_segments == 0:
-            continue
-        q.sets[n].grefs = p.rq.grefs
-        q.sets[n].count = p.rq.nr_segments
-        q.sets[n].writable = p.rq.operation == BLKIF_OP_READ
-        q.owners[n] = p
-        n += 1
-    if n == 0:
-        return
-    q.grants.map(q.grants.ctx, q.sets, n)
-    for i in range(n):
-        p = q.owners[i]
-        p.mapping = q.sets[i]
-        p.mapped = 1 if p.mapping.status == 0 else 2
-        if p.mapped == 2:
-            continue
-        q.count.mapped += p.mapping.count
-        for j in range(p.rq.nr_segments):
-            first = p.rq.first_sect[j] * BLKIF_SECTOR_SIZE
-            add_data(p, p.mapping.base + j * BLKIF_PAGE_SIZE + first,
-                     (p.rq.last_sect[j] - p.rq.first_sect[j] + 1) * BLKIF_SECTOR_SIZE)
-
-
-cdef uint32_t add_copies(backend_queue *q, pending *p, uint32_t n, bint to_grant) noexcept nogil:
-    """Describe the copy between a request's segments and its bounce buffer, packed."""
-    cdef uint32_t j
-    cdef uint8_t *at = p.bounce
-    cdef grant_copy *op
-    for j in range(p.rq.nr_segments):
-        op = &q.copies[n]
-        op.local = at
-        op.gref = p.rq.grefs[j]
-        op.offset = p.rq.first_sect[j] * BLKIF_SECTOR_SIZE
-        op.size = (p.rq.last_sect[j] - p.rq.first_sect[j] + 1) * BLKIF_SECTOR_SIZE
-        op.to_grant = to_grant
-        q.owners[n] = p
-        at += op.size
-        n += 1
-    return n
-
-
-cdef void run_copies(backend_queue *q, uint32_t n) noexcept nogil:
-    """Copy; a request of which one piece fails is marked (`mapped` 2)."""
-    cdef uint32_t i
-    if n == 0:
-        return
-    q.grants.copy(q.grants.ctx, q.copies, n)
-    q.count.copied += n
-    for i in range(n):
-        if q.copies[i].status != 0:
-            q.owners[i].mapped = 2
-
-
-cdef void copy_batch(backend_queue *q) noexcept nogil:
-    """Data of writes comes in now; reads go out in `collect`, and only when they succeeded."""
-    cdef uint32_t i, n = 0
-    cdef pending *p
-    for i in range(q.nr_batch):
-        p = q.batch[i]
-        if p.rq.nr_segments == 0:
-            continue
-        add_data(p, p.bounce, p.io.length)
-        if p.rq.operation != BLKIF_OP_READ:
-            n = add_copies(q, p, n, False)
-    run_copies(q, n)
-
-
-cdef void gather(backend_queue *q) noexcept nogil:
-    if q.copying:
-        copy_batch(q)
-    else:
-        map_batch(q)
-    drop_failed(q)
-
-
-# ---- Storage ---------------------------------------------------------------------------------
-
-cdef void start(backend_queue *q) noexcept nogil:
-    cdef uint32_t i
-    if q.nr_batch == 0:
-        return
-    for i in range(q.nr_batch):
-        q.ios[i] = &q.batch[i].io
-    q.engine.submit(q.engine.ctx, q.ios, q.nr_batch)
-
-
-cdef uint32_t collect(backend_queue *q) noexcept nogil:
-    """Take what the engine has finished to its response. How many."""
-    cdef uint32_t n = q.engine.reap(q.engine.ctx, q.ios, q.ring.nr_ents)
-    cdef uint32_t i, finished = 0
-    cdef pending *p
-    for i in range(n):
-        p = <pending *>q.ios[i].owner
-        if p.second_stage and p.io.result == 0:
-            restart_as_write(q, p)
-            continue
-        q.batch[finished] = p
-        finished += 1
-    if q.copying:
-        copy_reads_out(q, finished)
-    else:
-        unmap_finished(q, finished)
-    for i in range(finished):
-        p = q.batch[i]
-        if p.mapped == 2:
-            refuse(q, p, REFUSAL_BAD_GRANT)
-        elif p.io.result == 0:
-            answer(q, p, BLKIF_RSP_OKAY)
-        elif p.io.result == -EOPNOTSUPP:
-            answer(q, p, BLKIF_RSP_EOPNOTSUPP)
-        else:
-            alarm(q, p.io.result)
-            answer(q, p, BLKIF_RSP_ERROR)
-    return n
-
-
-cdef void alarm(backend_queue *q, int32_t error) noexcept nogil:
-    """Let the control plane know that storage fails: it can say so, this thread cannot."""
-    cdef uint64_t one = 1
-    q.last_error = error
-    q.count.storage_errors += 1
-    if not q.alarmed:
-        q.alarmed = 1
-        write(q.alarm_fd, &one, 8)
-
-
-cdef void restart_as_write(backend_queue *q, pending *p) noexcept nogil:
-    """A flush with data: what was written before is durable now, so the data may follow."""
-    cdef engine_io *io = &p.io
-    p.second_stage = 0
-    io.op = ENGINE_WRITE
-    q.engine.submit(q.engine.ctx, &io, 1)
-
-
-cdef void copy_reads_out(backend_queue *q, uint32_t finished) noexcept nogil:
-    cdef uint32_t i, n = 0
-    for i in range(finished):
-        if q.batch[i].rq.operation == BLKIF_OP_READ and q.batch[i].io.result == 0:
-            n = add_copies(q, q.batch[i], n, True)
-    run_copies(q, n)
-
-
-cdef void unmap_finished(backend_queue *q, uint32_t finished) noexcept nogil:
-    """Before the responses become visible: a frontend that sees one takes its grant back at once,
-    and must not find the page still mapped."""
-    cdef uint32_t i, n = 0
-    for i in range(finished):
-        if q.batch[i].mapped == 1:
-            q.sets[n] = q.batch[i].mapping
-            q.batch[i].mapped = 0
-            q.count.unmapped += q.sets[n].count
-            n += 1
-    if n:
-        q.grants.unmap(q.grants.ctx, q.sets, n)
 
 
 # ---- The step --------------------------------------------------------------------------------

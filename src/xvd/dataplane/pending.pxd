@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one backend queue holds: requests between the ring and their responses, and its counters."""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from posix.uio cimport iovec
+
+from xvd.dataplane.abi cimport REFUSAL_COUNT
+from xvd.dataplane.journal cimport journal_entry, journal_header
+from xvd.dataplane.ports cimport (engine_io, engine_ports, event_ports, grant_copy, grant_mapping,
+                                  grant_ports)
+from xvd.dataplane.request cimport NR_SEGMENTS, request, request_limits
+from xvd.dataplane.ring cimport back_ring
+
+
+# Names as blkback's in sysfs where it has them.
+cdef struct queue_counters:
+    uint64_t rd_req, wr_req, f_req, ds_req, oo_req
+    uint64_t rd_sect, wr_sect, ds_sect
+    uint64_t requests, responses, errors, storage_errors
+    uint64_t mapped, unmapped, copied
+    uint64_t notified, suppressed, steps, recovered
+    uint64_t refusals[REFUSAL_COUNT]
+
+# A request between the ring and its response.
+cdef struct pending:
+    request rq
+    journal_entry *entry
+    uint32_t second_stage        # 1: a flush that carries data is in its flush; the write follows
+    grant_mapping mapping
+    uint32_t mapped
+    iovec iov[NR_SEGMENTS]
+    engine_io io
+    uint8_t *bounce              # 11 pages, grant copy only
+
+cdef struct backend_queue:
+    back_ring ring
+    request_limits limits
+    grant_ports *grants
+    event_ports *events
+    engine_ports *engine
+    uint32_t copying             # 1: grant copy; 0: map for each request
+    uint32_t stopping
+    uint32_t broken
+    uint32_t in_flight           # taken and not yet answered
+    uint32_t unpushed            # responses written and not yet published
+    pending *pendings            # nr_ents of them
+    pending **free_list
+    uint32_t nr_free
+    pending **batch              # requests accepted in this step
+    uint32_t nr_batch
+    grant_mapping *sets          # scratch: sets of one grant call
+    pending **owners             # whose each is
+    grant_copy *copies
+    engine_io **ios
+    uint8_t *bounce
+    journal_header *journal
+    uint32_t recovering          # 1: requests of a predecessor are to be executed first
+    int alarm_fd                 # rung when storage fails, once until `failure` is asked
+    uint32_t alarmed
+    int32_t last_error           # -errno
+    queue_counters count
