@@ -6,12 +6,14 @@ from rig_disk import disk_world, opener, run, until
 from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
-from xvd.backend.connection import offered_operations
-from xvd.backend.device import Settings, features_of, merge_counters
+from xvd.backend.device import merge_counters
+from xvd.backend.features import features_of, offered_operations
+from xvd.backend.settings import Settings
 from xvd.blkif.abi import InfoFlag, Op
-from xvd.blkif.messages import Segment
+from xvd.blkif.messages import IndirectRequest, Segment, pack_segments
 from xvd.blkif.nodes import BackendFeatures, parse_backend_assignment
 from xvd.engines.uri import open_engine
+from xvd.types import RequestId
 
 TOOLSTACK = {
     "frontend": "/local/domain/1/device/vbd/51712", "frontend-id": "1", "params": "memory:1M",
@@ -32,7 +34,8 @@ def test_features_are_the_storages_and_the_toolstacks(
     nodes: dict[str, str], uri: str, wanted: dict[str, object]
 ) -> None:
     assignment = parse_backend_assignment(TOOLSTACK | nodes)
-    features = features_of(open_engine(uri, read_only=not assignment.writable), assignment)
+    engine = open_engine(uri, read_only=not assignment.writable)
+    features = features_of(engine, assignment, Settings())
     assert {name: getattr(features, name) for name in wanted} == wanted
 
 
@@ -106,5 +109,61 @@ def test_a_server_that_is_closed_leaves_the_nodes_for_the_next() -> None:
             await world.serve(opener())
             async with await world.open(vbd) as disk:
                 await disk.write(0, b"x")
+
+    run(work())
+
+
+def test_a_frontend_is_offered_as_many_indirect_segments_as_are_set() -> None:
+    async def work() -> None:
+        async with disk_world(settings=Settings(max_indirect_segments=64)) as world:
+            vbd = await world.attach()
+            await backend_reaches(world, vbd, 2)
+            published = await world.store.read(f"{vbd.backend}/feature-max-indirect-segments")
+            assert published == "64"
+
+    run(work())
+
+
+def test_a_guest_sends_an_indirect_request() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, 4)
+            frontend.pages.view[:96] = pack_segments([Segment(frontend.pages.grefs[1])] * 12)
+            grefs = (frontend.pages.grefs[0],)
+            answer = await frontend.ask(IndirectRequest(Op.READ, RequestId(5), 0, 12, grefs))
+            assert (answer.id, answer.operation, answer.status) == (5, Op.READ, 0)
+            frontend.close()
+
+    run(work())
+
+
+def test_a_successor_that_would_offer_less_keeps_what_was_promised() -> None:
+    """The frontend goes on sending what the backend before this one told it to."""
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, 4)
+            assert world.server is not None
+            await world.server.close()
+            await world.serve(opener(), Settings(max_indirect_segments=0))
+            frontend.pages.view[:96] = pack_segments([Segment(frontend.pages.grefs[1])] * 12)
+            grefs = (frontend.pages.grefs[0],)
+            answer = await frontend.ask(IndirectRequest(Op.READ, RequestId(5), 0, 12, grefs))
+            assert answer.status == 0
+            frontend.close()
+            await store.write(f"{vbd.frontend}/state", "6")
+            await backend_reaches(world, vbd, 6)
+            await store.write(f"{vbd.frontend}/state", "1")
+            await backend_reaches(world, vbd, 2)
+            published = await world.store.read(f"{vbd.backend}/feature-max-indirect-segments")
+            assert published == "0"
 
     run(work())

@@ -85,14 +85,17 @@ def test_all_64_bits_of_the_id_come_back() -> None:
         assert answer.id == 0xFEDC_BA98_7654_3210
 
 
-@pytest.mark.parametrize("operation", [Op.WRITE_BARRIER, Op.INDIRECT])
-def test_what_a_queue_cannot_do_cannot_be_offered(operation: Op) -> None:
+@pytest.mark.parametrize(
+    ("offered", "indirect_max"), [(ALL | 1 << Op.WRITE_BARRIER, 0), (ALL | 1 << Op.INDIRECT, 0),
+                                  (ALL, 32), (ALL | 1 << Op.INDIRECT, 4097)],
+)  # fmt: skip
+def test_what_a_queue_cannot_do_cannot_be_offered(offered: int, indirect_max: int) -> None:
     """A barrier with data was once answered OKAY after a bare flush: its data was dropped."""
     with QueueWorld() as world:
-        with pytest.raises(LocalProtocolError, match="cannot be offered"):
+        with pytest.raises(LocalProtocolError, match=r"offered|at most 4096"):
             BackendQueue(
                 world.mapping.view, 32, 0, world.grants, world.backend_port, world.channel,
-                capacity=8, offered=ALL | 1 << operation,
+                capacity=8, offered=offered, indirect_max=indirect_max,
             )  # fmt: skip
 
 

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 from rig_queue import NOTHING, SMALL
 
-from xvd.backend.device import Settings, StorageOpener
+from xvd.backend.device import StorageOpener
 from xvd.backend.server import Server
+from xvd.backend.settings import Settings
 from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine

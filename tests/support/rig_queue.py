@@ -13,9 +13,18 @@ from types import TracebackType
 from typing import Self
 
 from xvd.blkif.abi import Abi, Op, Status, nr_ents
-from xvd.blkif.messages import AnyRequest, DiscardRequest, Request, Response, Segment
+from xvd.blkif.messages import (
+    AnyRequest,
+    DiscardRequest,
+    IndirectRequest,
+    Request,
+    Response,
+    Segment,
+    indirect_pages,
+    pack_segments,
+)
 from xvd.blkif.ring import FrontRing, Outcome
-from xvd.dataplane.queue import BackendQueue
+from xvd.dataplane.queue import BackendQueue, journal_size
 from xvd.dataplane.uring import Loop
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
@@ -26,7 +35,7 @@ from xvd.types import PAGE_SIZE, Domid, Gref, RequestId
 
 BACKEND, GUEST = Domid(0), Domid(1)
 ALL = 1 << Op.READ | 1 << Op.WRITE | 1 << Op.FLUSH_DISKCACHE | 1 << Op.DISCARD
-SMALL = Limits(pages=4096, grefs=2048, tracks=4096, ports=64)
+SMALL = Limits(pages=4096, grefs=2048, tracks=8192, ports=64)
 NOTHING = {"sessions": 0, "pins": 0, "mappings": 0, "ports": 0, "pages": 0}
 
 WORKED, BROKEN, DRAINED = 1, 2, 4
@@ -52,7 +61,10 @@ def discard(sector: int, sectors: int, *, id: int = 1, flag: int = 0) -> Discard
 
 
 class QueueWorld:
-    """A queue, the raw ring in front of it, 32 granted data pages, and the storage behind it."""
+    """A queue, the raw ring in front of it, granted pages, and the storage behind it.
+
+    `data_pages` pages are for data and 8 for the descriptors of indirect requests.
+    """
 
     def __init__(
         self,
@@ -60,6 +72,7 @@ class QueueWorld:
         *,
         abi: Abi = Abi.X86_64,
         offered: int = ALL,
+        indirect_max: int = 0,
         copying: bool = False,
         read_only: bool = False,
         logical_sectors: int = 1,
@@ -72,6 +85,7 @@ class QueueWorld:
         self.abi = abi
         self.ring_pages = self.guest.grants.share(BACKEND, 1)
         self.pages = self.guest.grants.share(BACKEND, data_pages)
+        self.descriptors = self.guest.grants.share(BACKEND, 8)
         self.port = self.guest.event_channels.alloc_unbound(BACKEND)
         self.ring = FrontRing(self.ring_pages.view, abi).init()
         if poison is not None:
@@ -81,19 +95,37 @@ class QueueWorld:
         self.grants = self.backend.grants.foreign(GUEST)
         self.mapping = self.grants.map(self.ring_pages.grefs)
         self.backend_port = self.backend.event_channels.bind_interdomain(GUEST, self.port.port)
-        self.queue = BackendQueue(
+        self.journal = bytearray(journal_size(nr_ents(1, abi)))
+        self.copying = copying
+        self.read_only = read_only
+        self.logical_sectors = logical_sectors
+        self.offered = offered | (1 << Op.INDIRECT if indirect_max else 0)
+        self.indirect_max = indirect_max
+        self.queue = self.make_queue()
+
+    def make_queue(self) -> BackendQueue:
+        """The queue, or its successor on the same ring and with the same journal."""
+        return BackendQueue(
             self.mapping.view,
-            nr_ents(1, abi),
-            abi.number,
+            nr_ents(len(self.ring_pages.grefs), self.abi),
+            self.abi.number,
             self.grants,
             self.backend_port,
             self.channel,
             capacity=self.engine.info.size // 512,
-            logical_sectors=logical_sectors,
-            read_only=read_only,
-            offered=offered,
-            copying=copying,
+            logical_sectors=self.logical_sectors,
+            read_only=self.read_only,
+            offered=self.offered,
+            indirect_max=self.indirect_max,
+            copying=self.copying,
+            journal=self.journal,
         )
+
+    def succeed(self) -> None:
+        """The backend dies as by SIGKILL, and another takes the ring up with fresh storage."""
+        self.queue.abandon()
+        self.channel = self.engine.open_channel()
+        self.queue = self.make_queue()
 
     def __enter__(self) -> Self:
         return self
@@ -119,6 +151,16 @@ class QueueWorld:
 
     def data(self, page: int) -> memoryview:
         return self.pages.view[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+
+    def indirect(
+        self, operation: int, sector: int, segments: list[Segment], *, id: int = 1, first: int = 0
+    ) -> IndirectRequest:
+        """An indirect request; its segments are put into the descriptor pages from `first` on."""
+        packed = pack_segments(segments)
+        at = first * PAGE_SIZE
+        self.descriptors.view[at : at + len(packed)] = packed
+        grefs = self.descriptors.grefs[first : first + indirect_pages(len(segments))]
+        return IndirectRequest(operation, RequestId(id), sector, len(segments), tuple(grefs))
 
     def send(self, *requests: AnyRequest | bytes) -> None:
         """Put requests on the ring and publish them."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xvd.backend.device import Settings
 from xvd.backend.server import Server
+from xvd.backend.settings import Settings
 from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine

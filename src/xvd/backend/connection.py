@@ -7,8 +7,9 @@ Made in one piece or not at all, and given back in the opposite order.
 from collections.abc import Callable
 from pathlib import Path
 
+from xvd.backend.features import offered_operations
 from xvd.backend.journal import Journal
-from xvd.blkif.abi import Op, nr_ents
+from xvd.blkif.abi import nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig
 from xvd.dataplane.queue import BackendQueue, unanswered
 from xvd.dataplane.thread import QueueThread
@@ -16,17 +17,6 @@ from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
-
-_SECURE_DISCARD = 1 << 16
-
-
-def offered_operations(features: BackendFeatures) -> int:
-    """The operations that a frontend was told of, as bits for the queue."""
-    bits = 1 << Op.READ | 1 << Op.WRITE
-    bits |= features.flush << Op.FLUSH_DISKCACHE
-    bits |= features.barrier << Op.WRITE_BARRIER
-    bits |= features.discard << Op.DISCARD
-    return bits | (_SECURE_DISCARD if features.discard_secure else 0)
 
 
 class Connection:
@@ -83,6 +73,7 @@ class Connection:
                 logical_sectors=features.sector_size // RING_SECTOR_SIZE,
                 read_only=engine.info.read_only,
                 offered=offered_operations(features),
+                indirect_max=features.max_indirect_segments,
                 copying=copying,
                 journal=self.journal.memory,
             )

@@ -11,12 +11,12 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from xvd.backend.connection import Connection
-from xvd.blkif.abi import Abi, InfoFlag, XenbusState
+from xvd.backend.features import features_of, promised
+from xvd.backend.settings import Settings
+from xvd.blkif.abi import Abi, XenbusState
 from xvd.blkif.handshake import (
     BackendAction,
     BackendEvent,
@@ -46,41 +46,8 @@ from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
-from xvd.types import RING_SECTOR_SIZE
 
 StorageOpener = Callable[[BackendAssignment], Awaitable[Engine]]
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the administrator decides for every disk of a daemon.
-
-    copying: grant copy instead of mapping. state_dir: where the journals of live rings are kept
-    for a successor; None keeps none, and then only an idle ring can be taken over.
-    """
-
-    copying: bool = False
-    state_dir: Path | None = None
-
-
-def features_of(engine: Engine, assignment: BackendAssignment) -> BackendFeatures:
-    """What a backend offers, from its storage and the toolstack's wishes."""
-    info = engine.info
-    flags = InfoFlag(0)
-    if info.read_only:
-        flags |= InfoFlag.READONLY
-    if assignment.cdrom:
-        flags |= InfoFlag.CDROM | InfoFlag.REMOVABLE
-    return BackendFeatures(
-        sectors=info.size // RING_SECTOR_SIZE,
-        info=flags,
-        sector_size=info.logical_block_size,
-        physical_sector_size=max(info.logical_block_size, info.physical_block_size),
-        flush=info.can_flush,
-        discard=info.can_discard and assignment.discard_enable and not info.read_only,
-        discard_granularity=info.discard_granularity,
-        discard_alignment=info.discard_alignment,
-    )
 
 
 def _own_node(name: str) -> bool:
@@ -281,13 +248,16 @@ class Device:
             self._log.error("%s", self._error)
             self.put(BackendEvent.STORAGE_FAILED)
             return
-        self.features = features_of(self.engine, self.assignment)
+        self.features = features_of(self.engine, self.assignment, self._settings)
         self.put(BackendEvent.STORAGE_READY)
 
     # ---- Actions ----
 
     async def _do_offer(self) -> None:
-        assert self.features is not None
+        assert self.engine is not None
+        assert self.assignment is not None
+        # Anew for each frontend: what was promised to the last one, or withdrawn, ends with it.
+        self.features = features_of(self.engine, self.assignment, self._settings)
         await self._write(format_offer(self.features))
 
     async def _do_publish(self) -> None:
@@ -317,6 +287,9 @@ class Device:
         assert self.engine is not None
         assert self.features is not None
         try:
+            if resume:
+                own = await read_directory(self._store, self.path, _own_node)
+                self.features = promised(self.features, own)
             nodes = await read_directory(self._store, self.assignment.frontend, _frontends_node)
             config = parse_frontend(
                 nodes,

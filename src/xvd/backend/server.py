@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from xvd.backend.device import Device, Settings, StorageOpener
+from xvd.backend.device import Device, StorageOpener
+from xvd.backend.settings import Settings
 from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState

@@ -17,8 +17,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
-from xvd.backend.device import Settings
 from xvd.backend.server import Server
+from xvd.backend.settings import Settings
 from xvd.blkif.nodes import BackendAssignment
 from xvd.cli import common
 from xvd.engines.interface import Engine

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from xvd.backend.device import Settings
 from xvd.backend.server import Server
+from xvd.backend.settings import Settings
 from xvd.blkif.nodes import BackendAssignment
 from xvd.cli import common
 from xvd.cli.control import ControlServer

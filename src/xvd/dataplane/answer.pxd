@@ -8,6 +8,14 @@ from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.journal cimport mark_answering, strike
 from xvd.dataplane.pending cimport backend_queue, pending
 from xvd.dataplane.ring cimport back_push, back_respond
+from xvd.dataplane.space cimport give_space, space
+
+
+cdef inline void use_space(pending *p, space *room) noexcept nogil:
+    """Let a request's segments lie there."""
+    p.room = room
+    p.rq.grefs, p.rq.first_sect, p.rq.last_sect = room.grefs, room.first_sect, room.last_sect
+    p.io.iov = room.iov
 
 
 cdef inline void respond(backend_queue *q, pending *p, int16_t status) noexcept nogil:
@@ -26,6 +34,9 @@ cdef inline void answer(backend_queue *q, pending *p, int16_t status) noexcept n
         q.count.errors += 1
     q.in_flight -= 1
     q.unpushed += 1
+    if p.room != p.own:
+        give_space(&q.large, p.room)
+        use_space(p, p.own)
     q.free_list[q.nr_free] = p
     q.nr_free += 1
 

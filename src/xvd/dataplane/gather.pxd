@@ -8,7 +8,7 @@ from posix.uio cimport iovec
 from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE,
                                 REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport refuse
-from xvd.dataplane.pending cimport backend_queue, pending
+from xvd.dataplane.pending cimport COPIES, backend_queue, pending
 from xvd.dataplane.ports cimport grant_copy
 
 
@@ -16,12 +16,12 @@ cdef inline void add_data(pending *p, uint8_t *at, size_t size) noexcept nogil:
     """Append to the transfer; what touches the part before joins it."""
     cdef iovec *last
     if p.io.iovcnt:
-        last = &p.iov[p.io.iovcnt - 1]
+        last = &p.io.iov[p.io.iovcnt - 1]
         if <uint8_t *>last.iov_base + last.iov_len == at:
             last.iov_len += size
             return
-    p.iov[p.io.iovcnt].iov_base = at
-    p.iov[p.io.iovcnt].iov_len = size
+    p.io.iov[p.io.iovcnt].iov_base = at
+    p.io.iov[p.io.iovcnt].iov_len = size
     p.io.iovcnt += 1
 
 
@@ -66,24 +66,6 @@ cdef inline void map_batch(backend_queue *q) noexcept nogil:
                      (p.rq.last_sect[j] - p.rq.first_sect[j] + 1) * BLKIF_SECTOR_SIZE)
 
 
-cdef inline uint32_t add_copies(backend_queue *q, pending *p, uint32_t n, bint to_grant) noexcept nogil:
-    """Describe the copy between a request's segments and its bounce buffer, packed."""
-    cdef uint32_t j
-    cdef uint8_t *at = p.bounce
-    cdef grant_copy *op
-    for j in range(p.rq.nr_segments):
-        op = &q.copies[n]
-        op.local = at
-        op.gref = p.rq.grefs[j]
-        op.offset = p.rq.first_sect[j] * BLKIF_SECTOR_SIZE
-        op.size = (p.rq.last_sect[j] - p.rq.first_sect[j] + 1) * BLKIF_SECTOR_SIZE
-        op.to_grant = to_grant
-        q.owners[n] = p
-        at += op.size
-        n += 1
-    return n
-
-
 cdef inline void run_copies(backend_queue *q, uint32_t n) noexcept nogil:
     """Copy; a request of which one piece fails is marked (`mapped` 2)."""
     cdef uint32_t i
@@ -96,6 +78,31 @@ cdef inline void run_copies(backend_queue *q, uint32_t n) noexcept nogil:
             q.owners[i].mapped = 2
 
 
+cdef inline grant_copy *next_copy(backend_queue *q, pending *p, uint32_t *n) noexcept nogil:
+    """One more piece of the next copy; when there is no room for it, the copy is made first."""
+    if n[0] == COPIES:
+        run_copies(q, n[0])
+        n[0] = 0
+    q.owners[n[0]] = p
+    n[0] += 1
+    return &q.copies[n[0] - 1]
+
+
+cdef inline void add_copies(backend_queue *q, pending *p, uint32_t *n, bint to_grant) noexcept nogil:
+    """Describe the copy between a request's segments and its bounce pages, packed."""
+    cdef uint32_t j
+    cdef uint8_t *at = p.room.bounce
+    cdef grant_copy *op
+    for j in range(p.rq.nr_segments):
+        op = next_copy(q, p, n)
+        op.local = at
+        op.gref = p.rq.grefs[j]
+        op.offset = p.rq.first_sect[j] * BLKIF_SECTOR_SIZE
+        op.size = (p.rq.last_sect[j] - p.rq.first_sect[j] + 1) * BLKIF_SECTOR_SIZE
+        op.to_grant = to_grant
+        at += op.size
+
+
 cdef inline void copy_batch(backend_queue *q) noexcept nogil:
     """Data of writes comes in now; reads go out in `collect`, and only when they succeeded."""
     cdef uint32_t i, n = 0
@@ -104,9 +111,9 @@ cdef inline void copy_batch(backend_queue *q) noexcept nogil:
         p = q.batch[i]
         if p.rq.nr_segments == 0:
             continue
-        add_data(p, p.bounce, p.io.length)
+        add_data(p, p.room.bounce, p.io.length)
         if p.rq.operation != BLKIF_OP_READ:
-            n = add_copies(q, p, n, False)
+            add_copies(q, p, &n, False)
     run_copies(q, n)
 
 
@@ -122,7 +129,7 @@ cdef inline void copy_reads_out(backend_queue *q, uint32_t finished) noexcept no
     cdef uint32_t i, n = 0
     for i in range(finished):
         if q.batch[i].rq.operation == BLKIF_OP_READ and q.batch[i].io.result == 0:
-            n = add_copies(q, q.batch[i], n, True)
+            add_copies(q, q.batch[i], &n, True)
     run_copies(q, n)
 
 

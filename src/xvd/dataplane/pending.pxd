@@ -1,15 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one backend queue holds: requests between the ring and their responses, and its counters."""
 
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
-from posix.uio cimport iovec
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 from xvd.dataplane.abi cimport REFUSAL_COUNT
 from xvd.dataplane.journal cimport journal_entry, journal_header
 from xvd.dataplane.ports cimport (engine_io, engine_ports, event_ports, grant_copy, grant_mapping,
                                   grant_ports)
-from xvd.dataplane.request cimport NR_SEGMENTS, request, request_limits
+from xvd.dataplane.request cimport request, request_limits
 from xvd.dataplane.ring cimport back_ring
+from xvd.dataplane.space cimport space, space_pool
+
+
+cdef enum:
+    COPIES = 1024                # grant copies of one call; more are several calls
+
+cdef enum recovery:
+    RECOVERED = 0
+    TAKING_OVER = 1              # the journal holds requests of a predecessor
+    BEGINNING = 2                # some of them wait until others are answered
 
 
 # Names as blkback's in sysfs where it has them.
@@ -25,12 +34,13 @@ cdef struct queue_counters:
 cdef struct pending:
     request rq
     journal_entry *entry
+    uint32_t waiting             # 1: a predecessor's, not begun yet
     uint32_t second_stage        # 1: a flush that carries data is in its flush; the write follows
     grant_mapping mapping
-    uint32_t mapped
-    iovec iov[NR_SEGMENTS]
+    uint32_t mapped              # 1: `mapping` is to be unmapped; 2: a grant could not be had
+    space *own                   # for a direct request's segments
+    space *room                  # where this request's segments are: `own`, or a large one
     engine_io io
-    uint8_t *bounce              # 11 pages, grant copy only
 
 cdef struct backend_queue:
     back_ring ring
@@ -41,6 +51,7 @@ cdef struct backend_queue:
     uint32_t copying             # 1: grant copy; 0: map for each request
     uint32_t stopping
     uint32_t broken
+    uint32_t stalled             # 1: the next request waits for something that is in flight
     uint32_t in_flight           # taken and not yet answered
     uint32_t unpushed            # responses written and not yet published
     pending *pendings            # nr_ents of them
@@ -48,13 +59,14 @@ cdef struct backend_queue:
     uint32_t nr_free
     pending **batch              # requests accepted in this step
     uint32_t nr_batch
+    space_pool small             # one for each request
+    space_pool large             # for the segments of indirect requests
     grant_mapping *sets          # scratch: sets of one grant call
     pending **owners             # whose each is
-    grant_copy *copies
+    grant_copy *copies           # scratch, COPIES long
     engine_io **ios
-    uint8_t *bounce
     journal_header *journal
-    uint32_t recovering          # 1: requests of a predecessor are to be executed first
+    recovery recovering
     int alarm_fd                 # rung when storage fails, once until `failure` is asked
     uint32_t alarmed
     int32_t last_error           # -errno

@@ -20,6 +20,7 @@ class BackendQueue:
         logical_sectors: int = 1,
         read_only: bool = False,
         offered: int = 0x3,
+        indirect_max: int = 0,
         copying: bool = False,
         journal: Buffer | None = None,
     ) -> None: ...

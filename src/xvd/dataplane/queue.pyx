@@ -19,22 +19,25 @@ from libc.string cimport memset
 from posix.unistd cimport close, read
 
 from xvd.dataplane.abi cimport (
-    BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE,
-    BLKIF_OP_WRITE_BARRIER, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE, REFUSAL_COUNT, REFUSAL_NONE,
-    SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts, blkif_refusal_names)
-from xvd.dataplane.answer cimport publish_responses, refuse, respond
-from xvd.dataplane.c cimport aligned_pages, xvd_load_acquire, xvd_store_release
+    BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT,
+    BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE, REFUSAL_COUNT,
+    REFUSAL_NONE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts, blkif_refusal_names)
+from xvd.dataplane.answer cimport publish_responses, refuse, respond, use_space
+from xvd.dataplane.c cimport xvd_load_acquire, xvd_store_release
 from xvd.dataplane.gather cimport gather
+from xvd.dataplane.indirect cimport fetch_indirect
 from xvd.dataplane.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, JOURNAL_MAGIC, journal_entry, journal_header,
     mark_taken)
-from xvd.dataplane.pending cimport backend_queue, pending
+from xvd.dataplane.pending cimport (
+    BEGINNING, COPIES, RECOVERED, TAKING_OVER, backend_queue, pending)
 from xvd.dataplane.ports cimport (
     ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE, STEP_BROKEN, STEP_DRAINED, STEP_WORKED,
     engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
-    RING_BROKEN, back_attach, back_copy, back_final_check, back_pending, check_ring)
+    RING_BROKEN, back_attach, back_final_check, back_peek, back_pending, check_ring)
+from xvd.dataplane.space cimport LARGE_SEGMENTS, close_pool, open_pool, take_space
 from xvd.dataplane.storage cimport collect, start
 
 import os
@@ -55,49 +58,71 @@ def unanswered(const uint8_t[::1] ring):
 
 # ---- Taking ----------------------------------------------------------------------------------
 
+cdef bint may_begin(backend_queue *q, const request *rq) noexcept nogil:
+    """Whether a request that was found good can be begun now, or has to wait for others."""
+    return not rq.indirect or q.large.nr_free > 0
+
+
+cdef int judge(backend_queue *q, pending *p) noexcept nogil:
+    """Parse the private copy of a slot and find the first reason to refuse it."""
+    parse(p.entry.slot, q.ring.layout, &p.rq)
+    return validate(&p.rq, &q.limits)
+
+
 cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
-    """Copy and judge new requests; those accepted are in `batch`. How many were taken."""
-    cdef uint32_t count, i
+    """Copy and judge new requests; those accepted are in `batch`. How many were taken.
+
+    One that has to wait stays on the ring, and all behind it: they are looked at again when
+    something has been answered.
+    """
+    cdef uint32_t count, i, taken = 0
+    cdef int refusal
+    cdef bint again = q.stalled
     cdef pending *p
+    q.stalled = 0
     if back_pending(&q.ring, &count) == RING_BROKEN:
         q.broken = 1
         return 0
     count = min(count, budget, q.nr_free)
     for i in range(count):
+        p = q.free_list[q.nr_free - 1]
+        back_peek(&q.ring, p.entry.slot)
+        refusal = judge(q, p)
+        if refusal == REFUSAL_NONE and not may_begin(q, &p.rq):
+            q.stalled = 1
+            q.count.oo_req += not again
+            break
         q.nr_free -= 1
-        p = q.free_list[q.nr_free]
         p.entry.index = q.ring.req_cons
-        back_copy(&q.ring, p.entry.slot)
+        q.ring.req_cons += 1
         mark_taken(q.journal, p.entry, q.ring.req_cons)
-        q.in_flight += 1
-        begin(q, p)
-    q.count.requests += count
-    return count
+        begin(q, p, refusal)
+        taken += 1
+    q.count.requests += taken
+    return taken
 
 
-cdef void begin(backend_queue *q, pending *p) noexcept nogil:
-    """Judge the private copy of a request; into the batch, or refused."""
-    cdef int refusal
-    parse(p.entry.slot, q.ring.layout, &p.rq)
-    refusal = validate(&p.rq, &q.limits)
+cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
+    """Into the batch with a request, or refuse it."""
+    q.in_flight += 1
+    p.mapped = 0
     if refusal != REFUSAL_NONE:
         refuse(q, p, refusal)
         return
-    account(q, &p.rq)
-    prepare(q, p)
+    if p.rq.indirect:
+        use_space(p, take_space(&q.large))
     q.batch[q.nr_batch] = p
     q.nr_batch += 1
 
 
-cdef void recover(backend_queue *q) noexcept nogil:
-    """Take up what a predecessor left: finish the answer it was at, execute the rest again.
+cdef void take_over(backend_queue *q) noexcept nogil:
+    """Read a predecessor's journal: finish the answer it was at, and find what is to be executed.
 
     At most one entry can be between two stores of `take`, and one between two of `respond`; the
-    indices tell on which side. Executing again is right: the frontend was not told of any of them.
+    indices tell on which side.
     """
     cdef uint32_t i
     cdef pending *p
-    q.recovering = 0
     for i in range(q.ring.nr_ents):
         p = &q.pendings[i]
         if p.entry.state == ENTRY_ANSWERING:
@@ -108,17 +133,37 @@ cdef void recover(backend_queue *q) noexcept nogil:
     q.nr_free = 0
     for i in range(q.ring.nr_ents):
         p = &q.pendings[i]
-        if p.entry.state == ENTRY_TAKEN:
-            q.in_flight += 1
-            q.count.requests += 1
-            q.count.recovered += 1
-        else:
+        p.waiting = p.entry.state == ENTRY_TAKEN
+        if not p.waiting:
             q.free_list[q.nr_free] = p
             q.nr_free += 1
-    for i in range(q.ring.nr_ents):
-        if q.pendings[i].entry.state == ENTRY_TAKEN:
-            begin(q, &q.pendings[i])
     q.unpushed += 1
+
+
+cdef void recover(backend_queue *q) noexcept nogil:
+    """Execute again what a predecessor left. That is right: the frontend was not told of any of it.
+
+    An indirect request's pages are read again, and judged again: they may hold something else now.
+    """
+    cdef uint32_t i
+    cdef int refusal
+    cdef pending *p
+    if q.recovering == TAKING_OVER:
+        take_over(q)
+    q.recovering = RECOVERED
+    for i in range(q.ring.nr_ents):
+        p = &q.pendings[i]
+        if not p.waiting:
+            continue
+        refusal = judge(q, p)
+        if refusal == REFUSAL_NONE and not may_begin(q, &p.rq):
+            q.recovering = BEGINNING
+            q.stalled = 1
+            continue
+        p.waiting = 0
+        q.count.requests += 1
+        q.count.recovered += 1
+        begin(q, p, refusal)
 
 
 cdef void account(backend_queue *q, const request *rq) noexcept nogil:
@@ -140,9 +185,8 @@ cdef void prepare(backend_queue *q, pending *p) noexcept nogil:
     """Fill in what the engine will be asked; where the data lies is known after `gather`."""
     cdef uint32_t op = p.rq.operation
     p.second_stage = op == BLKIF_OP_FLUSH_DISKCACHE and p.rq.nr_segments > 0
-    p.mapped = 0
     p.io.owner = p
-    p.io.iov = p.iov
+    p.io.iov = p.room.iov
     p.io.iovcnt = 0
     p.io.offset = p.rq.sector_number * BLKIF_SECTOR_SIZE
     p.io.length = p.rq.nr_sectors * BLKIF_SECTOR_SIZE
@@ -156,6 +200,14 @@ cdef void prepare(backend_queue *q, pending *p) noexcept nogil:
         p.io.op = ENGINE_FLUSH
 
 
+cdef void admit(backend_queue *q) noexcept nogil:
+    """Count and prepare what has been judged for good."""
+    cdef uint32_t i
+    for i in range(q.nr_batch):
+        account(q, &q.batch[i].rq)
+        prepare(q, q.batch[i])
+
+
 # ---- The step --------------------------------------------------------------------------------
 
 cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
@@ -167,7 +219,11 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
         q.nr_batch = 0
         if q.recovering:
             recover(q)
-        moved = q.nr_batch + take(q, budget)
+        moved = q.nr_batch
+        if not q.recovering:
+            moved += take(q, budget)
+        fetch_indirect(q)
+        admit(q)
         gather(q)
         start(q)
     moved += collect(q)
@@ -179,9 +235,21 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
 
 cdef int may_sleep(void *ctx) noexcept nogil:
     cdef backend_queue *q = <backend_queue *>ctx
-    if q.stopping or q.broken:
+    if q.stopping or q.broken or q.stalled:
         return q.in_flight > 0
     return not back_final_check(&q.ring)
+
+
+cdef check_offer(uint32_t offered, uint32_t indirect_max):
+    """Refuse to make a queue that would answer OKAY to what it cannot do."""
+    # A barrier orders what is in flight, and that is not done here.
+    if offered & (1 << BLKIF_OP_WRITE_BARRIER):
+        raise LocalProtocolError("barriers cannot be offered")
+    if indirect_max > BLKIF_MAX_INDIRECT_SEGMENTS:
+        raise LocalProtocolError(f"indirect requests have at most {BLKIF_MAX_INDIRECT_SEGMENTS} "
+                                 f"segments, not {indirect_max}")
+    if bool(offered & (1 << BLKIF_OP_INDIRECT)) != bool(indirect_max):
+        raise LocalProtocolError("indirect requests are offered with a number of segments, or not")
 
 
 cdef class BackendQueue:
@@ -190,26 +258,24 @@ cdef class BackendQueue:
     ring: writable buffer over the mapped ring pages. abi: number of `blkif.abi.Abi`. grants,
     events, engine: objects with the tables' capsules as ``ports``; they are kept alive. capacity:
     512-byte sectors. offered: bit ``1 << operation`` for each operation advertised, bit 16 for
-    secure discard. copying: grant copy instead of mapping for each request. journal: writable memory
-    of `journal_size` bytes that outlives the process, or None; one that a predecessor on the same
-    ring left is taken up, anything else is to be zeroed by the caller.
+    secure discard. indirect_max: segments of an indirect request as advertised, 0 (none) to 4096.
+    copying: grant copy instead of mapping for each request. journal: writable memory of
+    `journal_size` bytes that outlives the process, or None; one that a predecessor on the same ring
+    left is taken up, anything else is to be zeroed by the caller.
 
     Raises PeerProtocolError if the ring's indices are insane (more requests than entries).
     """
 
     def __init__(self, ring, uint32_t nr_ents, int abi, grants, events, engine, *,
                  uint64_t capacity, uint32_t logical_sectors=1, bint read_only=False,
-                 uint32_t offered=0x3, bint copying=False, journal=None):
+                 uint32_t offered=0x3, uint32_t indirect_max=0, bint copying=False, journal=None):
         cdef uint8_t[::1] page = ring
         if journal is None:
             journal = bytearray(journal_size(nr_ents))
         if self.q.pendings != NULL:
             raise LocalProtocolError("a queue is made once")
         check_ring(page.shape[0], nr_ents, abi)
-        # A barrier orders what is in flight and an indirect request has no segments of its own:
-        # neither is served here, and an offer of either would be answered OKAY with data lost.
-        if offered & ((1 << BLKIF_OP_WRITE_BARRIER) | (1 << BLKIF_OP_INDIRECT)):
-            raise LocalProtocolError("barriers and indirect requests cannot be offered")
+        check_offer(offered, indirect_max)
         self.keep = (ring, grants, events, engine)
         self.q.ring.sring = &page[0]
         self.q.ring.nr_ents = nr_ents
@@ -221,6 +287,7 @@ cdef class BackendQueue:
         self.q.limits.logical_sectors = logical_sectors
         self.q.limits.read_only = read_only
         self.q.limits.offered = offered
+        self.q.limits.indirect_max = indirect_max
         self.q.copying = copying
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.allocate(nr_ents)
@@ -257,7 +324,7 @@ cdef class BackendQueue:
                         and q.pendings[i].entry.index == q.ring.req_cons):
                     q.ring.req_cons += 1
                     break
-            q.recovering = 1
+            q.recovering = TAKING_OVER
         req_prod = xvd_load_acquire(q.ring.sring + SRING_REQ_PROD)
         if not resume and not back_attach(&q.ring) or (
                 <uint32_t>(req_prod - q.ring.rsp_prod_pvt) > q.ring.nr_ents):
@@ -271,26 +338,29 @@ cdef class BackendQueue:
 
     cdef allocate(self, uint32_t nr_ents):
         cdef backend_queue *q = &self.q
-        cdef uint32_t i
+        cdef uint32_t i, indirect_max = q.limits.indirect_max, large = 0
+        if indirect_max:
+            large = min(nr_ents, max(1, <uint32_t>LARGE_SEGMENTS // indirect_max))
         q.pendings = <pending *>calloc(nr_ents, sizeof(pending))
         q.free_list = <pending **>calloc(nr_ents, sizeof(void *))
         q.batch = <pending **>calloc(nr_ents, sizeof(void *))
         q.sets = <grant_mapping *>calloc(nr_ents, sizeof(grant_mapping))
-        q.owners = <pending **>calloc(nr_ents * NR_SEGMENTS, sizeof(void *))
-        q.copies = <grant_copy *>calloc(nr_ents * NR_SEGMENTS, sizeof(grant_copy))
+        q.owners = <pending **>calloc(max(nr_ents, <uint32_t>COPIES), sizeof(void *))
+        q.copies = <grant_copy *>calloc(COPIES, sizeof(grant_copy))
         q.ios = <engine_io **>calloc(nr_ents, sizeof(void *))
-        if q.copying:
-            q.bounce = <uint8_t *>aligned_pages(nr_ents * NR_SEGMENTS)
         if not (q.pendings and q.free_list and q.batch and q.sets and q.owners and q.copies
-                and q.ios and (q.bounce or not q.copying)):
+                and q.ios and open_pool(&q.small, nr_ents, NR_SEGMENTS, q.copying)
+                and open_pool(&q.large, large, indirect_max, q.copying)):
             raise MemoryError(f"no memory for a queue of {nr_ents} requests")
         for i in range(nr_ents):
             q.free_list[i] = &q.pendings[i]
-            if q.copying:
-                q.pendings[i].bounce = q.bounce + <size_t>i * NR_SEGMENTS * BLKIF_PAGE_SIZE
+            q.pendings[i].own = &q.small.spaces[i]
+            use_space(&q.pendings[i], q.pendings[i].own)
         q.nr_free = nr_ents
 
     def __dealloc__(self):
+        close_pool(&self.q.small)
+        close_pool(&self.q.large)
         free(self.q.pendings)
         free(self.q.free_list)
         free(self.q.batch)
@@ -298,7 +368,6 @@ cdef class BackendQueue:
         free(self.q.owners)
         free(self.q.copies)
         free(self.q.ios)
-        free(self.q.bounce)
         if self.q.alarm_fd > 0:
             close(self.q.alarm_fd)
 

@@ -19,6 +19,7 @@ from xvd.dataplane.c cimport xvd_get16, xvd_get32, xvd_get64
 
 cdef enum:
     NR_SEGMENTS = 11             # of a direct request
+    NR_INDIRECT_PAGES = 8        # of an indirect one
     OFFER_SECURE = 1 << 16       # beside the bits 1 << operation
 
 cdef struct request:
@@ -26,33 +27,52 @@ cdef struct request:
     uint64_t sector_number
     uint64_t nr_sectors          # of the data, or of the discard
     uint16_t nr_segments
-    uint8_t operation
+    uint8_t operation            # of an indirect request the inner one, which answers it
     uint8_t flag                 # a discard's
-    uint32_t grefs[NR_SEGMENTS]
-    uint8_t first_sect[NR_SEGMENTS]
-    uint8_t last_sect[NR_SEGMENTS]
+    uint8_t indirect             # 1: the segments lie in the pages of `indirect_grefs`
+    uint32_t indirect_grefs[NR_INDIRECT_PAGES]
+    uint32_t *grefs              # the segments; room for `nr_segments` of a legal request
+    uint8_t *first_sect
+    uint8_t *last_sect
 
 cdef struct request_limits:
     uint64_t capacity            # 512-byte sectors
     uint32_t logical_sectors     # logical block size / 512
     uint32_t read_only
     uint32_t offered             # bit 1 << operation for each that the backend advertised
+    uint32_t indirect_max        # segments of an indirect request
 
 
-cdef inline void parse_segments(const uint8_t *slot, const blkif_layout *at,
+cdef inline void parse_segments(const uint8_t *segment, const blkif_layout *at, uint32_t count,
                                 request *rq) noexcept nogil:
-    cdef const uint8_t *segment = slot + at.rw_seg
+    """Read `count` segments of a private copy, of a slot or of indirect pages."""
     cdef uint32_t i
-    for i in range(rq.nr_segments if rq.nr_segments < NR_SEGMENTS else NR_SEGMENTS):
+    for i in range(count):
         rq.grefs[i] = xvd_get32(segment + at.segment_gref)
         rq.first_sect[i] = segment[at.segment_first_sect]
         rq.last_sect[i] = segment[at.segment_last_sect]
         segment += at.segment_size
 
 
+cdef inline void parse_indirect(const uint8_t *slot, const blkif_layout *at,
+                                request *rq) noexcept nogil:
+    cdef uint32_t i
+    rq.indirect = 1
+    rq.operation = slot[at.indirect_op]
+    rq.id = xvd_get64(slot + at.indirect_id)
+    rq.nr_segments = xvd_get16(slot + at.indirect_nr_segments)
+    rq.sector_number = xvd_get64(slot + at.indirect_sector_number)
+    for i in range(NR_INDIRECT_PAGES):
+        rq.indirect_grefs[i] = xvd_get32(slot + at.indirect_grefs + 4 * i)
+
+
 cdef inline void parse(const uint8_t *slot, const blkif_layout *at, request *rq) noexcept nogil:
-    """Read a private copy of a slot. Of an unknown operation only the id is believed."""
+    """Read a private copy of a slot. Of an unknown operation only the id is believed.
+
+    `rq.grefs` and the other two have room for the segments of a slot.
+    """
     rq.operation = slot[0]
+    rq.indirect = 0
     rq.nr_segments = 0
     rq.sector_number = 0
     rq.nr_sectors = 0
@@ -66,12 +86,14 @@ cdef inline void parse(const uint8_t *slot, const blkif_layout *at, request *rq)
         rq.id = xvd_get64(slot + at.rw_id)
         rq.nr_segments = slot[at.rw_nr_segments]
         rq.sector_number = xvd_get64(slot + at.rw_sector_number)
-        parse_segments(slot, at, rq)
+        parse_segments(slot + at.rw_seg, at, min(rq.nr_segments, <uint32_t>NR_SEGMENTS), rq)
+    elif rq.operation == BLKIF_OP_INDIRECT:
+        parse_indirect(slot, at, rq)
     else:
         rq.id = xvd_get64(slot + at.other_id)
 
 
-cdef inline int check_segments(request *rq, const request_limits *limits) noexcept nogil:
+cdef inline int check_segments(request *rq) noexcept nogil:
     """Order and page bound of each, and their sum; alignment is judged after the range."""
     cdef uint32_t i
     for i in range(rq.nr_segments):
@@ -95,33 +117,51 @@ cdef inline bint misaligned(const request *rq, const request_limits *limits) noe
     return False
 
 
-cdef inline int validate(request *rq, const request_limits *limits) noexcept nogil:
-    """The first refusal in the order of blkif/validate.py; fills in `nr_sectors`."""
-    cdef uint32_t op = rq.operation
-    cdef bint writes
-    cdef int refusal
-    if op > BLKIF_OP_INDIRECT or op == 4:
+cdef inline int check_slot(const request *rq, const request_limits *limits) noexcept nogil:
+    """What the slot alone tells: checks 1 to 7 of blkif/validate.py."""
+    cdef uint32_t op = rq.operation, wire = BLKIF_OP_INDIRECT if rq.indirect else rq.operation
+    cdef uint32_t most = limits.indirect_max if rq.indirect else BLKIF_MAX_SEGMENTS_PER_REQUEST
+    if wire > BLKIF_OP_INDIRECT or wire == 4:
         return REFUSAL_UNKNOWN_OPERATION
-    if not limits.offered & (<uint32_t>1 << op):
+    if not limits.offered & (<uint32_t>1 << wire):
         return REFUSAL_NOT_OFFERED
-    if op == BLKIF_OP_DISCARD:
+    if wire == BLKIF_OP_DISCARD:
         if rq.flag & BLKIF_DISCARD_SECURE and not limits.offered & OFFER_SECURE:
             return REFUSAL_SECURE_NOT_OFFERED
-    elif rq.nr_segments == 0 and (op == BLKIF_OP_READ or op == BLKIF_OP_WRITE):
+        return REFUSAL_READ_ONLY if limits.read_only else REFUSAL_NONE
+    if rq.indirect and op != BLKIF_OP_READ and op != BLKIF_OP_WRITE:
+        return REFUSAL_INDIRECT_OPERATION
+    if rq.nr_segments == 0 and (op == BLKIF_OP_READ or op == BLKIF_OP_WRITE):
         return REFUSAL_NO_SEGMENTS
-    elif rq.nr_segments > BLKIF_MAX_SEGMENTS_PER_REQUEST:
+    if rq.nr_segments > most:
         return REFUSAL_TOO_MANY_SEGMENTS
-    writes = op == BLKIF_OP_DISCARD or (op != BLKIF_OP_READ and rq.nr_segments > 0)
-    if limits.read_only and writes:
+    if limits.read_only and op != BLKIF_OP_READ and rq.nr_segments > 0:
         return REFUSAL_READ_ONLY
-    refusal = check_segments(rq, limits)
+    return REFUSAL_NONE
+
+
+cdef inline int check_data(request *rq, const request_limits *limits) noexcept nogil:
+    """What the segments tell, of an indirect request once they are copied: checks 8 to 10.
+
+    Fills in `nr_sectors`.
+    """
+    cdef int refusal = check_segments(rq)
     if refusal != REFUSAL_NONE:
         return refusal
-    if op != BLKIF_OP_DISCARD and rq.nr_segments == 0:
+    if rq.operation != BLKIF_OP_DISCARD and rq.nr_segments == 0:
         return REFUSAL_NONE
     # By subtraction: a sum could wrap past 2^64 and look small.
     if rq.sector_number > limits.capacity or rq.nr_sectors > limits.capacity - rq.sector_number:
         return REFUSAL_OUT_OF_RANGE
-    if op != BLKIF_OP_DISCARD and misaligned(rq, limits):
+    if rq.operation != BLKIF_OP_DISCARD and misaligned(rq, limits):
         return REFUSAL_MISALIGNED
     return REFUSAL_NONE
+
+
+cdef inline int validate(request *rq, const request_limits *limits) noexcept nogil:
+    """The first refusal in the order of blkif/validate.py; of an indirect request, before its
+    segments are known."""
+    cdef int refusal = check_slot(rq, limits)
+    if refusal != REFUSAL_NONE or rq.indirect:
+        return refusal
+    return check_data(rq, limits)

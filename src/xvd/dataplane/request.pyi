@@ -6,4 +6,6 @@ def judge(
     logical_sectors: int = 1,
     read_only: bool = False,
     offered: int = 0x3,
+    indirect_max: int = 0,
+    pages: bytes | None = None,
 ) -> tuple[int, int, int]: ...

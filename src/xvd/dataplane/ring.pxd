@@ -77,10 +77,18 @@ cdef inline int back_pending(back_ring *r, uint32_t *count) noexcept nogil:
     return RING_TAKEN if count[0] else RING_EMPTY
 
 
-cdef inline void back_copy(back_ring *r, void *private_copy) noexcept nogil:
-    """Copy the next request out and step over it. Only after `back_pending` counted it."""
+cdef inline void back_peek(back_ring *r, void *private_copy) noexcept nogil:
+    """Copy the next request out and leave it there. Only after `back_pending` counted it.
+
+    Whoever looks again later copies again, and may see another request.
+    """
     xvd_copy_slot(private_copy, slot_at(r.sring, r.layout, r.nr_ents, r.req_cons),
                   r.layout.entry_size)
+
+
+cdef inline void back_copy(back_ring *r, void *private_copy) noexcept nogil:
+    """Copy the next request out and step over it. Only after `back_pending` counted it."""
+    back_peek(r, private_copy)
     r.req_cons += 1
 
 

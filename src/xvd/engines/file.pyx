@@ -30,6 +30,9 @@ cdef extern from "fcntl.h" nogil:
         FALLOC_FL_KEEP_SIZE
     int fallocate(int fd, int mode, long long offset, long long length)
 
+cdef enum:
+    IOV_MAX = 1024               # UIO_MAXIOV: the kernel refuses more parts in one operation
+
 
 cdef struct file_state:
     int direct_fd                # -1: the file does not do O_DIRECT
@@ -72,10 +75,11 @@ cdef void prepare(file_state *f, engine_io *io) noexcept nogil:
             f.direct += 1
         else:
             f.cached += 1
+        # What is beyond the system's limit is a short transfer, to be resumed as any other.
         if io.op == ENGINE_READ:
-            io_uring_prep_readv(sqe, fd, io.iov, io.iovcnt, io.offset)
+            io_uring_prep_readv(sqe, fd, io.iov, min(io.iovcnt, <uint32_t>IOV_MAX), io.offset)
         else:
-            io_uring_prep_writev(sqe, fd, io.iov, io.iovcnt, io.offset)
+            io_uring_prep_writev(sqe, fd, io.iov, min(io.iovcnt, <uint32_t>IOV_MAX), io.offset)
     io_uring_sqe_set_data64(sqe, <uint64_t><size_t>io)
 
 

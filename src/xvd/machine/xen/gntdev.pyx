@@ -41,7 +41,7 @@ cdef enum:
     GNTST_NO_SPACE = -13
 
 cdef enum:
-    SET_PAGES_MAX = 1024         # most pages of one mapping: a request has 256 at most, a ring 16
+    SET_PAGES_MAX = 4096         # most pages of one mapping: an indirect request's, at the limit
     COPY_BATCH = 64              # operations for one ioctl; the kernel takes 16 at a time itself
 
 

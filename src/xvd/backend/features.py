@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a disk offers to its frontend, and what a frontend was promised before."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+from xvd.backend.settings import Settings
+from xvd.blkif.abi import InfoFlag, Op
+from xvd.blkif.nodes import BackendAssignment, BackendFeatures, parse_backend
+from xvd.engines.interface import Engine
+from xvd.types import RING_SECTOR_SIZE
+
+_SECURE_DISCARD: Final = 1 << 16
+
+
+def features_of(
+    engine: Engine, assignment: BackendAssignment, settings: Settings
+) -> BackendFeatures:
+    """What a backend offers, from its storage, the toolstack's wishes and the settings."""
+    info = engine.info
+    flags = InfoFlag(0)
+    if info.read_only:
+        flags |= InfoFlag.READONLY
+    if assignment.cdrom:
+        flags |= InfoFlag.CDROM | InfoFlag.REMOVABLE
+    return BackendFeatures(
+        sectors=info.size // RING_SECTOR_SIZE,
+        info=flags,
+        sector_size=info.logical_block_size,
+        physical_sector_size=max(info.logical_block_size, info.physical_block_size),
+        flush=info.can_flush,
+        discard=info.can_discard and assignment.discard_enable and not info.read_only,
+        discard_granularity=info.discard_granularity,
+        discard_alignment=info.discard_alignment,
+        max_indirect_segments=settings.max_indirect_segments,
+    )
+
+
+def promised(features: BackendFeatures, nodes: Mapping[str, str]) -> BackendFeatures:
+    """The features of a live connection: ours, but for what a predecessor has published in `nodes`.
+
+    Its frontend acts on those until it reconnects; requests that it may send must be served, also
+    by a successor that would have offered less. What the storage cannot do is withdrawn when it
+    is asked for. Raises `PeerProtocolError` for nodes that no backend of ours has written.
+    """
+    was = parse_backend(nodes)
+    return replace(
+        features,
+        flush=was.flush,
+        barrier=was.barrier,
+        discard=was.discard,
+        discard_secure=was.discard_secure,
+        persistent=was.persistent,
+        max_indirect_segments=was.max_indirect_segments,
+        max_ring_page_order=was.max_ring_page_order,
+        max_queues=was.max_queues,
+    )
+
+
+def offered_operations(features: BackendFeatures) -> int:
+    """The operations that a frontend was told of, as bits for the queue."""
+    bits = 1 << Op.READ | 1 << Op.WRITE
+    bits |= features.flush << Op.FLUSH_DISKCACHE
+    bits |= features.barrier << Op.WRITE_BARRIER
+    bits |= features.discard << Op.DISCARD
+    bits |= bool(features.max_indirect_segments) << Op.INDIRECT
+    return bits | (_SECURE_DISCARD if features.discard_secure else 0)
