@@ -77,6 +77,30 @@ def test_counters_outlive_a_connection(copying: bool, mode: str) -> None:
     run(work())
 
 
+def test_what_the_storage_cannot_do_is_withdrawn_while_connected() -> None:
+    async def work() -> None:
+        async with disk_world("error:one_in=1,on=flush,errno=EOPNOTSUPP") as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, 4)
+            before = await world.store.read(f"{vbd.backend}/feature-flush-cache")
+            answer = await frontend.ask(rq(Op.FLUSH_DISKCACHE))
+            watch = await world.store.watch(f"{vbd.backend}/feature-flush-cache")
+            async for _ in watch:
+                if await world.store.read(f"{vbd.backend}/feature-flush-cache") == "0":
+                    break
+            nodes = [
+                await world.store.read(f"{vbd.backend}/{n}") for n in ("feature-barrier", "state")
+            ]
+            assert (before, answer.status, nodes) == ("1", -2, ["1", "4"])
+            await watch.close()
+            frontend.close()
+
+    run(work())
+
+
 def test_what_a_restarted_backend_finds_on_the_ring_is_served_once() -> None:
     """The frontend writes to the ring while nobody serves it, and is told by an event."""
 

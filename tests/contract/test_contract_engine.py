@@ -77,6 +77,17 @@ def test_a_discard_touches_nothing_outside_its_range(engine: Engine) -> None:
     assert read(engine, 8192, 8192) == PATTERN[8192:]
 
 
+def test_an_erased_range_is_gone_or_it_is_refused(engine: Engine) -> None:
+    write(engine, 0, PATTERN)
+    if engine.info.can_secure_discard:
+        engine.secure_discard(4096, 4096)
+        assert read(engine, 0, 16384) == PATTERN[:4096] + bytes(4096) + PATTERN[8192:]
+    else:
+        with pytest.raises(EngineError, match="erase securely"):
+            engine.secure_discard(4096, 4096)
+        assert read(engine, 0, 16384) == PATTERN
+
+
 @pytest.mark.parametrize(
     ("offset", "length"),
     [(SIZE, 512), (SIZE - 512, 1024), (-512, 512), (2**63, 512), (0, SIZE + 512)],

@@ -2,24 +2,15 @@
 """Indirect requests, stepped by hand: their segments lie in granted pages of their own."""
 
 import pytest
+from rig_engines import ByHand
 from rig_queue import QueueWorld, rq
 
 from xvd.blkif.abi import Abi, Op, Status
 from xvd.blkif.messages import Segment
-from xvd.engines.bridge import BridgeChannel
-from xvd.engines.memory import MemoryEngine
 from xvd.engines.uri import open_engine
 
 MODES = pytest.mark.parametrize("copying", [False, True], ids=["map", "copy"])
 ABIS = pytest.mark.parametrize("abi", list(Abi), ids=lambda abi: abi.name)
-
-
-class ByHand(MemoryEngine):
-    """Storage whose operations the test completes."""
-
-    def open_channel(self) -> BridgeChannel:
-        self.channel = BridgeChannel()
-        return self.channel
 
 
 def whole(world: QueueWorld, first: int, count: int) -> list[Segment]:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """A backend queue, stepped by hand: what each kind of request does, and what is counted."""
 
+import errno
 import select
 
 import pytest
+from rig_engines import ByHand
 from rig_queue import ALL, BROKEN, DRAINED, WORKED, QueueWorld, discard, rq
 
 from xvd.blkif.abi import Abi, Op, Status
+from xvd.blkif.messages import AnyRequest
 from xvd.dataplane.queue import BackendQueue
 from xvd.engines.layers.error import Error
+from xvd.engines.memory import MemoryEngine
 from xvd.engines.uri import open_engine
 from xvd.errors import LocalProtocolError, PeerProtocolError
 
@@ -86,11 +90,10 @@ def test_all_64_bits_of_the_id_come_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offered", "indirect_max"), [(ALL | 1 << Op.WRITE_BARRIER, 0), (ALL | 1 << Op.INDIRECT, 0),
-                                  (ALL, 32), (ALL | 1 << Op.INDIRECT, 4097)],
-)  # fmt: skip
+    ("offered", "indirect_max"),
+    [(ALL | 1 << Op.INDIRECT, 0), (ALL, 32), (ALL | 1 << Op.INDIRECT, 4097)],
+)
 def test_what_a_queue_cannot_do_cannot_be_offered(offered: int, indirect_max: int) -> None:
-    """A barrier with data was once answered OKAY after a bare flush: its data was dropped."""
     with QueueWorld() as world:
         with pytest.raises(LocalProtocolError, match=r"offered|at most 4096"):
             BackendQueue(
@@ -207,6 +210,61 @@ def test_a_smaller_capacity_holds_from_the_next_request_on() -> None:
             rq(Op.READ, 0, world.segment(0), id=1), rq(Op.READ, 1, world.segment(0), id=2)
         )
         assert {answer.id: answer.status for answer in answers} == {1: Status.OKAY, 2: Status.ERROR}
+
+
+def test_what_is_withdrawn_is_refused_from_then_on() -> None:
+    with QueueWorld() as world:
+        world.queue.withdraw(1 << Op.FLUSH_DISKCACHE)
+        world.refused(rq(Op.FLUSH_DISKCACHE), "not_offered", Status.EOPNOTSUPP)
+
+
+@pytest.mark.parametrize(
+    ("request_", "bit"),
+    [
+        (rq(Op.FLUSH_DISKCACHE), 1 << Op.FLUSH_DISKCACHE),
+        (rq(Op.WRITE_BARRIER), 1 << Op.WRITE_BARRIER),
+        (discard(0, 8), 1 << Op.DISCARD),
+        (discard(0, 8, flag=1), 1 << 16),
+    ],
+)
+def test_what_the_storage_turns_out_not_to_do_is_withdrawn(request_: AnyRequest, bit: int) -> None:
+    """As blkback does it: the first is answered EOPNOTSUPP, and those after it are not tried."""
+    storage = Error(MemoryEngine(1 << 20), one_in=1, error=errno.EOPNOTSUPP)
+    offered = ALL | 1 << Op.WRITE_BARRIER | 1 << 16
+    with QueueWorld(storage, offered=offered) as world, world.running():
+        for turn in (1, 2):
+            world.send(request_)
+            world.port.notify()
+            [answer] = world.collect(1)
+            assert answer.status == Status.EOPNOTSUPP
+            assert storage.failed == 1, turn
+        wait_readable(world.queue.alarm_fd)
+        assert world.queue.withdrawn == bit
+        assert world.queue.failure()[1] == 0
+
+
+@pytest.mark.parametrize("operation", [Op.READ, Op.WRITE])
+def test_reading_and_writing_are_never_withdrawn(operation: Op) -> None:
+    storage = Error(MemoryEngine(1 << 20), one_in=1, error=errno.EOPNOTSUPP)
+    with QueueWorld(storage) as world, world.running():
+        world.send(rq(operation, 0, world.segment(0)))
+        world.port.notify()
+        [answer] = world.collect(1)
+        assert answer.status == Status.EOPNOTSUPP
+        assert world.queue.withdrawn == 0
+
+
+@pytest.mark.parametrize("flag", [0, 1])
+def test_the_storage_is_told_which_discards_are_to_erase(flag: int) -> None:
+    engine = ByHand(1 << 20)
+    with QueueWorld(engine, offered=ALL | 1 << 16) as world:
+        world.send(discard(8, 16, flag=flag))
+        world.settle()
+        [operation] = engine.channel.take()
+        asked = (operation.kind, operation.secure, operation.offset, operation.length)
+        operation.complete()
+        world.settle()
+        assert asked == ("discard", bool(flag), 4096, 8192)
 
 
 def wait_readable(fd: int) -> None:

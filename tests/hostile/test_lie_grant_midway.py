@@ -1,20 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A grant taken back, and a request rewritten, while the storage works on it."""
 
+from rig_engines import ByHand
 from rig_queue import QueueWorld, rq
 
 from xvd.blkif.abi import Abi, Op, Status
 from xvd.blkif.messages import pack_request
-from xvd.engines.bridge import BridgeChannel
-from xvd.engines.memory import MemoryEngine
-
-
-class ByHand(MemoryEngine):
-    """Storage whose operations the test completes."""
-
-    def open_channel(self) -> BridgeChannel:
-        self.channel = BridgeChannel()
-        return self.channel
 
 
 def test_a_grant_in_use_cannot_be_revoked() -> None:

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from xvd.engines.bridge import BridgeChannel
 from xvd.engines.image import FileEngine
 from xvd.engines.interface import Engine, EngineInfo, ThreadModel
 from xvd.engines.layers.delay import Delay
@@ -42,6 +43,14 @@ class PythonEngine(Engine):
 
     def close(self) -> None:
         self.closed += 1
+
+
+class ByHand(MemoryEngine):
+    """Storage whose operations the test completes."""
+
+    def open_channel(self) -> BridgeChannel:
+        self.channel = BridgeChannel()
+        return self.channel
 
 
 def image(where: Path, size: int = SIZE) -> Path:

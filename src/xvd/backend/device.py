@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from xvd.backend.connection import Connection
-from xvd.backend.features import features_of, promised
+from xvd.backend.features import features_of, promised, without
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Abi, XenbusState
 from xvd.blkif.handshake import (
@@ -101,6 +101,7 @@ class Device:
         self._error = ""
         self._written: XenbusState | None = None
         self._broken = False
+        self._failures = 0
         self.totals: dict[str, object] = {}
 
     # ---- The actor ----
@@ -299,6 +300,7 @@ class Device:
             )
             self._released.clear()
             self._broken = False
+            self._failures = 0
             self.connection = Connection(
                 self._machine,
                 self.assignment.frontend_domid,
@@ -318,7 +320,7 @@ class Device:
             return
         if resume:
             self.connection.kick()
-        asyncio.get_running_loop().add_reader(self.connection.queue.alarm_fd, self._storage_failed)
+        asyncio.get_running_loop().add_reader(self.connection.queue.alarm_fd, self._alarmed)
         self._log.info("connected (%s, %s)", config.abi.protocol, self.mode)
         self.put(BackendEvent.CONNECT_DONE)
 
@@ -341,20 +343,32 @@ class Device:
             self._log.error("%s", self._error)
             self.put(BackendEvent.RING_BROKEN)
 
-    def _storage_failed(self) -> None:
-        """Say it once, and not again for a while: a guest can cause any number of failures."""
+    def _alarmed(self) -> None:
+        """The storage failed, or cannot do something: the queue's thread rang."""
         assert self.connection is not None
+        assert self.features is not None
         connection = self.connection
+        number, failures = connection.queue.failure()
+        features = without(self.features, connection.queue.withdrawn)
+        if features != self.features:
+            self._log.info("the storage cannot do what it was thought to: offered no more")
+            self.features = features
+            self.put(BackendEvent.WITHDRAWN)
+        if failures > self._failures:
+            self._failures = failures
+            self._say_failure(connection, number)
+
+    def _say_failure(self, connection: Connection, number: int) -> None:
+        """Once, and not again for a while: a guest can cause any number of failures."""
         events = asyncio.get_running_loop()
         events.remove_reader(connection.queue.alarm_fd)
-        number, failures = connection.queue.failure()
         remedy = _REMEDIES.get(number, "look at the storage")
         text = "storage fails: %s (%d failures so far); the guest sees I/O errors: %s"
-        self._log.error(text, os.strerror(number), failures, remedy)
+        self._log.error(text, os.strerror(number), self._failures, remedy)
 
         def listen_again() -> None:
             if self.connection is connection:
-                events.add_reader(connection.queue.alarm_fd, self._storage_failed)
+                events.add_reader(connection.queue.alarm_fd, self._alarmed)
 
         events.call_later(_QUIET_S, listen_again)
 

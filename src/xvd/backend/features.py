@@ -19,6 +19,7 @@ def features_of(
 ) -> BackendFeatures:
     """What a backend offers, from its storage, the toolstack's wishes and the settings."""
     info = engine.info
+    discard = info.can_discard and assignment.discard_enable and not info.read_only
     flags = InfoFlag(0)
     if info.read_only:
         flags |= InfoFlag.READONLY
@@ -30,7 +31,9 @@ def features_of(
         sector_size=info.logical_block_size,
         physical_sector_size=max(info.logical_block_size, info.physical_block_size),
         flush=info.can_flush,
-        discard=info.can_discard and assignment.discard_enable and not info.read_only,
+        barrier=info.can_flush,
+        discard=discard,
+        discard_secure=discard and info.can_secure_discard,
         discard_granularity=info.discard_granularity,
         discard_alignment=info.discard_alignment,
         max_indirect_segments=settings.max_indirect_segments,
@@ -66,3 +69,15 @@ def offered_operations(features: BackendFeatures) -> int:
     bits |= features.discard << Op.DISCARD
     bits |= bool(features.max_indirect_segments) << Op.INDIRECT
     return bits | (_SECURE_DISCARD if features.discard_secure else 0)
+
+
+def without(features: BackendFeatures, bits: int) -> BackendFeatures:
+    """The features less those of `bits`, which are those of `offered_operations`."""
+    discard = features.discard and not bits & 1 << Op.DISCARD
+    return replace(
+        features,
+        flush=features.flush and not bits & 1 << Op.FLUSH_DISKCACHE,
+        barrier=features.barrier and not bits & 1 << Op.WRITE_BARRIER,
+        discard=discard,
+        discard_secure=discard and features.discard_secure and not bits & _SECURE_DISCARD,
+    )

@@ -133,6 +133,8 @@ class BackendEvent(Enum):
     """A ring's indices make no sense, or something else that only closing can answer."""
     RESIZED = auto()
     """The storage has another size."""
+    WITHDRAWN = auto()
+    """The storage turned out not to do something that was offered."""
     REMOVE = auto()
     """``online`` is 0, and the frontend's state is 2 to 5: it will close."""
     REMOVE_ALONE = auto()
@@ -304,6 +306,8 @@ def _serve_frontends(table: _BackendTable) -> None:
     row([s.WAITING], ready, Step(s.CONNECTING, (a.CONNECT,)))
     row([s.CONNECTING, s.RECONNECTING], [e.CONNECT_DONE], Step(s.CONNECTED, (a.PUBLISH, a.LOOK)))
     row([s.CONNECTED], [e.RESIZED], Step(s.CONNECTED, (a.PUBLISH_SIZE,)))
+    # The state is not repeated, as in blkback: the answer tells this frontend, the node the next.
+    row([s.CONNECTED], [e.WITHDRAWN], Step(s.CONNECTED, (a.PUBLISH,)))
 
     # Taking over from a predecessor that died; a frontend that left meanwhile has no live ring.
     row([s.RESUMING], [e.STORAGE_READY], Step(s.RECONNECTING, (a.RECONNECT,)))

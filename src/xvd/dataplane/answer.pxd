@@ -33,6 +33,8 @@ cdef inline void answer(backend_queue *q, pending *p, int16_t status) noexcept n
     if status != BLKIF_RSP_OKAY:
         q.count.errors += 1
     q.in_flight -= 1
+    if q.barrier == p:
+        q.barrier = NULL
     q.unpushed += 1
     if p.room != p.own:
         give_space(&q.large, p.room)

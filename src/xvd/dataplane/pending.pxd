@@ -30,12 +30,17 @@ cdef struct queue_counters:
     uint64_t notified, suppressed, steps, recovered
     uint64_t refusals[REFUSAL_COUNT]
 
+# What a request still has to do at the storage, in this order.
+cdef enum pending_stage:
+    STAGE_WRITE = 1              # the data of a flush or a barrier, after what was written before
+    STAGE_FLUSH = 2              # a barrier's: its own data must be durable when it is answered
+
 # A request between the ring and its response.
 cdef struct pending:
     request rq
     journal_entry *entry
     uint32_t waiting             # 1: a predecessor's, not begun yet
-    uint32_t second_stage        # 1: a flush that carries data is in its flush; the write follows
+    uint32_t stages              # pending_stage: what follows the operation under way
     grant_mapping mapping
     uint32_t mapped              # 1: `mapping` is to be unmapped; 2: a grant could not be had
     space *own                   # for a direct request's segments
@@ -51,7 +56,9 @@ cdef struct backend_queue:
     uint32_t copying             # 1: grant copy; 0: map for each request
     uint32_t stopping
     uint32_t broken
+    uint32_t withdrawn           # bits of `limits.offered` that the storage turned out not to do
     uint32_t stalled             # 1: the next request waits for something that is in flight
+    pending *barrier             # in flight, and alone; NULL when there is none
     uint32_t in_flight           # taken and not yet answered
     uint32_t unpushed            # responses written and not yet published
     pending *pendings            # nr_ents of them
@@ -67,7 +74,7 @@ cdef struct backend_queue:
     engine_io **ios
     journal_header *journal
     recovery recovering
-    int alarm_fd                 # rung when storage fails, once until `failure` is asked
+    int alarm_fd                 # rung when storage fails or cannot, once until `failure` is asked
     uint32_t alarmed
     int32_t last_error           # -errno
     queue_counters count

@@ -70,10 +70,14 @@ cdef enum engine_op:
     ENGINE_FLUSH = 2
     ENGINE_DISCARD = 3
 
+cdef enum engine_flag:
+    ENGINE_SECURE = 1            # a discard after which nobody can read what was there
+
 cdef struct engine_io:
     uint8_t op                   # engine_op
+    uint8_t flags                # engine_flag
     uint16_t iovcnt
-    int32_t result               # out: 0 or -errno
+    int32_t result               # out: 0 or -errno; -EOPNOTSUPP: never ask for this kind again
     uint64_t offset              # bytes
     uint64_t length              # bytes; for reads and writes the sum of iov
     iovec *iov                   # the caller's, untouched until the operation is reaped; the engine

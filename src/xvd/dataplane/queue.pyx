@@ -19,9 +19,10 @@ from libc.string cimport memset
 from posix.unistd cimport close, read
 
 from xvd.dataplane.abi cimport (
-    BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_INDIRECT,
-    BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE, REFUSAL_COUNT,
-    REFUSAL_NONE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts, blkif_refusal_names)
+    BLKIF_DISCARD_SECURE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE,
+    REFUSAL_COUNT, REFUSAL_NONE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts,
+    blkif_refusal_names)
 from xvd.dataplane.answer cimport publish_responses, refuse, respond, use_space
 from xvd.dataplane.c cimport xvd_load_acquire, xvd_store_release
 from xvd.dataplane.gather cimport gather
@@ -30,10 +31,10 @@ from xvd.dataplane.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, JOURNAL_MAGIC, journal_entry, journal_header,
     mark_taken)
 from xvd.dataplane.pending cimport (
-    BEGINNING, COPIES, RECOVERED, TAKING_OVER, backend_queue, pending)
+    BEGINNING, COPIES, RECOVERED, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER, backend_queue, pending)
 from xvd.dataplane.ports cimport (
-    ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE, STEP_BROKEN, STEP_DRAINED, STEP_WORKED,
-    engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
+    ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
+    STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
     RING_BROKEN, back_attach, back_final_check, back_peek, back_pending, check_ring)
@@ -59,7 +60,13 @@ def unanswered(const uint8_t[::1] ring):
 # ---- Taking ----------------------------------------------------------------------------------
 
 cdef bint may_begin(backend_queue *q, const request *rq) noexcept nogil:
-    """Whether a request that was found good can be begun now, or has to wait for others."""
+    """Whether a request that was found good can be begun now, or has to wait for others.
+
+    A barrier waits for all before it, and all after it wait for the barrier, on this ring: nothing
+    orders two rings of a disk (Linux 29bde093).
+    """
+    if q.barrier != NULL or rq.operation == BLKIF_OP_WRITE_BARRIER and q.in_flight:
+        return False
     return not rq.indirect or q.large.nr_free > 0
 
 
@@ -109,6 +116,8 @@ cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
     if refusal != REFUSAL_NONE:
         refuse(q, p, refusal)
         return
+    if p.rq.operation == BLKIF_OP_WRITE_BARRIER:
+        q.barrier = p
     if p.rq.indirect:
         use_space(p, take_space(&q.large))
     q.batch[q.nr_batch] = p
@@ -184,7 +193,12 @@ cdef void account(backend_queue *q, const request *rq) noexcept nogil:
 cdef void prepare(backend_queue *q, pending *p) noexcept nogil:
     """Fill in what the engine will be asked; where the data lies is known after `gather`."""
     cdef uint32_t op = p.rq.operation
-    p.second_stage = op == BLKIF_OP_FLUSH_DISKCACHE and p.rq.nr_segments > 0
+    p.stages = 0
+    if p.rq.nr_segments and op == BLKIF_OP_FLUSH_DISKCACHE:
+        p.stages = STAGE_WRITE
+    elif p.rq.nr_segments and op == BLKIF_OP_WRITE_BARRIER:
+        p.stages = STAGE_WRITE | STAGE_FLUSH
+    p.io.flags = ENGINE_SECURE if p.rq.flag & BLKIF_DISCARD_SECURE else 0
     p.io.owner = p
     p.io.iov = p.room.iov
     p.io.iovcnt = 0
@@ -242,9 +256,6 @@ cdef int may_sleep(void *ctx) noexcept nogil:
 
 cdef check_offer(uint32_t offered, uint32_t indirect_max):
     """Refuse to make a queue that would answer OKAY to what it cannot do."""
-    # A barrier orders what is in flight, and that is not done here.
-    if offered & (1 << BLKIF_OP_WRITE_BARRIER):
-        raise LocalProtocolError("barriers cannot be offered")
     if indirect_max > BLKIF_MAX_INDIRECT_SEGMENTS:
         raise LocalProtocolError(f"indirect requests have at most {BLKIF_MAX_INDIRECT_SEGMENTS} "
                                  f"segments, not {indirect_max}")
@@ -407,6 +418,15 @@ cdef class BackendQueue:
         """Change what is out of range for requests taken from now on. Any thread."""
         self.q.limits.capacity = sectors
 
+    def withdraw(self, uint32_t offered):
+        """Refuse what was offered by these bits, from the next request on. Any thread."""
+        self.q.limits.offered &= ~offered
+
+    @property
+    def withdrawn(self):
+        """Bits as in ``offered`` for what the storage has answered EOPNOTSUPP to."""
+        return self.q.withdrawn
+
     @property
     def in_flight(self):
         """Requests taken and not yet answered."""
@@ -419,7 +439,7 @@ cdef class BackendQueue:
 
     @property
     def alarm_fd(self):
-        """Readable when storage has failed; rung once, until `failure` is called."""
+        """Readable when storage has failed, or `withdrawn` has changed; once, until `failure`."""
         return self.q.alarm_fd
 
     def failure(self):

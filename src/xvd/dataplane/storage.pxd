@@ -2,15 +2,16 @@
 """A request at the storage: handing it over, and taking what is finished to its response."""
 
 from libc.errno cimport EOPNOTSUPP
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from posix.unistd cimport write
 
-from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR,
-                                BLKIF_RSP_OKAY, REFUSAL_BAD_GRANT)
+from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_EOPNOTSUPP,
+                                BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport answer, refuse
 from xvd.dataplane.gather cimport copy_reads_out, unmap_finished
-from xvd.dataplane.pending cimport backend_queue, pending
-from xvd.dataplane.ports cimport ENGINE_WRITE, engine_io
+from xvd.dataplane.pending cimport STAGE_WRITE, backend_queue, pending
+from xvd.dataplane.ports cimport ENGINE_FLUSH, ENGINE_SECURE, ENGINE_WRITE, engine_io
+from xvd.dataplane.request cimport OFFER_SECURE
 
 
 cdef inline void start(backend_queue *q) noexcept nogil:
@@ -22,22 +23,49 @@ cdef inline void start(backend_queue *q) noexcept nogil:
     q.engine.submit(q.engine.ctx, q.ios, q.nr_batch)
 
 
-cdef inline void alarm(backend_queue *q, int32_t error) noexcept nogil:
-    """Let the control plane know that storage fails: it can say so, this thread cannot."""
+cdef inline void ring_alarm(backend_queue *q) noexcept nogil:
+    """Let the control plane know: it can say something to somebody, this thread cannot."""
     cdef uint64_t one = 1
-    q.last_error = error
-    q.count.storage_errors += 1
     if not q.alarmed:
         q.alarmed = 1
         write(q.alarm_fd, &one, 8)
 
 
-cdef inline void restart_as_write(backend_queue *q, pending *p) noexcept nogil:
-    """A flush with data: what was written before is durable now, so the data may follow."""
+cdef inline void fail(backend_queue *q, pending *p) noexcept nogil:
+    """The storage said no: the status for it.
+
+    What it cannot do at all is offered no more, as blkback does for flush and barrier; a frontend
+    that was told so falls back at once, and so does one that was not.
+    """
+    cdef uint32_t bit = <uint32_t>1 << p.rq.operation
+    if p.io.result != -EOPNOTSUPP:
+        q.last_error = p.io.result
+        q.count.storage_errors += 1
+        ring_alarm(q)
+        answer(q, p, BLKIF_RSP_ERROR)
+        return
+    if p.io.flags & ENGINE_SECURE:
+        bit = OFFER_SECURE
+    if p.rq.operation != BLKIF_OP_READ and p.rq.operation != BLKIF_OP_WRITE:
+        q.withdrawn |= bit
+        q.limits.offered &= ~bit
+        ring_alarm(q)
+    answer(q, p, BLKIF_RSP_EOPNOTSUPP)
+
+
+cdef inline bint go_on(backend_queue *q, pending *p) noexcept nogil:
+    """Begin the next stage of a request; False if there is none."""
     cdef engine_io *io = &p.io
-    p.second_stage = 0
-    io.op = ENGINE_WRITE
+    if io.result != 0 or p.stages == 0:
+        return False
+    if p.stages & STAGE_WRITE:
+        p.stages &= ~<uint32_t>STAGE_WRITE
+        io.op = ENGINE_WRITE
+    else:
+        p.stages = 0
+        io.op = ENGINE_FLUSH
     q.engine.submit(q.engine.ctx, &io, 1)
+    return True
 
 
 cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
@@ -47,8 +75,7 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
     cdef pending *p
     for i in range(n):
         p = <pending *>q.ios[i].owner
-        if p.second_stage and p.io.result == 0:
-            restart_as_write(q, p)
+        if go_on(q, p):
             continue
         q.batch[finished] = p
         finished += 1
@@ -62,9 +89,6 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
             refuse(q, p, REFUSAL_BAD_GRANT)
         elif p.io.result == 0:
             answer(q, p, BLKIF_RSP_OKAY)
-        elif p.io.result == -EOPNOTSUPP:
-            answer(q, p, BLKIF_RSP_EOPNOTSUPP)
         else:
-            alarm(q, p.io.result)
-            answer(q, p, BLKIF_RSP_ERROR)
+            fail(q, p)
     return n

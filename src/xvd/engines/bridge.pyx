@@ -13,8 +13,8 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from posix.unistd cimport close, dup, read, write
 
-from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE,
-                                  engine_io, engine_ports, wrap)
+from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE,
+                                  ENGINE_WRITE, engine_io, engine_ports, wrap)
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 import errno
@@ -76,7 +76,7 @@ cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
 cdef class Operation:
     """One operation for a Python engine: its kind, its range, and its memory.
 
-    kind: "read", "write", "flush" or "discard". The buffers are the guest's own pages when the
+    kind: "read", "write", "flush" or "discard"; `secure` for a discard that erases. The buffers are the guest's own pages when the
     backend maps: valid until `complete` and not a moment longer.
     """
 
@@ -84,6 +84,7 @@ cdef class Operation:
     cdef BridgeChannel channel
     cdef readonly str kind
     cdef readonly uint64_t offset, length
+    cdef readonly bint secure
 
     def buffers(self):
         """The parts of the transfer in order, as writable memoryviews of bytes."""
@@ -159,6 +160,7 @@ cdef class BridgeChannel:
             operation.channel = self
             operation.kind = KINDS[io.op]
             operation.offset, operation.length = io.offset, io.length
+            operation.secure = io.flags & ENGINE_SECURE
             taken.append(operation)
             io = io.next
         return taken
@@ -180,7 +182,8 @@ def perform(engine, operation):
         if operation.kind == "flush":
             engine.flush()
         elif operation.kind == "discard":
-            engine.discard(at, operation.length)
+            erase = engine.secure_discard if operation.secure else engine.discard
+            erase(at, operation.length)
         else:
             call = engine.read if operation.kind == "read" else engine.write
             for buffer in operation.buffers():

@@ -40,6 +40,7 @@ cdef struct checked:
     uint32_t block_mask
     uint32_t read_only
     uint32_t can_discard
+    uint32_t can_secure_discard
     done_list done
 
 

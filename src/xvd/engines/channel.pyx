@@ -8,7 +8,8 @@ own, whoever asks, so that an engine never sees an impossible one.
 
 from libc.errno cimport EINVAL, EOPNOTSUPP, EROFS
 
-from xvd.dataplane.ports cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, engine_of, wrap
+from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE,
+                                  engine_of, wrap)
 
 
 cdef int32_t verdict(const checked *c, const engine_io *io) noexcept nogil:
@@ -20,8 +21,9 @@ cdef int32_t verdict(const checked *c, const engine_io *io) noexcept nogil:
         return -EINVAL
     if io.op != ENGINE_READ and c.read_only:
         return -EROFS
-    if io.op == ENGINE_DISCARD and not c.can_discard:
-        return -EOPNOTSUPP
+    if io.op == ENGINE_DISCARD:
+        if not (c.can_secure_discard if io.flags & ENGINE_SECURE else c.can_discard):
+            return -EOPNOTSUPP
     return 0
 
 
@@ -66,6 +68,7 @@ cdef class CheckedChannel:
         self.c.block_mask = info.logical_block_size - 1
         self.c.read_only = info.read_only
         self.c.can_discard = info.can_discard
+        self.c.can_secure_discard = info.can_secure_discard
         self.table.ctx = &self.c
         self.table.fd = self.c.lower.fd
         self.table.submit = submit

@@ -69,6 +69,14 @@ class Checked(Engine):
             raise EngineError(errno.EOPNOTSUPP, "the storage cannot discard")
         self.lower.discard(offset, length)
 
+    def secure_discard(self, offset: int, length: int) -> None:
+        """Check, then erase."""
+        self._check(offset, length)
+        self._check_writable()
+        if not self._info.can_secure_discard:
+            raise EngineError(errno.EOPNOTSUPP, "the storage cannot erase securely")
+        self.lower.secure_discard(offset, length)
+
     def close(self) -> None:
         """Close the engine behind."""
         self.lower.close()

@@ -11,14 +11,19 @@ the four calls below in Python, and `open_channel` puts a worker thread between 
 slower, the same to everybody else. A layer is an engine in front of another.
 
 Calls arrive checked (checked.py): inside the size, whole logical blocks, no writes if read-only.
-An engine raises OSError with an errno; that one request fails and nothing else. What `write` has
-accepted need not be durable; what was accepted before `flush` returned must be.
+An engine raises OSError with an errno; that one request fails and nothing else. EOPNOTSUPP from a
+flush or a discard says that it cannot do them at all: the guest is told not to ask again.
+
+What `write` has accepted need not be durable; what was accepted before `flush` returned must be.
 """
 
+import errno
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
+
+from xvd.errors import EngineError
 
 
 class ThreadModel(Enum):
@@ -44,6 +49,7 @@ class EngineInfo:
     read_only: bool = False
     can_flush: bool = True
     can_discard: bool = False
+    can_secure_discard: bool = False
     discard_granularity: int = 0
     discard_alignment: int = 0
     thread_model: ThreadModel = ThreadModel.SERIAL
@@ -82,6 +88,10 @@ class Engine(ABC):
     def discard(self, offset: int, length: int) -> None:  # noqa: B027
         """Forget a range: afterwards it reads as anything. Called only if `info.can_discard`."""
 
+    def secure_discard(self, offset: int, length: int) -> None:
+        """Destroy a range: nobody reads it again. Called only if `info.can_secure_discard`."""
+        raise EngineError(errno.EOPNOTSUPP, "the storage cannot erase securely")
+
     def close(self) -> None:  # noqa: B027
         """Give everything back. Idempotent."""
 
@@ -103,4 +113,5 @@ def describe(engine: Engine) -> dict[str, object]:
         "read_only": info.read_only,
         "can_flush": info.can_flush,
         "can_discard": info.can_discard,
+        "can_secure_discard": info.can_secure_discard,
     }

@@ -132,8 +132,9 @@ class MemoryEngine(Engine):
     """``memory:SIZE``."""
 
     def __init__(self, size):
-        self._info = EngineInfo(size=size, can_discard=True, discard_granularity=4096,
-                                thread_model=ThreadModel.PARALLEL)
+        # Pages go back to the system, which clears them before anybody gets them.
+        self._info = EngineInfo(size=size, can_discard=True, can_secure_discard=True,
+                                discard_granularity=4096, thread_model=ThreadModel.PARALLEL)
         self._region = Region(size)
         self.view = self._region.view()
 
@@ -151,6 +152,10 @@ class MemoryEngine(Engine):
         self.view[offset:offset + len(buffer)] = buffer
 
     def discard(self, offset, length):
+        """Back to zeros."""
+        self._region.forget(offset, length)
+
+    def secure_discard(self, offset, length):
         """Back to zeros."""
         self._region.forget(offset, length)
 

@@ -31,6 +31,10 @@ class Layer(Engine):
         """Pass on."""
         self.lower.discard(offset, length)
 
+    def secure_discard(self, offset: int, length: int) -> None:
+        """Pass on."""
+        self.lower.secure_discard(offset, length)
+
     def close(self) -> None:
         """Close what is behind."""
         self.lower.close()

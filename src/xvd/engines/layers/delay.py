@@ -45,3 +45,8 @@ class Delay(Layer):
         """Wait, then discard."""
         self._sleep(self._discard_s)
         self.lower.discard(offset, length)
+
+    def secure_discard(self, offset: int, length: int) -> None:
+        """Wait, then erase."""
+        self._sleep(self._discard_s)
+        self.lower.secure_discard(offset, length)

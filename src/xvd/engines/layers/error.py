@@ -58,3 +58,8 @@ class Error(Layer):
         """Fail, or discard."""
         self._draw("discard")
         self.lower.discard(offset, length)
+
+    def secure_discard(self, offset: int, length: int) -> None:
+        """Fail, or erase."""
+        self._draw("discard")
+        self.lower.secure_discard(offset, length)

@@ -33,6 +33,10 @@ class Log(Layer):
         """Log and discard."""
         self._run("discard", offset, length, lambda: self.lower.discard(offset, length))
 
+    def secure_discard(self, offset: int, length: int) -> None:
+        """Log and erase."""
+        self._run("erase", offset, length, lambda: self.lower.secure_discard(offset, length))
+
     def _run(self, operation: str, offset: int, length: int, call: Callable[[], None]) -> None:
         try:
             call()

@@ -14,7 +14,9 @@ class ReadOnly(Layer):
 
     def __init__(self, lower: Engine) -> None:
         super().__init__(lower)
-        self._info = dataclasses.replace(lower.info, read_only=True, can_discard=False)
+        self._info = dataclasses.replace(
+            lower.info, read_only=True, can_discard=False, can_secure_discard=False
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -26,5 +28,9 @@ class ReadOnly(Layer):
         raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
 
     def discard(self, offset: int, length: int) -> None:
+        """Refuse."""
+        raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
+
+    def secure_discard(self, offset: int, length: int) -> None:
         """Refuse."""
         raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")

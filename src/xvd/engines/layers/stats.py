@@ -34,6 +34,11 @@ class Stats(Layer):
         self._count("discard", length)
         self.lower.discard(offset, length)
 
+    def secure_discard(self, offset: int, length: int) -> None:
+        """Count and erase; counted with discards."""
+        self._count("discard", length)
+        self.lower.secure_discard(offset, length)
+
     def _count(self, operation: str, size: int) -> None:
         self.counts[operation] += 1
         self.counts[operation + "_bytes"] += size
