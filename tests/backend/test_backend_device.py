@@ -6,7 +6,7 @@ from rig_disk import disk_world, opener, run, until
 from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
-from xvd.backend.device import merge_counters
+from xvd.backend.counters import merge_counters
 from xvd.backend.features import features_of, offered_operations
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import InfoFlag, Op

@@ -8,11 +8,13 @@ from rig_disk import disk_world, run, until
 from rig_guest import RawFrontend, backend_error, backend_reaches
 from rig_queue import rq
 
+from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op
 from xvd.blkif.messages import Segment
 
 GARBAGE = ["", " ", "-1", "0x10", "1e3", "99999999999999999999", "4294967296", "x", "1 2", "\u0661"]
 FAILED, CONNECTED = 6, 4
+SMALLEST = Settings(max_ring_page_order=0, max_queues=1)
 
 
 def lie(nodes: dict[str, str | bytes | None], text: str, expect_log) -> None:
@@ -20,7 +22,7 @@ def lie(nodes: dict[str, str | bytes | None], text: str, expect_log) -> None:
     expect_log(text)
 
     async def work() -> None:
-        async with disk_world() as world:
+        async with disk_world(settings=SMALLEST) as world:
             other = await world.disk(domid=2)
             vbd = await world.attach()
             machine, store = await world.guest(1)

@@ -12,7 +12,7 @@ from xvd.blkif.ring import BackRing, FrontRing, Outcome
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.toolstack.vbd import Vbd, wait_for_state
-from xvd.types import Gref, Port
+from xvd.types import Domid, Gref, Port
 
 SECONDS = 10.0
 
@@ -26,17 +26,76 @@ async def backend_error(world: World, vbd: Vbd) -> str:
     return await world.store.try_read(path) or ""
 
 
-class RawFrontend:
-    """A frontend without manners. `nodes` overrides what an honest one would publish."""
+class RawQueue:
+    """One ring with its port, and nothing that would stop anybody from writing to it."""
 
-    def __init__(self, machine: EmulatedMachine, store: XenstoreClient, vbd: Vbd) -> None:
+    def __init__(self, machine: EmulatedMachine, peer: Domid, pages: int = 1) -> None:
+        self.ring_pages = machine.grants.share(peer, pages)
+        self.port = machine.event_channels.alloc_unbound(peer)
+        self.ring = FrontRing(self.ring_pages.view, Abi.X86_64, pages).init()
+
+    def put(self, *requests: AnyRequest) -> None:
+        for request in requests:
+            self.ring.put_request(request)
+        self.ring.push()
+        self.port.notify()
+
+    async def answers(self, count: int) -> list[Response]:
+        """Wait for that many responses."""
+        found: list[Response] = []
+
+        def answered() -> bool:
+            outcome, response = self.ring.take_response()
+            assert outcome is not Outcome.BROKEN
+            if response is not None:
+                found.append(response)
+            return len(found) == count
+
+        await until(answered)
+        return found
+
+    async def ask(self, request: AnyRequest) -> Response:
+        self.put(request)
+        [answer] = await self.answers(1)
+        return answer
+
+    def nodes(self, prefix: str = "") -> dict[str, str | bytes | None]:
+        refs = self.ring_pages.grefs
+        numbered = {f"{prefix}ring-ref{page}": str(ref) for page, ref in enumerate(refs)}
+        named = {f"{prefix}ring-ref": str(refs[0])}
+        port = {f"{prefix}event-channel": str(self.port.port)}
+        return {**(numbered if len(refs) > 1 else named), **port}
+
+    def close(self) -> None:
+        self.port.close()
+        self.ring_pages.close()
+
+
+class RawFrontend:
+    """A frontend without manners. `nodes` overrides what an honest one would publish.
+
+    With several queues, `ring_pages`, `ring` and `port` are those of the first.
+    """
+
+    def __init__(
+        self,
+        machine: EmulatedMachine,
+        store: XenstoreClient,
+        vbd: Vbd,
+        *,
+        queues: int = 1,
+        order: int = 0,
+    ) -> None:
         self.machine = machine
         self.store = store
         self.vbd = vbd
-        self.ring_pages = machine.grants.share(vbd.backend_domid, 1)
+        self.order = order
+        self.queues = [RawQueue(machine, vbd.backend_domid, 1 << order) for _ in range(queues)]
         self.pages = machine.grants.share(vbd.backend_domid, 4)
-        self.port = machine.event_channels.alloc_unbound(vbd.backend_domid)
-        self.ring = FrontRing(self.ring_pages.view, Abi.X86_64).init()
+        self.ring_pages = self.queues[0].ring_pages
+        self.ring = self.queues[0].ring
+        self.port = self.queues[0].port
+        self.ask = self.queues[0].ask
 
     async def write(self, nodes: dict[str, str | bytes | None]) -> None:
         for name, value in nodes.items():
@@ -50,33 +109,19 @@ class RawFrontend:
     async def publish(
         self, nodes: dict[str, str | bytes | None] | None = None, state: str | bytes = "4"
     ) -> None:
-        honest: dict[str, str | bytes | None] = {
-            "ring-ref": str(self.ring_pages.grefs[0]),
-            "event-channel": str(self.port.port),
-            "protocol": "x86_64-abi",
-        }
+        honest: dict[str, str | bytes | None] = {"protocol": "x86_64-abi"}
+        if self.order:
+            honest["ring-page-order"] = str(self.order)
+        if len(self.queues) > 1:
+            honest["multi-queue-num-queues"] = str(len(self.queues))
+        for number, queue in enumerate(self.queues):
+            honest |= queue.nodes(f"queue-{number}/" if len(self.queues) > 1 else "")
         await self.write(honest | (nodes or {}) | {"state": state})
 
-    async def ask(self, request: AnyRequest) -> Response:
-        self.ring.put_request(request)
-        self.ring.push()
-        self.port.notify()
-        found: list[Response] = []
-
-        def answered() -> bool:
-            outcome, response = self.ring.take_response()
-            assert outcome is not Outcome.BROKEN
-            if response is not None:
-                found.append(response)
-            return bool(found)
-
-        await until(answered)
-        return found[0]
-
     def close(self) -> None:
-        self.port.close()
+        for queue in self.queues:
+            queue.close()
         self.pages.close()
-        self.ring_pages.close()
 
 
 class RawBackend:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a connected disk holds: a mapped ring, a bound port, a queue and its thread.
+"""What a connected disk holds: for each queue a mapped ring, a bound port, a queue and its thread.
 
-Made in one piece or not at all, and given back in the opposite order.
+Made in one piece or not at all, and given back in the opposite order. The queues share the storage
+and nothing else; each has a thread, a journal and counters of its own (Linux 2fb1ef4f, d4bf0065).
 """
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from xvd.backend.counters import merge_counters
 from xvd.backend.features import offered_operations
 from xvd.backend.journal import Journal
 from xvd.blkif.abi import nr_ents
-from xvd.blkif.nodes import BackendFeatures, FrontendConfig
+from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
 from xvd.dataplane.queue import BackendQueue, unanswered
 from xvd.dataplane.thread import QueueThread
 from xvd.engines.interface import Engine
@@ -19,74 +23,196 @@ from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
 
 
-class Connection:
-    """One frontend, served. `on_exit` is called when its thread has ended, for whatever reason.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all queues of a connection have in common.
 
-    state_dir: where the journal outlives this process, or None. resume: the ring is live, and was
-    served by a predecessor.
-
-    Raises `GrantError`, `EventChannelError`, `PeerProtocolError` or OSError, holding nothing.
+    state_dir: where the journals outlive this process, or None. resume: the rings are live, and
+    were served by a predecessor.
     """
 
-    def __init__(
-        self,
-        machine: Machine,
-        peer: Domid,
-        config: FrontendConfig,
-        features: BackendFeatures,
-        engine: Engine,
-        *,
-        name: str,
-        copying: bool,
-        state_dir: Path | None,
-        resume: bool,
-        on_exit: Callable[[Exception | None], None],
-    ) -> None:
+    machine: Machine
+    peer: Domid
+    config: FrontendConfig
+    features: BackendFeatures
+    engine: Engine
+    copying: bool = False
+    state_dir: Path | None = None
+    resume: bool = False
+
+
+class Link:
+    """One queue of a connection, without its thread."""
+
+    def __init__(self, plan: Plan, nodes: QueueConfig, name: str) -> None:
         self._undo: list[Callable[[], None]] = []
-        self.config = config
+        self.name = name
+        self.thread: QueueThread | None = None
         try:
-            queue = config.queues[0]
-            grants = machine.grants.foreign(peer)
-            self._undo.append(grants.close)
-            ring = grants.map(queue.ring_refs)
-            self._undo.append(ring.close)
-            self.channel = machine.event_channels.bind_interdomain(peer, queue.event_channel)
-            self._undo.append(self.channel.close)
-            storage = engine.open_channel()
-            self._undo.append(storage.close)
-            entries = nr_ents(config.ring_pages, config.abi)
-            ring_name = f"{queue.ring_refs[0]}-{queue.event_channel}"
-            self.journal = Journal(state_dir, name, ring_name, entries, resume=resume)
-            if resume and not self.journal.found and unanswered(ring.view):
-                raise PeerProtocolError(
-                    "its ring holds requests of a backend that left no journal: what was answered "
-                    "cannot be known; the frontend has to reconnect"
-                )
-            self.queue = BackendQueue(
-                ring.view,
-                entries,
-                config.abi.number,
-                grants,
-                self.channel,
-                storage,
-                capacity=features.sectors,
-                logical_sectors=features.sector_size // RING_SECTOR_SIZE,
-                read_only=engine.info.read_only,
-                offered=offered_operations(features),
-                indirect_max=features.max_indirect_segments,
-                copying=copying,
-                journal=self.journal.memory,
-            )
-            self.thread = QueueThread(self.queue, name, on_exit)
+            self.queue = self._build(plan, nodes)
         except BaseException:
             self.release()
             raise
 
-    def kick(self) -> None:
-        """One event to the frontend: responses of a predecessor may lie there unannounced."""
-        self.channel.notify()
+    def _build(self, plan: Plan, nodes: QueueConfig) -> BackendQueue:
+        grants = plan.machine.grants.foreign(plan.peer)
+        self._undo.append(grants.close)
+        ring = grants.map(nodes.ring_refs)
+        self._undo.append(ring.close)
+        channels = plan.machine.event_channels
+        self.channel = channels.bind_interdomain(plan.peer, nodes.event_channel)
+        self._undo.append(self.channel.close)
+        storage = plan.engine.open_channel()
+        self._undo.append(storage.close)
+        config, features = plan.config, plan.features
+        entries = nr_ents(config.ring_pages, config.abi)
+        ring_name = f"{nodes.ring_refs[0]}-{nodes.event_channel}"
+        self.journal = Journal(plan.state_dir, self.name, ring_name, entries)
+        if plan.resume and not self.journal.found and unanswered(ring.view):
+            raise PeerProtocolError(
+                "its ring holds requests of a backend that left no journal: what was answered "
+                "cannot be known; the frontend has to reconnect"
+            )
+        return BackendQueue(
+            ring.view,
+            entries,
+            config.abi.number,
+            grants,
+            self.channel,
+            storage,
+            capacity=features.sectors,
+            logical_sectors=features.sector_size // RING_SECTOR_SIZE,
+            read_only=plan.engine.info.read_only,
+            offered=offered_operations(features),
+            indirect_max=features.max_indirect_segments,
+            copying=plan.copying,
+            journal=self.journal.memory,
+        )
 
     def release(self) -> None:
         """Unmap and unbind; only after the thread has ended."""
         while self._undo:
             self._undo.pop()()
+
+
+class Connection:
+    """One frontend, served, once `start` was called. Its thread names begin with `name`.
+
+    Raises `GrantError`, `EventChannelError`, `PeerProtocolError` or OSError, holding nothing.
+    """
+
+    def __init__(self, plan: Plan, name: str) -> None:
+        self.config = plan.config
+        self.links: list[Link] = []
+        self._failure: Exception | None = None
+        self._on_exit: Callable[[Exception | None], None] = lambda _: None
+        if not plan.resume:
+            Journal.forget(plan.state_dir, name)
+        several = len(plan.config.queues) > 1
+        try:
+            for number, nodes in enumerate(plan.config.queues):
+                self.links.append(Link(plan, nodes, f"{name}-{number}" if several else name))
+        except BaseException:
+            self.release()
+            raise
+
+    # ---- Threads ----
+
+    def start(self, on_exit: Callable[[Exception | None], None]) -> None:
+        """Serve. `on_exit` is called when every thread has ended, with what ended the first.
+
+        A queue that breaks takes the others with it: a disk of which a part hangs is of no use.
+        Raises OSError if no thread can be had, and then none runs.
+        """
+        self._on_exit = on_exit
+        for link in self.links:
+            try:
+                link.thread = QueueThread(link.queue, link.name, self._ends(link))
+            except OSError as error:
+                if link is self.links[0]:
+                    raise
+                self._failure = error
+                self.drain()
+                return
+
+    def _ends(self, link: Link) -> Callable[[Exception | None], None]:
+        def ended(failure: Exception | None) -> None:
+            link.thread = None
+            self._failure = self._failure or failure
+            if not any(other.thread for other in self.links):
+                self._on_exit(self._failure)
+            elif failure is not None or link.queue.broken:
+                self.drain()
+
+        return ended
+
+    def drain(self) -> None:
+        """Finish what is in flight on every ring and nothing more; ends in `on_exit`."""
+        for link in self.links:
+            if link.thread is not None:
+                link.thread.drain()
+
+    def kick(self) -> None:
+        """An event on each ring: responses of a predecessor may lie there unannounced."""
+        for link in self.links:
+            link.channel.notify()
+
+    @property
+    def broken(self) -> bool:
+        """Whether the frontend broke one of its rings."""
+        return any(link.queue.broken for link in self.links)
+
+    # ---- Alarms ----
+
+    def listen(self, on_alarm: Callable[[], None]) -> None:
+        """Call it when storage fails, or `withdrawn` changes, on any queue."""
+        events = asyncio.get_running_loop()
+        for link in self.links:
+            events.add_reader(link.queue.alarm_fd, on_alarm)
+
+    def mute(self) -> None:
+        """Call nobody."""
+        events = asyncio.get_running_loop()
+        for link in self.links:
+            events.remove_reader(link.queue.alarm_fd)
+
+    def failure(self) -> tuple[int, int]:
+        """(errno of one of the last failures, failures so far); the alarms are set again."""
+        failures = [link.queue.failure() for link in self.links]
+        return max(number for number, _ in failures), sum(count for _, count in failures)
+
+    def withdrawn(self) -> int:
+        """What the storage turned out not to do, on all queues once one of them knows."""
+        bits = 0
+        for link in self.links:
+            bits |= link.queue.withdrawn
+        for link in self.links:
+            link.queue.withdraw(bits)
+        return bits
+
+    # ---- Figures, and the end ----
+
+    def counters(self) -> dict[str, object]:
+        """Everything counted, added over the queues."""
+        total: dict[str, object] = {}
+        for link in self.links:
+            total = merge_counters(total, link.queue.counters())
+        return total
+
+    def loop_counters(self) -> dict[str, object]:
+        """How often the threads slept and were woken, added over the queues."""
+        total: dict[str, object] = {}
+        for link in self.links:
+            if link.thread is not None:
+                total = merge_counters(total, dict(link.thread.loop.counters()))
+        return total
+
+    def end_journals(self) -> None:
+        """The connection is closed: nobody will take it up."""
+        for link in self.links:
+            link.journal.end()
+
+    def release(self) -> None:
+        """Unmap and unbind; only after the threads have ended."""
+        for link in reversed(self.links):
+            link.release()

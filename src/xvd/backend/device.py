@@ -13,7 +13,8 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from xvd.backend.connection import Connection
+from xvd.backend.connection import Connection, Plan
+from xvd.backend.counters import merge_counters
 from xvd.backend.features import features_of, promised, without
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Abi, XenbusState
@@ -301,27 +302,32 @@ class Device:
             self._released.clear()
             self._broken = False
             self._failures = 0
-            self.connection = Connection(
+            plan = Plan(
                 self._machine,
                 self.assignment.frontend_domid,
                 config,
                 self.features,
                 self.engine,
-                name=f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}",
                 copying=self._settings.copying,
                 state_dir=self._settings.state_dir,
                 resume=resume,
-                on_exit=self._thread_ended,
             )
+            name = f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}"
+            self.connection = Connection(plan, name)
+            self.connection.start(self._threads_ended)
         except (XvdError, OSError) as error:
+            if self.connection is not None:
+                self.connection.release()
+                self.connection = None
             self._error = f"cannot connect to {self.assignment.frontend}: {error}"
             self._log.error("%s", self._error)
             self.put(BackendEvent.CONNECT_FAILED)
             return
         if resume:
             self.connection.kick()
-        asyncio.get_running_loop().add_reader(self.connection.queue.alarm_fd, self._alarmed)
-        self._log.info("connected (%s, %s)", config.abi.protocol, self.mode)
+        self.connection.listen(self._alarmed)
+        layout = f"queues: {len(config.queues)}, ring pages: {config.ring_pages}"
+        self._log.info("connected (%s, %s, %s)", config.abi.protocol, self.mode, layout)
         self.put(BackendEvent.CONNECT_DONE)
 
     @property
@@ -329,13 +335,13 @@ class Device:
         """How data is moved: "grant copy" or "mapping" (for each request)."""
         return "grant copy" if self._settings.copying else "mapping"
 
-    def _thread_ended(self, failure: Exception | None) -> None:
-        """The queue is drained, or its ring is broken: give everything back at once."""
+    def _threads_ended(self, failure: Exception | None) -> None:
+        """The queues are drained, or a ring is broken: give everything back at once."""
         assert self.connection is not None
         connection, self.connection = self.connection, None
-        self._broken = connection.queue.broken
-        asyncio.get_running_loop().remove_reader(connection.queue.alarm_fd)
-        self._remember(connection)
+        connection.mute()
+        self._broken = connection.broken
+        self.totals = merge_counters(self.totals, connection.counters())
         connection.release()
         self._released.set()
         if self._broken or failure is not None:
@@ -348,8 +354,8 @@ class Device:
         assert self.connection is not None
         assert self.features is not None
         connection = self.connection
-        number, failures = connection.queue.failure()
-        features = without(self.features, connection.queue.withdrawn)
+        number, failures = connection.failure()
+        features = without(self.features, connection.withdrawn())
         if features != self.features:
             self._log.info("the storage cannot do what it was thought to: offered no more")
             self.features = features
@@ -360,21 +366,16 @@ class Device:
 
     def _say_failure(self, connection: Connection, number: int) -> None:
         """Once, and not again for a while: a guest can cause any number of failures."""
-        events = asyncio.get_running_loop()
-        events.remove_reader(connection.queue.alarm_fd)
+        connection.mute()
         remedy = _REMEDIES.get(number, "look at the storage")
         text = "storage fails: %s (%d failures so far); the guest sees I/O errors: %s"
         self._log.error(text, os.strerror(number), self._failures, remedy)
 
         def listen_again() -> None:
             if self.connection is connection:
-                events.add_reader(connection.queue.alarm_fd, self._alarmed)
+                connection.listen(self._alarmed)
 
-        events.call_later(_QUIET_S, listen_again)
-
-    def _remember(self, connection: Connection) -> None:
-        """Counters outlive the connection they were counted on."""
-        self.totals = merge_counters(self.totals, connection.queue.counters())
+        asyncio.get_running_loop().call_later(_QUIET_S, listen_again)
 
     async def _do_stop_taking(self) -> None:
         """Everything that the frontend has put on the ring before it closed is served as it comes;
@@ -387,7 +388,7 @@ class Device:
         connection = self.connection
         await self._disconnect()
         if connection is not None:
-            connection.journal.end()
+            connection.end_journals()
         self.put(BackendEvent.DISCONNECT_DONE)
 
     async def _disconnect(self) -> None:
@@ -397,7 +398,7 @@ class Device:
             await asyncio.gather(self._connecting, return_exceptions=True)
             self._connecting = None
         if self.connection is not None:
-            self.connection.thread.drain()
+            self.connection.drain()
             await self._released.wait()
 
     async def _do_unregister(self) -> None:
@@ -409,7 +410,7 @@ class Device:
         """Everything counted since the disk came up, over all connections."""
         if self.connection is None:
             return dict(self.totals)
-        return merge_counters(self.totals, self.connection.queue.counters())
+        return merge_counters(self.totals, self.connection.counters())
 
 
 _QUIET_S = 10.0
@@ -425,14 +426,3 @@ _NODES = (
     BackendAction.PUBLISH_SIZE,
     BackendAction.REPORT_ERROR,
 )
-
-
-def merge_counters(a: dict[str, object], b: dict[str, object]) -> dict[str, object]:
-    """Add counters by name, the refusals by reason."""
-    merged = dict(a)
-    for name, value in b.items():
-        if isinstance(value, dict):
-            merged[name] = merge_counters(merged.get(name, {}), value)  # type: ignore[arg-type]
-        else:
-            merged[name] = merged.get(name, 0) + value  # type: ignore[operator]
-    return merged

@@ -37,6 +37,8 @@ def features_of(
         discard_granularity=info.discard_granularity,
         discard_alignment=info.discard_alignment,
         max_indirect_segments=settings.max_indirect_segments,
+        max_ring_page_order=settings.max_ring_page_order,
+        max_queues=settings.queues_offered,
     )
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an administrator decides about a daemon's disks."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,18 @@ class Settings:
 
     copying: grant copy instead of mapping. state_dir: where the journals of live rings are kept
     for a successor; None keeps none, and then only an idle ring can be taken over.
+    max_ring_page_order: 0 to 6; rings of up to 2^order pages (xen-blkback: 4). max_queues: 1 to
+    1024, or 0 for one for each CPU of this machine, as xen-blkback does.
     max_indirect_segments: 0 (no indirect requests), or 12 to 4096; xen-blkback has 256.
     """
 
     copying: bool = False
     state_dir: Path | None = None
+    max_ring_page_order: int = 4
+    max_queues: int = 0
     max_indirect_segments: int = 256
+
+    @property
+    def queues_offered(self) -> int:
+        """``multi-queue-max-queues``."""
+        return self.max_queues or os.cpu_count() or 1

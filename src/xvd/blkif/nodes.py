@@ -58,8 +58,8 @@ U32_MAX: Final = 0xFFFF_FFFF
 MAX_SECTORS: Final = (1 << 63) // RING_SECTOR_SIZE
 """The largest capacity: what a signed 64-bit byte offset reaches."""
 MAX_SECTOR_SIZE: Final = 64 * 1024
-MAX_RING_PAGE_ORDER: Final = 4
-"""Our own limit, as Linux's and QEMU's: 16 pages. FreeBSD's frontend can do 5."""
+MAX_RING_PAGE_ORDER: Final = 6
+"""Our own limit: 64 pages, 2048 requests. Linux and QEMU stop at 4, FreeBSD at 5."""
 MAX_QUEUES: Final = 1024
 """No number of queues beyond this is believed, whatever our own limit is."""
 DOMID_MAX: Final = 0x7FEF

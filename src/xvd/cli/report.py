@@ -24,7 +24,7 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         figures["protocol"] = connection.config.abi.protocol
         figures["ring_pages"] = connection.config.ring_pages
         figures["queues"] = len(connection.config.queues)
-        figures["loop"] = connection.thread.loop.counters()
+        figures["loop"] = connection.loop_counters()
         figures["mode"] = device.mode
     if disk is not None:
         figures["frontend"] = disk.counters()
