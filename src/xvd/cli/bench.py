@@ -24,6 +24,7 @@ from xvd.cli import common
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine, parse_size
 from xvd.frontend.load import LoadResult, run_load
+from xvd.frontend.settings import Settings as FrontendSettings
 from xvd.machine.emulated.service import EmulatedHost
 from xvd.toolstack.vbd import attach, create_guest, detach
 from xvd.toolstack.xldisk import XlDisk
@@ -92,9 +93,11 @@ async def _measure(uri: str, copying: bool, job: dict[str, Any]) -> LoadResult:
         guest_store = await front.xenstore()
         span = min(SPAN, storage.info.size)
         path = f"device/vbd/{vbd.vdev}"
-        # First the disk is filled, or the reads would be of nothing and their checksum no proof.
+        # First the disk is filled, or the reads would be of nothing and their checksum no proof; by
+        # one queue, or which of two writes to a block is the last would be left to chance.
         fill = job | {"write_percent": 100, "operations": span // job["size"]}
-        await run_load(front, guest_store, path, span=span, **fill)
+        one = FrontendSettings(max_queues=1)
+        await run_load(front, guest_store, path, span=span, settings=one, **fill)
         result = await run_load(front, guest_store, path, span=span, **job)
         await detach(store, vbd)
         await server.close()
