@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`xvd backend` in a driver domain serves another guest; libxl runs nothing there for it."""
 
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 
@@ -14,7 +13,7 @@ def storage(
     backend: Backend, best_slot: Slot, guests: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[str]:
     """A driver domain whose own root comes from dom0's backend, with a daemon inside."""
-    monkeypatch.setitem(os.environ, "DOMU_SLOT", best_slot.value)
+    monkeypatch.setenv("DOMU_SLOT", best_slot.value)
     sh("domu -n storage -m 400 -b -r -x driver_domain=1")
     typed("storage", "modprobe -r xen-blkback 2> /dev/null; truncate -s 64M /tmp/x.img")
     typed("storage", "(xvd backend -vv > /tmp/out 2> /tmp/log &)")
