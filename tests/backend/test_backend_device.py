@@ -191,3 +191,60 @@ def test_a_successor_that_would_offer_less_keeps_what_was_promised() -> None:
             assert published == "0"
 
     run(work())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "copying", "mode"),
+    [
+        (True, "1", False, "persistent grants"),
+        (True, "0", False, "mapping"),
+        (True, None, False, "mapping"),
+        (False, "1", False, "mapping"),
+        (True, "1", True, "grant copy"),
+    ],
+)
+def test_grants_stay_mapped_when_both_ends_say_so(
+    ours: bool, theirs: str | None, copying: bool, mode: str
+) -> None:
+    """What is published follows the setting only; what was negotiated is kept apart (06ba5d2e)."""
+
+    async def work() -> None:
+        settings = Settings(feature_persistent=ours, copying=copying)
+        async with disk_world(settings=settings) as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish({"feature-persistent": theirs})
+            await backend_reaches(world, vbd, 4)
+            published = await world.store.read(f"{vbd.backend}/feature-persistent")
+            await frontend.ask(rq(Op.READ, 0, Segment(frontend.pages.grefs[0])))
+            assert world.server is not None
+            [device] = world.server.devices.values()
+            assert device.mode == mode
+            assert published == str(int(ours and not copying))
+            assert frontend.pages.revoke(0) == (mode != "persistent grants")
+            await store.write(f"{vbd.frontend}/state", "6")
+            await backend_reaches(world, vbd, 6)
+            assert world.host.host.books()["mappings"] == 0
+            frontend.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize(("scaled", "kept"), [(False, 3), (True, 4)])
+def test_the_limit_is_a_rings_or_a_ring_pages(scaled: bool, kept: int) -> None:
+    async def work() -> None:
+        settings = Settings(max_persistent_grants=3, scale_persistent_grants=scaled)
+        async with disk_world(settings=settings) as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd, order=1)
+            await frontend.publish({"feature-persistent": "1"})
+            await backend_reaches(world, vbd, 4)
+            await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
+            assert world.server is not None
+            [device] = world.server.devices.values()
+            assert device.counters()["persistent_grants"] == kept
+            frontend.close()
+
+    run(work())

@@ -59,7 +59,7 @@ def test_serve_reports_what_happened(image: Path, requires_tool) -> None:
     result = run_xvd("serve", str(image), "--report", "--run", command)
 
     assert result.returncode == 0
-    assert "1 ring page, mapping" in result.stderr
+    assert "1 ring page, persistent grants" in result.stderr
     assert "1.0 MiB written" in result.stderr
 
 

@@ -63,7 +63,8 @@ def discard(sector: int, sectors: int, *, id: int = 1, flag: int = 0) -> Discard
 class QueueWorld:
     """A queue, the raw ring in front of it, granted pages, and the storage behind it.
 
-    `data_pages` pages are for data and 8 for the descriptors of indirect requests.
+    `data_pages` pages are for data and 8 for the descriptors of indirect requests. `persistent`:
+    how many grants may stay mapped, or None where they were not negotiated.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class QueueWorld:
         logical_sectors: int = 1,
         data_pages: int = 32,
         poison: int | None = None,
+        persistent: int | None = None,
     ) -> None:
         self.host = Host(SMALL)
         self.guest = machine(self.host, GUEST)
@@ -101,6 +103,7 @@ class QueueWorld:
         self.logical_sectors = logical_sectors
         self.offered = offered | (1 << Op.INDIRECT if indirect_max else 0)
         self.indirect_max = indirect_max
+        self.persistent = persistent
         self.queue = self.make_queue()
 
     def make_queue(self) -> BackendQueue:
@@ -118,6 +121,8 @@ class QueueWorld:
             offered=self.offered,
             indirect_max=self.indirect_max,
             copying=self.copying,
+            persistent=self.persistent is not None,
+            persistent_max=self.persistent or 0,
             journal=self.journal,
         )
 
@@ -136,6 +141,7 @@ class QueueWorld:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.queue.release()
         self.mapping.close()
         self.channel.close()
         self.engine.close()

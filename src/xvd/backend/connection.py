@@ -8,11 +8,11 @@ and nothing else; each has a thread, a journal and counters of its own (Linux 2f
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from xvd.backend.counters import merge_counters
 from xvd.backend.features import offered_operations
 from xvd.backend.journal import Journal
+from xvd.backend.settings import Settings
 from xvd.blkif.abi import nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
 from xvd.dataplane.queue import BackendQueue, unanswered
@@ -27,8 +27,7 @@ from xvd.types import RING_SECTOR_SIZE, Domid
 class Plan:
     """What all queues of a connection have in common.
 
-    state_dir: where the journals outlive this process, or None. resume: the rings are live, and
-    were served by a predecessor.
+    resume: the rings are live, and were served by a predecessor.
     """
 
     machine: Machine
@@ -36,9 +35,14 @@ class Plan:
     config: FrontendConfig
     features: BackendFeatures
     engine: Engine
-    copying: bool = False
-    state_dir: Path | None = None
+    settings: Settings
     resume: bool = False
+
+    @property
+    def persistent(self) -> bool:
+        """Whether grants stay mapped: when both ends have said so, and then still as we like."""
+        offered = self.config.persistent and self.features.persistent
+        return offered and not self.settings.copying
 
 
 class Link:
@@ -50,6 +54,7 @@ class Link:
         self.thread: QueueThread | None = None
         try:
             self.queue = self._build(plan, nodes)
+            self._undo.append(self.queue.release)
         except BaseException:
             self.release()
             raise
@@ -64,10 +69,10 @@ class Link:
         self._undo.append(self.channel.close)
         storage = plan.engine.open_channel()
         self._undo.append(storage.close)
-        config, features = plan.config, plan.features
+        config, features, settings = plan.config, plan.features, plan.settings
         entries = nr_ents(config.ring_pages, config.abi)
         ring_name = f"{nodes.ring_refs[0]}-{nodes.event_channel}"
-        self.journal = Journal(plan.state_dir, self.name, ring_name, entries)
+        self.journal = Journal(settings.state_dir, self.name, ring_name, entries)
         if plan.resume and not self.journal.found and unanswered(ring.view):
             raise PeerProtocolError(
                 "its ring holds requests of a backend that left no journal: what was answered "
@@ -85,7 +90,10 @@ class Link:
             read_only=plan.engine.info.read_only,
             offered=offered_operations(features),
             indirect_max=features.max_indirect_segments,
-            copying=plan.copying,
+            copying=settings.copying,
+            persistent=plan.persistent,
+            persistent_max=settings.persistent_grants_of(config.ring_pages),
+            persistent_idle_s=settings.persistent_grant_unused_seconds,
             journal=self.journal.memory,
         )
 
@@ -102,12 +110,13 @@ class Connection:
     """
 
     def __init__(self, plan: Plan, name: str) -> None:
+        self.plan = plan
         self.config = plan.config
         self.links: list[Link] = []
         self._failure: Exception | None = None
         self._on_exit: Callable[[Exception | None], None] = lambda _: None
         if not plan.resume:
-            Journal.forget(plan.state_dir, name)
+            Journal.forget(plan.settings.state_dir, name)
         several = len(plan.config.queues) > 1
         try:
             for number, nodes in enumerate(plan.config.queues):

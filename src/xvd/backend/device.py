@@ -308,8 +308,7 @@ class Device:
                 config,
                 self.features,
                 self.engine,
-                copying=self._settings.copying,
-                state_dir=self._settings.state_dir,
+                self._settings,
                 resume=resume,
             )
             name = f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}"
@@ -332,8 +331,11 @@ class Device:
 
     @property
     def mode(self) -> str:
-        """How data is moved: "grant copy" or "mapping" (for each request)."""
-        return "grant copy" if self._settings.copying else "mapping"
+        """How data is moved: "grant copy", "mapping" (for each request) or "persistent grants"."""
+        if self._settings.copying:
+            return "grant copy"
+        kept = self.connection is not None and self.connection.plan.persistent
+        return "persistent grants" if kept else "mapping"
 
     def _threads_ended(self, failure: Exception | None) -> None:
         """The queues are drained, or a ring is broken: give everything back at once."""

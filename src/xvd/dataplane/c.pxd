@@ -3,6 +3,7 @@
 
 from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 
 cdef extern from "atomics.h" nogil:
@@ -29,6 +30,13 @@ cdef extern from "atomics.h" nogil:
 
 cdef extern from "stdlib.h" nogil:
     void *aligned_alloc(size_t alignment, size_t size)
+
+
+cdef inline uint64_t monotonic_ns() noexcept nogil:
+    """The system's clock that never goes back."""
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
 cdef inline void *aligned_pages(size_t count) noexcept nogil:

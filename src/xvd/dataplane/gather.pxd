@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a request's data lies: its grants mapped, or its data copied, for a whole step's requests
-by one call."""
+by one call; and giving back what was mapped."""
 
 from libc.stdint cimport uint8_t, uint32_t
 from posix.uio cimport iovec
@@ -9,6 +9,7 @@ from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZ
                                 REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport refuse
 from xvd.dataplane.pending cimport COPIES, backend_queue, pending
+from xvd.dataplane.persistent cimport NOBODY, find, hold, keep, let_go, persistent_grant
 from xvd.dataplane.ports cimport grant_copy
 
 
@@ -25,28 +26,79 @@ cdef inline void add_data(pending *p, uint8_t *at, size_t size) noexcept nogil:
     p.io.iovcnt += 1
 
 
-cdef inline void drop_failed(backend_queue *q) noexcept nogil:
-    """Refuse those of the batch whose grants could not be had (marked by `mapped` 2)."""
-    cdef uint32_t i, kept = 0
-    for i in range(q.nr_batch):
-        if q.batch[i].mapped == 2:
-            refuse(q, q.batch[i], REFUSAL_BAD_GRANT)
-        else:
-            q.batch[kept] = q.batch[i]
-            kept += 1
-    q.nr_batch = kept
+# ---- Persistent grants -----------------------------------------------------------------------
+
+cdef inline void map_fresh(backend_queue *q) noexcept nogil:
+    """Map what is to be kept, each page by itself: it is unmapped by itself one day.
+
+    Always writable, whatever this request does: the next one may read into the same page.
+    """
+    cdef uint32_t i
+    cdef persistent_grant *g
+    for i in range(q.nr_fresh):
+        q.sets[i].grefs = &q.kept.grants[q.fresh[i]].gref
+        q.sets[i].count = 1
+        q.sets[i].writable = 1
+    if q.nr_fresh:
+        q.grants.map(q.grants.ctx, q.sets, q.nr_fresh)
+    for i in range(q.nr_fresh):
+        if q.sets[i].status == 0:
+            g = &q.kept.grants[q.fresh[i]]
+            g.page, g.handle = q.sets[i].base, q.sets[i].handle
+            q.count.mapped += 1
+    q.nr_fresh = 0
 
 
-cdef inline void map_batch(backend_queue *q) noexcept nogil:
-    """Map the grants of the whole batch by one call; writable only what the storage writes to."""
-    cdef uint32_t i, j, first, n = 0
+cdef inline uint32_t hold_grant(backend_queue *q, uint32_t gref) noexcept nogil:
+    """Use a reference's persistent grant, or begin one, to be mapped by `map_fresh`; or NOBODY."""
+    cdef uint32_t number = find(&q.kept, gref)
+    if number != NOBODY:
+        q.count.persistent_hits += 1
+        hold(&q.kept, number)
+        return number
+    q.count.persistent_misses += 1
+    number = keep(&q.kept, gref)
+    if number == NOBODY:
+        return NOBODY
+    if q.nr_fresh == q.nr_sets:
+        map_fresh(q)
+    q.fresh[q.nr_fresh] = number
+    q.nr_fresh += 1
+    return number
+
+
+cdef inline void hold_segments(backend_queue *q, pending *p) noexcept nogil:
+    """Use what is kept for a request's segments; the rest is mapped for this request only."""
+    cdef uint32_t j
+    p.holding = 1
+    p.passing = 0
+    for j in range(p.rq.nr_segments):
+        p.room.held[j] = hold_grant(q, p.rq.grefs[j])
+        if p.room.held[j] == NOBODY:
+            p.room.passing[p.passing] = p.rq.grefs[j]
+            p.passing += 1
+
+
+cdef inline void let_segments_go(backend_queue *q, pending *p) noexcept nogil:
+    cdef uint32_t j
+    p.holding = 0
+    for j in range(p.rq.nr_segments):
+        if p.room.held[j] != NOBODY:
+            let_go(&q.kept, p.room.held[j], q.now_ns)
+
+
+# ---- Mapping ---------------------------------------------------------------------------------
+
+cdef inline void map_passing(backend_queue *q) noexcept nogil:
+    """Map what is for one request only, by one call; writable only what the storage writes to."""
+    cdef uint32_t i, n = 0
     cdef pending *p
     for i in range(q.nr_batch):
         p = q.batch[i]
-        if p.rq.nr_segments == 0:
+        if p.passing == 0:
             continue
-        q.sets[n].grefs = p.rq.grefs
-        q.sets[n].count = p.rq.nr_segments
+        q.sets[n].grefs = p.room.passing if q.persistent else p.rq.grefs
+        q.sets[n].count = p.passing
         q.sets[n].writable = p.rq.operation == BLKIF_OP_READ
         q.owners[n] = p
         n += 1
@@ -56,18 +108,67 @@ cdef inline void map_batch(backend_queue *q) noexcept nogil:
     for i in range(n):
         p = q.owners[i]
         p.mapping = q.sets[i]
-        p.mapped = 1 if p.mapping.status == 0 else 2
-        if p.mapped == 2:
-            continue
-        q.count.mapped += p.mapping.count
-        for j in range(p.rq.nr_segments):
-            first = p.rq.first_sect[j] * BLKIF_SECTOR_SIZE
-            add_data(p, p.mapping.base + j * BLKIF_PAGE_SIZE + first,
-                     (p.rq.last_sect[j] - p.rq.first_sect[j] + 1) * BLKIF_SECTOR_SIZE)
+        if p.mapping.status == 0:
+            p.mapped = 1
+            q.count.mapped += p.mapping.count
+        else:
+            p.failed = 1
 
+
+cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
+    """Put a request's segments together from wherever each of them is mapped."""
+    cdef uint32_t j, first, passing = 0
+    cdef uint8_t *page
+    for j in range(p.rq.nr_segments):
+        if p.holding and p.room.held[j] != NOBODY:
+            page = q.kept.grants[p.room.held[j]].page
+        else:
+            page = p.mapping.base + passing * BLKIF_PAGE_SIZE
+            passing += 1
+        if page == NULL:
+            p.failed = 1
+            return
+        first = p.rq.first_sect[j] * BLKIF_SECTOR_SIZE
+        add_data(p, page + first,
+                 (p.rq.last_sect[j] - p.rq.first_sect[j] + 1) * BLKIF_SECTOR_SIZE)
+
+
+cdef inline void map_batch(backend_queue *q) noexcept nogil:
+    """Map the grants of the whole batch."""
+    cdef uint32_t i
+    for i in range(q.nr_batch):
+        q.batch[i].passing = q.batch[i].rq.nr_segments
+        if q.persistent:
+            hold_segments(q, q.batch[i])
+    map_fresh(q)
+    map_passing(q)
+    for i in range(q.nr_batch):
+        if not q.batch[i].failed:
+            find_data(q, q.batch[i])
+
+
+cdef inline void unmap(backend_queue *q, pending **whose, uint32_t count) noexcept nogil:
+    """Give back what requests have mapped, before their responses become visible: a frontend that
+    sees one takes its grant back at once, and must not find the page still mapped."""
+    cdef uint32_t i, n = 0
+    cdef pending *p
+    for i in range(count):
+        p = whose[i]
+        if p.holding:
+            let_segments_go(q, p)
+        if p.mapped:
+            p.mapped = 0
+            q.sets[n] = p.mapping
+            q.count.unmapped += p.mapping.count
+            n += 1
+    if n:
+        q.grants.unmap(q.grants.ctx, q.sets, n)
+
+
+# ---- Copying ---------------------------------------------------------------------------------
 
 cdef inline void run_copies(backend_queue *q, uint32_t n) noexcept nogil:
-    """Copy; a request of which one piece fails is marked (`mapped` 2)."""
+    """Copy; a request of which one piece fails is marked."""
     cdef uint32_t i
     if n == 0:
         return
@@ -75,7 +176,7 @@ cdef inline void run_copies(backend_queue *q, uint32_t n) noexcept nogil:
     q.count.copied += n
     for i in range(n):
         if q.copies[i].status != 0:
-            q.owners[i].mapped = 2
+            q.owners[i].failed = 1
 
 
 cdef inline grant_copy *next_copy(backend_queue *q, pending *p, uint32_t *n) noexcept nogil:
@@ -117,14 +218,6 @@ cdef inline void copy_batch(backend_queue *q) noexcept nogil:
     run_copies(q, n)
 
 
-cdef inline void gather(backend_queue *q) noexcept nogil:
-    if q.copying:
-        copy_batch(q)
-    else:
-        map_batch(q)
-    drop_failed(q)
-
-
 cdef inline void copy_reads_out(backend_queue *q, uint32_t finished) noexcept nogil:
     cdef uint32_t i, n = 0
     for i in range(finished):
@@ -133,15 +226,30 @@ cdef inline void copy_reads_out(backend_queue *q, uint32_t finished) noexcept no
     run_copies(q, n)
 
 
-cdef inline void unmap_finished(backend_queue *q, uint32_t finished) noexcept nogil:
-    """Before the responses become visible: a frontend that sees one takes its grant back at once,
-    and must not find the page still mapped."""
-    cdef uint32_t i, n = 0
-    for i in range(finished):
-        if q.batch[i].mapped == 1:
-            q.sets[n] = q.batch[i].mapping
-            q.batch[i].mapped = 0
-            q.count.unmapped += q.sets[n].count
-            n += 1
-    if n:
-        q.grants.unmap(q.grants.ctx, q.sets, n)
+# ---- Both ------------------------------------------------------------------------------------
+
+cdef inline void gather(backend_queue *q) noexcept nogil:
+    """Find the data of the batch; those whose grants could not be had leave it."""
+    cdef uint32_t i, kept = 0
+    cdef pending *p
+    if q.copying:
+        copy_batch(q)
+    else:
+        map_batch(q)
+    for i in range(q.nr_batch):
+        p = q.batch[i]
+        if p.failed:
+            unmap(q, &p, 1)
+            refuse(q, p, REFUSAL_BAD_GRANT)
+        else:
+            q.batch[kept] = p
+            kept += 1
+    q.nr_batch = kept
+
+
+cdef inline void give_back(backend_queue *q, uint32_t finished) noexcept nogil:
+    """Data of reads goes out; the first `finished` of the batch let go of their pages."""
+    if q.copying:
+        copy_reads_out(q, finished)
+    else:
+        unmap(q, q.batch, finished)

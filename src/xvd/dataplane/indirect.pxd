@@ -3,7 +3,8 @@
 
 The pages are the frontend's and may change while we look (XSA-155), so their bytes are copied to
 private memory before the first of them is read. The copy is a grant copy even where data is mapped:
-a few kilobytes cost less than mapping a page and shooting it down again.
+a few kilobytes cost less than mapping a page and shooting it down again. Where mappings are kept
+they are read from those: the pages come from the same pool as the data's, as in blkback.
 """
 
 from libc.stdint cimport uint32_t
@@ -11,30 +12,57 @@ from libc.stdint cimport uint32_t
 from xvd.dataplane.abi cimport (BLKIF_PAGE_SIZE, BLKIF_SEGMENTS_PER_INDIRECT_PAGE,
                                 REFUSAL_BAD_GRANT, REFUSAL_NONE)
 from xvd.dataplane.answer cimport refuse
-from xvd.dataplane.gather cimport next_copy, run_copies
+from xvd.dataplane.c cimport xvd_copy_slot
+from xvd.dataplane.gather cimport hold_grant, map_fresh, next_copy, run_copies
 from xvd.dataplane.pending cimport backend_queue, pending
+from xvd.dataplane.persistent cimport NOBODY, let_go
 from xvd.dataplane.ports cimport grant_copy
-from xvd.dataplane.request cimport check_data, parse_segments
+from xvd.dataplane.request cimport check_data, parse_segments, request
 
 
-cdef inline void add_descriptors(backend_queue *q, pending *p, uint32_t *n) noexcept nogil:
-    """Describe the copy of a request's indirect pages, as far as its segments fill them."""
-    cdef uint32_t page, left = p.rq.nr_segments, here
+cdef inline uint32_t pages_of(const request *rq) noexcept nogil:
+    return ((rq.nr_segments + BLKIF_SEGMENTS_PER_INDIRECT_PAGE - 1)
+            // BLKIF_SEGMENTS_PER_INDIRECT_PAGE)
+
+
+cdef inline void hold_descriptors(backend_queue *q, pending *p) noexcept nogil:
+    """Use the persistent grants of a request's indirect pages, for as long as the copy takes."""
+    cdef uint32_t page
+    for page in range(pages_of(&p.rq)):
+        p.room.held[page] = hold_grant(q, p.rq.indirect_grefs[page])
+
+
+cdef inline void read_kept(backend_queue *q, pending *p, uint32_t page,
+                           uint32_t size) noexcept nogil:
+    """Copy the descriptors of a page that is mapped, and let it go."""
+    cdef uint32_t number = p.room.held[page]
+    if q.kept.grants[number].page == NULL:
+        p.failed = 1
+    else:
+        xvd_copy_slot(p.room.descriptors + page * BLKIF_PAGE_SIZE, q.kept.grants[number].page, size)
+    let_go(&q.kept, number, q.now_ns)
+
+
+cdef inline void read_descriptors(backend_queue *q, pending *p, uint32_t *n) noexcept nogil:
+    """Copy a request's descriptors as far as its segments fill the pages, or describe the copy."""
+    cdef uint32_t page, size, left = p.rq.nr_segments * q.ring.layout.segment_size
     cdef grant_copy *op
-    for page in range((left + BLKIF_SEGMENTS_PER_INDIRECT_PAGE - 1)
-                      // BLKIF_SEGMENTS_PER_INDIRECT_PAGE):
-        here = min(left, <uint32_t>BLKIF_SEGMENTS_PER_INDIRECT_PAGE)
+    for page in range(pages_of(&p.rq)):
+        size = min(left, <uint32_t>BLKIF_PAGE_SIZE)
+        left -= size
+        if q.persistent and p.room.held[page] != NOBODY:
+            read_kept(q, p, page, size)
+            continue
         op = next_copy(q, p, n)
         op.local = p.room.descriptors + page * BLKIF_PAGE_SIZE
         op.gref = p.rq.indirect_grefs[page]
         op.offset = 0
-        op.size = here * q.ring.layout.segment_size
+        op.size = size
         op.to_grant = 0
-        left -= here
 
 
 cdef inline int judge_descriptors(backend_queue *q, pending *p) noexcept nogil:
-    if p.mapped == 2:
+    if p.failed:
         return REFUSAL_BAD_GRANT
     parse_segments(p.room.descriptors, q.ring.layout, p.rq.nr_segments, &p.rq)
     return check_data(&p.rq, &q.limits)
@@ -45,9 +73,14 @@ cdef inline void fetch_indirect(backend_queue *q) noexcept nogil:
     cdef uint32_t i, kept = 0, n = 0
     cdef int refusal
     cdef pending *p
+    if q.persistent:
+        for i in range(q.nr_batch):
+            if q.batch[i].rq.indirect:
+                hold_descriptors(q, q.batch[i])
+        map_fresh(q)
     for i in range(q.nr_batch):
         if q.batch[i].rq.indirect:
-            add_descriptors(q, q.batch[i], &n)
+            read_descriptors(q, q.batch[i], &n)
     run_copies(q, n)
     for i in range(q.nr_batch):
         p = q.batch[i]

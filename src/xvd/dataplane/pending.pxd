@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 from xvd.dataplane.abi cimport REFUSAL_COUNT
 from xvd.dataplane.journal cimport journal_entry, journal_header
+from xvd.dataplane.persistent cimport persistent_grants
 from xvd.dataplane.ports cimport (engine_io, engine_ports, event_ports, grant_copy, grant_mapping,
                                   grant_ports)
 from xvd.dataplane.request cimport request, request_limits
@@ -14,6 +15,8 @@ from xvd.dataplane.space cimport space, space_pool
 
 cdef enum:
     COPIES = 1024                # grant copies of one call; more are several calls
+    SETS = 256                   # sets of one mapping or unmapping, at least
+    GRANTS_PER_REQUEST = 33      # Linux's frontend: 32 segments and an indirect page
 
 cdef enum recovery:
     RECOVERED = 0
@@ -27,6 +30,7 @@ cdef struct queue_counters:
     uint64_t rd_sect, wr_sect, ds_sect
     uint64_t requests, responses, errors, storage_errors
     uint64_t mapped, unmapped, copied
+    uint64_t persistent_hits, persistent_misses, persistent_purged
     uint64_t notified, suppressed, steps, recovered
     uint64_t refusals[REFUSAL_COUNT]
 
@@ -41,8 +45,11 @@ cdef struct pending:
     journal_entry *entry
     uint32_t waiting             # 1: a predecessor's, not begun yet
     uint32_t stages              # pending_stage: what follows the operation under way
-    grant_mapping mapping
-    uint32_t mapped              # 1: `mapping` is to be unmapped; 2: a grant could not be had
+    grant_mapping mapping        # what is mapped for this request only
+    uint32_t mapped              # 1: `mapping` is to be unmapped
+    uint32_t holding             # 1: the persistent grants in `room.held` are to be let go
+    uint32_t passing             # how many of its references are mapped for it only
+    uint32_t failed              # 1: a grant could not be had
     space *own                   # for a direct request's segments
     space *room                  # where this request's segments are: `own`, or a large one
     engine_io io
@@ -53,7 +60,8 @@ cdef struct backend_queue:
     grant_ports *grants
     event_ports *events
     engine_ports *engine
-    uint32_t copying             # 1: grant copy; 0: map for each request
+    uint32_t copying             # 1: grant copy; 0: mapping
+    uint32_t persistent          # 1: keep what is mapped, as far as `kept` allows
     uint32_t stopping
     uint32_t broken
     uint32_t withdrawn           # bits of `limits.offered` that the storage turned out not to do
@@ -68,8 +76,14 @@ cdef struct backend_queue:
     uint32_t nr_batch
     space_pool small             # one for each request
     space_pool large             # for the segments of indirect requests
-    grant_mapping *sets          # scratch: sets of one grant call
-    pending **owners             # whose each is
+    persistent_grants kept
+    uint64_t now_ns              # as of the beginning of this step
+    uint32_t given_time          # 1: `now_ns` is set from outside
+    grant_mapping *sets          # scratch: sets of one grant call, `nr_sets` long
+    uint32_t nr_sets
+    uint32_t *fresh              # scratch, as long: persistent grants that are to be mapped
+    uint32_t nr_fresh
+    pending **owners             # whose each copy is
     grant_copy *copies           # scratch, COPIES long
     engine_io **ios
     journal_header *journal

@@ -12,6 +12,7 @@ cdef class BackendQueue:
     cdef stepper_ports table
     cdef object keep             # what the tables hang off must live as long as the queue
 
+    cdef bint open_kept(self) except -1
     cdef allocate(self, uint32_t nr_ents)
     cdef bint open_journal(self, object journal, uint32_t nr_ents) except -1
     cdef attach(self, bint resume)

@@ -24,17 +24,20 @@ from xvd.dataplane.abi cimport (
     REFUSAL_COUNT, REFUSAL_NONE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts,
     blkif_refusal_names)
 from xvd.dataplane.answer cimport publish_responses, refuse, respond, use_space
-from xvd.dataplane.c cimport xvd_load_acquire, xvd_store_release
-from xvd.dataplane.gather cimport gather
+from xvd.dataplane.c cimport monotonic_ns, xvd_load_acquire, xvd_store_release
+from xvd.dataplane.gather cimport gather, unmap
 from xvd.dataplane.indirect cimport fetch_indirect
 from xvd.dataplane.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, JOURNAL_MAGIC, journal_entry, journal_header,
     mark_taken)
 from xvd.dataplane.pending cimport (
-    BEGINNING, COPIES, RECOVERED, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER, backend_queue, pending)
+    BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER,
+    backend_queue, pending)
+from xvd.dataplane.persistent cimport close_book, open_book
 from xvd.dataplane.ports cimport (
     ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
     STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
+from xvd.dataplane.purge cimport purge, purge_all
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
     RING_BROKEN, back_attach, back_final_check, back_peek, back_pending, check_ring)
@@ -112,7 +115,7 @@ cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
 cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
     """Into the batch with a request, or refuse it."""
     q.in_flight += 1
-    p.mapped = 0
+    p.mapped = p.holding = p.failed = 0
     if refusal != REFUSAL_NONE:
         refuse(q, p, refusal)
         return
@@ -229,6 +232,8 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     cdef backend_queue *q = <backend_queue *>ctx
     cdef uint32_t moved = 0
     q.count.steps += 1
+    if not q.given_time:
+        q.now_ns = monotonic_ns()
     if not q.stopping and not q.broken:
         q.nr_batch = 0
         if q.recovering:
@@ -243,7 +248,11 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     moved += collect(q)
     publish_responses(q)
     if (q.stopping or q.broken) and q.in_flight == 0:
+        if q.persistent:
+            purge_all(q)
         return STEP_BROKEN | STEP_DRAINED if q.broken else STEP_DRAINED
+    if q.persistent and purge(q):
+        moved += 1
     return STEP_WORKED if moved else 0
 
 
@@ -270,7 +279,9 @@ cdef class BackendQueue:
     events, engine: objects with the tables' capsules as ``ports``; they are kept alive. capacity:
     512-byte sectors. offered: bit ``1 << operation`` for each operation advertised, bit 16 for
     secure discard. indirect_max: segments of an indirect request as advertised, 0 (none) to 4096.
-    copying: grant copy instead of mapping for each request. journal: writable memory of
+    copying: grant copy instead of mapping. persistent: both ends offered persistent grants; with
+    mapping, up to `persistent_max` pages stay mapped, each until it was unused for
+    `persistent_idle_s` seconds (0: for ever). journal: writable memory of
     `journal_size` bytes that outlives the process, or None; one that a predecessor on the same ring
     left is taken up, anything else is to be zeroed by the caller.
 
@@ -279,7 +290,9 @@ cdef class BackendQueue:
 
     def __init__(self, ring, uint32_t nr_ents, int abi, grants, events, engine, *,
                  uint64_t capacity, uint32_t logical_sectors=1, bint read_only=False,
-                 uint32_t offered=0x3, uint32_t indirect_max=0, bint copying=False, journal=None):
+                 uint32_t offered=0x3, uint32_t indirect_max=0, bint copying=False,
+                 bint persistent=False, uint32_t persistent_max=1056, double persistent_idle_s=60,
+                 journal=None):
         cdef uint8_t[::1] page = ring
         if journal is None:
             journal = bytearray(journal_size(nr_ents))
@@ -300,6 +313,8 @@ cdef class BackendQueue:
         self.q.limits.offered = offered
         self.q.limits.indirect_max = indirect_max
         self.q.copying = copying
+        self.q.persistent = persistent and not copying
+        self.set_persistent(persistent_max, persistent_idle_s)
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.allocate(nr_ents)
         self.attach(self.open_journal(journal, nr_ents))
@@ -355,12 +370,14 @@ cdef class BackendQueue:
         q.pendings = <pending *>calloc(nr_ents, sizeof(pending))
         q.free_list = <pending **>calloc(nr_ents, sizeof(void *))
         q.batch = <pending **>calloc(nr_ents, sizeof(void *))
-        q.sets = <grant_mapping *>calloc(nr_ents, sizeof(grant_mapping))
+        q.nr_sets = max(nr_ents, <uint32_t>SETS)
+        q.sets = <grant_mapping *>calloc(q.nr_sets, sizeof(grant_mapping))
+        q.fresh = <uint32_t *>calloc(q.nr_sets, sizeof(uint32_t))
         q.owners = <pending **>calloc(max(nr_ents, <uint32_t>COPIES), sizeof(void *))
         q.copies = <grant_copy *>calloc(COPIES, sizeof(grant_copy))
         q.ios = <engine_io **>calloc(nr_ents, sizeof(void *))
-        if not (q.pendings and q.free_list and q.batch and q.sets and q.owners and q.copies
-                and q.ios and open_pool(&q.small, nr_ents, NR_SEGMENTS, q.copying)
+        if not (q.pendings and q.free_list and q.batch and q.sets and q.fresh and q.owners
+                and q.copies and q.ios and (not q.persistent or self.open_kept()) and open_pool(&q.small, nr_ents, NR_SEGMENTS, q.copying)
                 and open_pool(&q.large, large, indirect_max, q.copying)):
             raise MemoryError(f"no memory for a queue of {nr_ents} requests")
         for i in range(nr_ents):
@@ -369,6 +386,11 @@ cdef class BackendQueue:
             use_space(&q.pendings[i], q.pendings[i].own)
         q.nr_free = nr_ents
 
+    cdef bint open_kept(self) except -1:
+        """The book of persistent grants: for the limit, or for what Linux's frontend uses."""
+        cdef uint32_t capacity = max(self.q.kept.limit, GRANTS_PER_REQUEST * self.q.ring.nr_ents)
+        return open_book(&self.q.kept, capacity, int.from_bytes(os.urandom(4), "little"))
+
     def __dealloc__(self):
         close_pool(&self.q.small)
         close_pool(&self.q.large)
@@ -376,6 +398,8 @@ cdef class BackendQueue:
         free(self.q.free_list)
         free(self.q.batch)
         free(self.q.sets)
+        free(self.q.fresh)
+        close_book(&self.q.kept)
         free(self.q.owners)
         free(self.q.copies)
         free(self.q.ios)
@@ -402,17 +426,37 @@ cdef class BackendQueue:
         """Take no more requests; those taken are finished by further steps. Any thread."""
         self.q.stopping = 1
 
+    def release(self):
+        """Unmap what was kept between requests. Only when nothing steps the queue any more."""
+        self.q.broken = 1
+        if self.q.persistent:
+            purge_all(&self.q)
+
     def abandon(self):
         """What the system does for a process that died here: its mappings go, nothing is answered.
 
-        For the simulator: the queue is not to be used any more.
+        For tests and the simulator: the queue is not to be used any more.
         """
         cdef uint32_t i
-        self.q.broken = 1
+        cdef pending *p
         for i in range(self.q.ring.nr_ents):
-            if self.q.pendings[i].mapped == 1:
-                self.q.grants.unmap(self.q.grants.ctx, &self.q.pendings[i].mapping, 1)
-                self.q.pendings[i].mapped = 0
+            p = &self.q.pendings[i]
+            unmap(&self.q, &p, 1)
+        self.release()
+
+    def set_time(self, uint64_t now_ns):
+        """From now on this is the time, in nanoseconds, for tests and the simulator."""
+        self.q.given_time = 1
+        self.q.now_ns = now_ns
+
+    def set_persistent(self, uint32_t grants_max, double idle_s):
+        """Change how many grants stay mapped, and for how long unused. Any thread.
+
+        More than there is memory for (33 for each entry of the ring, or what the queue was made
+        with) are not kept.
+        """
+        self.q.kept.idle_ns = <uint64_t>(idle_s * 1e9)
+        self.q.kept.limit = grants_max
 
     def set_capacity(self, uint64_t sectors):
         """Change what is out of range for requests taken from now on. Any thread."""
@@ -454,6 +498,7 @@ cdef class BackendQueue:
         counts = dict(self.q.count)
         refusals = counts.pop("refusals")
         counts["in_flight"] = self.q.in_flight
+        counts["persistent_grants"] = self.q.kept.count
         counts["refusals"] = {
             (<bytes>blkif_refusal_names[i]).decode(): refusals[i]
             for i in range(1, REFUSAL_COUNT) if refusals[i]

@@ -21,13 +21,15 @@ cdef extern from "sys/mman.h" nogil:
 
 cdef enum:
     LARGE_SEGMENTS = 16384       # in the large spaces of one queue: 64 MiB of data in flight
-    SEGMENT_BYTES = sizeof(iovec) + 8 + 4 + 1 + 1
+    SEGMENT_BYTES = sizeof(iovec) + 8 + 3 * 4 + 1 + 1
 
 # Room for one request's segments.
 cdef struct space:
     iovec *iov
     uint8_t *descriptors         # private copy of indirect pages
     uint32_t *grefs
+    uint32_t *held               # number of the persistent grant that a segment uses, or NOBODY
+    uint32_t *passing            # the references that are mapped for this request only
     uint8_t *first_sect
     uint8_t *last_sect
     uint8_t *bounce              # a page for each segment; NULL when the grants are mapped
@@ -49,12 +51,18 @@ cdef inline size_t bounce_bytes(const space_pool *pool) noexcept nogil:
 cdef inline void carve(space_pool *pool, uint32_t number) noexcept nogil:
     """Lay out one space; each array is aligned because those before it are of larger items."""
     cdef space *s = &pool.spaces[number]
-    cdef size_t first = <size_t>number * pool.size
-    s.iov = <iovec *>pool.memory + first
-    s.descriptors = <uint8_t *>(<iovec *>pool.memory + <size_t>pool.count * pool.size) + first * 8
-    s.grefs = <uint32_t *>(pool.memory + <size_t>pool.count * pool.size * (sizeof(iovec) + 8)) + first
-    s.first_sect = pool.memory + <size_t>pool.count * pool.size * (sizeof(iovec) + 12) + first
-    s.last_sect = s.first_sect + <size_t>pool.count * pool.size
+    cdef size_t first = <size_t>number * pool.size, every = <size_t>pool.count * pool.size
+    cdef uint8_t *at = pool.memory
+    s.iov = <iovec *>at + first
+    at += every * sizeof(iovec)
+    s.descriptors = at + first * 8
+    at += every * 8
+    s.grefs = <uint32_t *>at + first
+    s.held = <uint32_t *>at + every + first
+    s.passing = <uint32_t *>at + 2 * every + first
+    at += every * 12
+    s.first_sect = at + first
+    s.last_sect = at + every + first
     s.bounce = NULL if pool.bounce == NULL else pool.bounce + first * BLKIF_PAGE_SIZE
     pool.free_list[number] = s
 

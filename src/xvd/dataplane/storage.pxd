@@ -8,7 +8,7 @@ from posix.unistd cimport write
 from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_EOPNOTSUPP,
                                 BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport answer, refuse
-from xvd.dataplane.gather cimport copy_reads_out, unmap_finished
+from xvd.dataplane.gather cimport give_back
 from xvd.dataplane.pending cimport STAGE_WRITE, backend_queue, pending
 from xvd.dataplane.ports cimport ENGINE_FLUSH, ENGINE_SECURE, ENGINE_WRITE, engine_io
 from xvd.dataplane.request cimport OFFER_SECURE
@@ -79,13 +79,10 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
             continue
         q.batch[finished] = p
         finished += 1
-    if q.copying:
-        copy_reads_out(q, finished)
-    else:
-        unmap_finished(q, finished)
+    give_back(q, finished)
     for i in range(finished):
         p = q.batch[i]
-        if p.mapped == 2:
+        if p.failed:
             refuse(q, p, REFUSAL_BAD_GRANT)
         elif p.io.result == 0:
             answer(q, p, BLKIF_RSP_OKAY)
