@@ -80,6 +80,7 @@ class QueueWorld:
         data_pages: int = 32,
         poison: int | None = None,
         persistent: int | None = None,
+        max_pages: int = 1024,
     ) -> None:
         self.host = Host(SMALL)
         self.guest = machine(self.host, GUEST)
@@ -104,6 +105,7 @@ class QueueWorld:
         self.offered = offered | (1 << Op.INDIRECT if indirect_max else 0)
         self.indirect_max = indirect_max
         self.persistent = persistent
+        self.max_pages = max_pages
         self.queue = self.make_queue()
 
     def make_queue(self) -> BackendQueue:
@@ -123,6 +125,7 @@ class QueueWorld:
             copying=self.copying,
             persistent=self.persistent is not None,
             persistent_max=self.persistent or 0,
+            max_pages=self.max_pages,
             journal=self.journal,
         )
 

@@ -94,6 +94,7 @@ class Link:
             persistent=plan.persistent,
             persistent_max=settings.persistent_grants_of(config.ring_pages),
             persistent_idle_s=settings.persistent_grant_unused_seconds,
+            max_pages=settings.max_buffer_pages,
             journal=self.journal.memory,
         )
 
@@ -160,6 +161,13 @@ class Connection:
         for link in self.links:
             if link.thread is not None:
                 link.thread.drain()
+
+    def squeeze(self, seconds: float) -> None:
+        """Keep no memory that is not in use, for so long."""
+        for link in self.links:
+            link.queue.squeeze(seconds)
+            if link.thread is not None:
+                link.thread.wake()
 
     def kick(self) -> None:
         """An event on each ring: responses of a predecessor may lie there unannounced."""

@@ -406,6 +406,11 @@ class Device:
     async def _do_unregister(self) -> None:
         self._log.info("gone")
 
+    def squeeze(self) -> None:
+        """Give back memory that is not in use, and keep none for the time that is set."""
+        if self.connection is not None:
+            self.connection.squeeze(self._settings.buffer_squeeze_duration_ms / 1000)
+
     # ---- Figures ----
 
     def counters(self) -> dict[str, object]:

@@ -65,6 +65,11 @@ class Server:
         """Return when the store is lost."""
         await asyncio.gather(*self._followers)
 
+    def squeeze(self) -> None:
+        """Memory is short: every disk gives back what it keeps and does not use."""
+        for device in self.devices.values():
+            device.squeeze()
+
     async def close(self) -> None:
         """Drain and release every disk, leaving its nodes for whoever serves it next."""
         self._closing = True

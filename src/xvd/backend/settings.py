@@ -18,6 +18,8 @@ class Settings:
     max_persistent_grants: most that stay mapped for each ring (xen-blkback: 1056, of any size);
     scale_persistent_grants: for each page of the ring instead.
     persistent_grant_unused_seconds: how long one stays mapped without being used; 0: for ever.
+    max_buffer_pages: bounce pages that each ring keeps between requests, with grant copy (1024);
+    buffer_squeeze_duration_ms: how long none are kept when memory becomes short (10).
     max_indirect_segments: 0 (no indirect requests), or 12 to 4096; xen-blkback has 256.
     """
 
@@ -30,6 +32,8 @@ class Settings:
     max_persistent_grants: int = 1056
     scale_persistent_grants: bool = False
     persistent_grant_unused_seconds: float = 60
+    max_buffer_pages: int = 1024
+    buffer_squeeze_duration_ms: float = 10
 
     def persistent_grants_of(self, ring_pages: int) -> int:
         """How many grants of a ring of so many pages stay mapped."""

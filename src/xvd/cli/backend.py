@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from xvd.backend.pressure import MemoryPressure
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.nodes import BackendAssignment
@@ -92,6 +93,7 @@ async def _backend(
         )
         await control.listen(directory / "control" / name)
         stack.push_async_callback(control.close)
+        stack.callback(MemoryPressure(server.squeeze).close)
         await server.start()
         stack.push_async_callback(server.close)
         sys.stdout.write("ready\n")

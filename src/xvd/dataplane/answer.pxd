@@ -4,6 +4,7 @@
 from libc.stdint cimport int16_t
 
 from xvd.dataplane.abi cimport BLKIF_RSP_OKAY, blkif_refusal_status
+from xvd.dataplane.buffers cimport let_lie
 from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.journal cimport mark_answering, strike
 from xvd.dataplane.pending cimport backend_queue, pending
@@ -36,6 +37,8 @@ cdef inline void answer(backend_queue *q, pending *p, int16_t status) noexcept n
     if q.barrier == p:
         q.barrier = NULL
     q.unpushed += 1
+    if q.copying:
+        let_lie(q, p.room)
     if p.room != p.own:
         give_space(&q.large, p.room)
         use_space(p, p.own)

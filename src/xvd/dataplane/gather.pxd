@@ -8,6 +8,7 @@ from posix.uio cimport iovec
 from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE,
                                 REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport refuse
+from xvd.dataplane.buffers cimport touch
 from xvd.dataplane.pending cimport COPIES, backend_queue, pending
 from xvd.dataplane.persistent cimport NOBODY, find, hold, keep, let_go, persistent_grant
 from xvd.dataplane.ports cimport grant_copy
@@ -212,6 +213,7 @@ cdef inline void copy_batch(backend_queue *q) noexcept nogil:
         p = q.batch[i]
         if p.rq.nr_segments == 0:
             continue
+        touch(p.room, p.io.length)
         add_data(p, p.room.bounce, p.io.length)
         if p.rq.operation != BLKIF_OP_READ:
             add_copies(q, p, &n, False)

@@ -30,6 +30,7 @@ cdef struct queue_counters:
     uint64_t rd_sect, wr_sect, ds_sect
     uint64_t requests, responses, errors, storage_errors
     uint64_t mapped, unmapped, copied
+    uint64_t buffer_pages_released
     uint64_t persistent_hits, persistent_misses, persistent_purged
     uint64_t notified, suppressed, steps, recovered
     uint64_t refusals[REFUSAL_COUNT]
@@ -79,6 +80,9 @@ cdef struct backend_queue:
     persistent_grants kept
     uint64_t now_ns              # as of the beginning of this step
     uint32_t given_time          # 1: `now_ns` is set from outside
+    uint32_t max_pages           # bounce pages that are kept though nobody uses them
+    uint32_t idle_pages          # how many those are now
+    uint64_t squeezed_until_ns
     grant_mapping *sets          # scratch: sets of one grant call, `nr_sets` long
     uint32_t nr_sets
     uint32_t *fresh              # scratch, as long: persistent grants that are to be mapped

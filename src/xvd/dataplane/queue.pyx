@@ -24,6 +24,7 @@ from xvd.dataplane.abi cimport (
     REFUSAL_COUNT, REFUSAL_NONE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts,
     blkif_refusal_names)
 from xvd.dataplane.answer cimport publish_responses, refuse, respond, use_space
+from xvd.dataplane.buffers cimport shrink, take_up
 from xvd.dataplane.c cimport monotonic_ns, xvd_load_acquire, xvd_store_release
 from xvd.dataplane.gather cimport gather, unmap
 from xvd.dataplane.indirect cimport fetch_indirect
@@ -116,13 +117,15 @@ cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
     """Into the batch with a request, or refuse it."""
     q.in_flight += 1
     p.mapped = p.holding = p.failed = 0
+    if p.rq.indirect and refusal == REFUSAL_NONE:
+        use_space(p, take_space(&q.large))
+    if q.copying:
+        take_up(q, p.room)
     if refusal != REFUSAL_NONE:
         refuse(q, p, refusal)
         return
     if p.rq.operation == BLKIF_OP_WRITE_BARRIER:
         q.barrier = p
-    if p.rq.indirect:
-        use_space(p, take_space(&q.large))
     q.batch[q.nr_batch] = p
     q.nr_batch += 1
 
@@ -247,6 +250,8 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
         start(q)
     moved += collect(q)
     publish_responses(q)
+    if q.copying:
+        shrink(q)
     if (q.stopping or q.broken) and q.in_flight == 0:
         if q.persistent:
             purge_all(q)
@@ -281,7 +286,8 @@ cdef class BackendQueue:
     secure discard. indirect_max: segments of an indirect request as advertised, 0 (none) to 4096.
     copying: grant copy instead of mapping. persistent: both ends offered persistent grants; with
     mapping, up to `persistent_max` pages stay mapped, each until it was unused for
-    `persistent_idle_s` seconds (0: for ever). journal: writable memory of
+    `persistent_idle_s` seconds (0: for ever). max_pages: how many pages that data is copied through
+    stay in memory between requests. journal: writable memory of
     `journal_size` bytes that outlives the process, or None; one that a predecessor on the same ring
     left is taken up, anything else is to be zeroed by the caller.
 
@@ -292,7 +298,7 @@ cdef class BackendQueue:
                  uint64_t capacity, uint32_t logical_sectors=1, bint read_only=False,
                  uint32_t offered=0x3, uint32_t indirect_max=0, bint copying=False,
                  bint persistent=False, uint32_t persistent_max=1056, double persistent_idle_s=60,
-                 journal=None):
+                 uint32_t max_pages=1024, journal=None):
         cdef uint8_t[::1] page = ring
         if journal is None:
             journal = bytearray(journal_size(nr_ents))
@@ -314,6 +320,7 @@ cdef class BackendQueue:
         self.q.limits.indirect_max = indirect_max
         self.q.copying = copying
         self.q.persistent = persistent and not copying
+        self.q.max_pages = max_pages
         self.set_persistent(persistent_max, persistent_idle_s)
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.allocate(nr_ents)
@@ -449,6 +456,16 @@ cdef class BackendQueue:
         self.q.given_time = 1
         self.q.now_ns = now_ns
 
+    def set_max_pages(self, uint32_t pages):
+        """Change how many bounce pages stay in memory between requests. Any thread."""
+        self.q.max_pages = pages
+
+    def squeeze(self, double seconds):
+        """Keep none of them for so long, from now on: memory is short. Any thread; wake its thread.
+        """
+        cdef uint64_t now = self.q.now_ns if self.q.given_time else monotonic_ns()
+        self.q.squeezed_until_ns = now + <uint64_t>(seconds * 1e9)
+
     def set_persistent(self, uint32_t grants_max, double idle_s):
         """Change how many grants stay mapped, and for how long unused. Any thread.
 
@@ -498,6 +515,7 @@ cdef class BackendQueue:
         counts = dict(self.q.count)
         refusals = counts.pop("refusals")
         counts["in_flight"] = self.q.in_flight
+        counts["buffer_pages"] = self.q.idle_pages
         counts["persistent_grants"] = self.q.kept.count
         counts["refusals"] = {
             (<bytes>blkif_refusal_names[i]).decode(): refusals[i]

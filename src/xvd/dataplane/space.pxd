@@ -33,6 +33,7 @@ cdef struct space:
     uint8_t *first_sect
     uint8_t *last_sect
     uint8_t *bounce              # a page for each segment; NULL when the grants are mapped
+    uint32_t touched             # of those, how many are in memory
 
 cdef struct space_pool:
     uint32_t count
