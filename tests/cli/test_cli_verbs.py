@@ -106,6 +106,25 @@ def test_stats_count_under_blkbacks_names(four: FourProcesses, requires_tool) ->
     assert counters["f_req"] >= 1
 
 
+def test_a_disk_is_resized_while_it_is_used(four: FourProcesses, image: Path) -> None:
+    larger = four.run("resize", "1", "xvda", "80M")
+    smaller = four.run("resize", "1", "xvda", "32M")
+    shrunk = four.run("resize", "1", "xvda", "32M", "--shrink")
+    os.truncate(image, 48 << 20)
+    followed = four.run("resize", "1", "xvda")
+
+    sizes = [result.stdout.strip() for result in (larger, shrunk, followed)]
+    assert sizes == [str(size << 20) for size in (80, 32, 48)]
+    assert (smaller.returncode, "--shrink" in smaller.stderr) == (2, True)
+
+
+def test_a_disk_that_nobody_serves_is_not_resized(four: FourProcesses) -> None:
+    result = four.run("resize", "1", "xvdz", "1G")
+
+    assert result.returncode == 1
+    assert "no daemon serves the disk" in result.stderr
+
+
 def test_detach_ends_the_frontend_and_removes_every_node(four: FourProcesses) -> None:
     result = four.run("detach", "1", "xvda")
 

@@ -169,6 +169,11 @@ class Connection:
             if link.thread is not None:
                 link.thread.wake()
 
+    def set_capacity(self, sectors: int) -> None:
+        """What is out of range from the next request on."""
+        for link in self.links:
+            link.queue.set_capacity(sectors)
+
     def kick(self) -> None:
         """An event on each ring: responses of a predecessor may lie there unannounced."""
         for link in self.links:

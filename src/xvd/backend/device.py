@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from xvd.backend.connection import Connection, Plan
@@ -43,10 +44,11 @@ from xvd.blkif.nodes import (
     stale_frontend_nodes,
 )
 from xvd.engines.interface import Engine
-from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
+from xvd.errors import ConfigError, PeerClosed, PeerProtocolError, XenstoreError, XvdError
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
+from xvd.types import RING_SECTOR_SIZE
 
 StorageOpener = Callable[[BackendAssignment], Awaitable[Engine]]
 
@@ -289,9 +291,11 @@ class Device:
         assert self.engine is not None
         assert self.features is not None
         try:
+            grown = False
             if resume:
                 own = await read_directory(self._store, self.path, _own_node)
                 self.features = promised(self.features, own)
+                grown = own.get("sectors") != str(self.features.sectors)
             nodes = await read_directory(self._store, self.assignment.frontend, _frontends_node)
             config = parse_frontend(
                 nodes,
@@ -328,6 +332,8 @@ class Device:
         layout = f"queues: {len(config.queues)}, ring pages: {config.ring_pages}"
         self._log.info("connected (%s, %s, %s)", config.abi.protocol, self.mode, layout)
         self.put(BackendEvent.CONNECT_DONE)
+        if grown:
+            self.put(BackendEvent.RESIZED)  # while nobody served it; the state has to be repeated
 
     @property
     def mode(self) -> str:
@@ -410,6 +416,41 @@ class Device:
         """Give back memory that is not in use, and keep none for the time that is set."""
         if self.connection is not None:
             self.connection.squeeze(self._settings.buffer_squeeze_duration_ms / 1000)
+
+    # ---- Size ----
+
+    async def resize(self, size: int | None = None) -> int:
+        """Give the disk `size` bytes, or let it follow its storage; its 512-byte sectors then.
+
+        The guest is told while it runs. Raises `EngineError`, or `ConfigError` where the storage is
+        not open.
+        """
+        if self.engine is None or self.features is None:
+            raise ConfigError(f"{self.path}: its storage is not open")
+        try:
+            if size is not None:
+                if size < self.engine.info.size:
+                    self._set_sectors(size // RING_SECTOR_SIZE)  # before what lies behind it goes
+                await asyncio.to_thread(self.engine.resize, size)
+        finally:
+            self._set_sectors(await asyncio.to_thread(self.engine.measure) // RING_SECTOR_SIZE)
+        return self.features.sectors
+
+    async def follow_size(self) -> None:
+        """Look whether the storage has grown, as blkback does before each request."""
+        if self.connection is not None and self.engine is not None:
+            with contextlib.suppress(OSError, XvdError):
+                await self.resize()
+
+    def _set_sectors(self, sectors: int) -> None:
+        assert self.features is not None
+        if sectors == self.features.sectors:
+            return
+        self._log.info("has %d sectors now, %d before", sectors, self.features.sectors)
+        self.features = replace(self.features, sectors=sectors)
+        if self.connection is not None:
+            self.connection.set_capacity(sectors)
+        self.put(BackendEvent.RESIZED)
 
     # ---- Figures ----
 

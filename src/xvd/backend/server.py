@@ -12,7 +12,7 @@ from xvd.backend.settings import Settings
 from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState
-from xvd.errors import PeerClosed, XenstoreError
+from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.xenbus import remove_device
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 CLEAR_DELAY_S: Final = 0.5
 """How long a disk of a driver domain reads Closed before its nodes go."""
+
+LOOK_S: Final = 5.0
+"""How often a disk's storage is asked for its size."""
 
 _GONE: Final = {"online": "0", "state": str(int(XenbusState.CLOSED))}
 
@@ -52,6 +55,7 @@ class Server:
         self._closing = False
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
+        self._ticker: asyncio.Task[None] | None = None
         self._pages = XentopPages(store)
 
     async def start(self) -> None:
@@ -60,10 +64,26 @@ class Server:
             watch = await self._store.watch(f"backend/{kind}")
             self._watches.append(watch)
             self._followers.append(asyncio.create_task(self._follow(kind, watch)))
+        self._ticker = asyncio.create_task(self._tick())
 
     async def wait(self) -> None:
         """Return when the store is lost."""
         await asyncio.gather(*self._followers)
+
+    async def _tick(self) -> None:
+        """What is looked at now and then, rather than told."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for device in list(self.devices.values()):
+                await device.follow_size()
+
+    def device(self, name: str) -> Device:
+        """The disk with the directory `name`, or with ``DOMID/VDEV`` at its end; `ConfigError`."""
+        found = [d for path, d in self.devices.items() if f"/{path}".endswith(f"/{name}")]
+        if len(found) != 1:
+            known = ", ".join(sorted(self.devices)) or "none"
+            raise ConfigError(f"{name!r} names no disk that is served here; there are: {known}")
+        return found[0]
 
     def squeeze(self) -> None:
         """Memory is short: every disk gives back what it keeps and does not use."""
@@ -73,7 +93,7 @@ class Server:
     async def close(self) -> None:
         """Drain and release every disk, leaving its nodes for whoever serves it next."""
         self._closing = True
-        tasks = [*self._followers, *self._again]
+        tasks = [*self._followers, *self._again, *([self._ticker] if self._ticker else [])]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import typer
 
 from xvd import __version__
-from xvd.cli import attach, backend, bench, doctor, host, nbd, serve, sim, stats
+from xvd.cli import attach, backend, bench, doctor, host, nbd, resize, serve, sim, stats
 from xvd.errors import ConfigError, XvdError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "backend": backend.backend,
     "attach": attach.attach,
     "detach": attach.detach,
+    "resize": resize.resize,
     "list": attach.list_disks,
     "nbd": nbd.nbd,
     "stats": stats.stats,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from xvd.blkif.abi import XenbusState
-from xvd.blkif.vdev import format_vdev, parse_vdev
+from xvd.blkif.vdev import format_vdev
 from xvd.cli import common
 from xvd.errors import ConfigError
 from xvd.machine.emulated.link import LinkClient
@@ -19,8 +19,6 @@ from xvd.machine.xs.client import XenstoreClient
 from xvd.toolstack import vbd as toolstack
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid
-
-Guest = Annotated[int, typer.Argument(min=1, help="The guest's domain number.")]
 
 
 @contextlib.asynccontextmanager
@@ -37,7 +35,7 @@ async def _dom0(host: common.HostDir) -> AsyncIterator[tuple[EmulatedMachine, Xe
 
 
 def attach(
-    guest: Guest,
+    guest: common.Guest,
     disk: Annotated[
         str, typer.Argument(help="xl's disk syntax: 'vdev=xvda,access=rw,target=IMAGE-or-URI'.")
     ],
@@ -66,16 +64,9 @@ def attach(
     return common.run(main())
 
 
-def _vdev(text: str) -> int:
-    try:
-        return parse_vdev(text)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
 def detach(
-    guest: Guest,
-    vdev: Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")],
+    guest: common.Guest,
+    vdev: common.Vdev,
     host: common.HostDir = common.DEFAULT_HOST,
     force: Annotated[
         bool, typer.Option("--force", help="Remove it whatever its guest says.")
@@ -85,7 +76,7 @@ def detach(
     ] = toolstack.INIT_TIMEOUT_S,
 ) -> int:
     """Take a disk away from a guest of an emulated host."""
-    number = _vdev(vdev)
+    number = common.vdev_number(vdev)
 
     async def main() -> int:
         async with _dom0(host) as (_, store):

@@ -89,7 +89,10 @@ async def _backend(
         settings = Settings(copying=copy, state_dir=directory / "state" / name)
         server = Server(machine, store, storage, kinds=kinds, settings=settings)
         control = ControlServer(
-            {"stats": lambda: [disk_figures(device) for device in server.devices.values()]}
+            {
+                "stats": lambda: [disk_figures(device) for device in server.devices.values()],
+                "resize": lambda disk, size: server.device(disk).resize(size),
+            }
         )
         await control.listen(directory / "control" / name)
         stack.push_async_callback(control.close)

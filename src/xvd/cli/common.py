@@ -18,9 +18,11 @@ import typer
 from rich.console import Console
 
 from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.vdev import parse_vdev
+from xvd.cli.control import ask
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
-from xvd.errors import ConfigError
+from xvd.errors import ConfigError, PeerClosed
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
 from xvd.machine.xen import machine as xen
@@ -55,9 +57,29 @@ Layers = Annotated[
 XEN_DIRECTORY = Path("/run/xvd")
 """Where the daemons of a real Xen domain have their control sockets and journals."""
 
+Guest = Annotated[int, typer.Argument(min=1, help="The guest's domain number.")]
+Vdev = Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")]
+
 DEFAULT_HOST = (
     XEN_DIRECTORY if xen.available() else Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
 )
+
+
+def vdev_number(text: str) -> int:
+    """The number of a disk's name; `ConfigError` for what is neither."""
+    try:
+        return parse_vdev(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+async def daemon_of(host: Path, disk: str) -> Path:
+    """The control socket of the daemon that serves the disk ``DOMID/VDEV``; `PeerClosed`."""
+    for path in sorted((host / "control").glob("*")):
+        with contextlib.suppress(PeerClosed):
+            if any(d["disk"].endswith(f"/{disk}") for d in await ask(path, "stats")):
+                return path
+    raise PeerClosed(f"{host}: no daemon serves the disk {disk}; see xvd list, xvd stats")
 
 
 async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine, Path]:

@@ -6,6 +6,7 @@ Each daemon listens under ``DIR/control`` of its host; ``xvd stats`` asks all th
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -14,28 +15,36 @@ from typing import Any
 
 import msgspec
 
-from xvd.errors import PeerClosed
+from xvd.errors import PeerClosed, XvdError
 from xvd.sockets import UnixListener, claim
 
 logger = logging.getLogger(__name__)
 
 LINE_MAX = 1 << 20
-_PARSE_ERROR, _NO_METHOD = -32700, -32601
+_PARSE_ERROR, _NO_METHOD, _BAD_PARAMS, _FAILED = -32700, -32601, -32602, -32000
 
 
 class Call(msgspec.Struct):
     """A JSON-RPC request."""
 
     method: str
+    params: dict[str, Any] = {}
     id: int | str | None = None
     jsonrpc: str = "2.0"
 
 
-class ControlServer:
-    """Answers calls of `methods`; everything in the event loop's thread."""
+class DaemonError(XvdError):
+    """What a daemon said instead of doing what it was asked for."""
 
-    def __init__(self, methods: dict[str, Callable[[], object]]) -> None:
-        self._methods: dict[str, Callable[[], object]] = dict(methods)
+
+class ControlServer:
+    """Answers calls of `methods`, with params by name; everything in the event loop's thread.
+
+    A method may be a coroutine function. `XvdError` and OSError become the call's error.
+    """
+
+    def __init__(self, methods: dict[str, Callable[..., object]]) -> None:
+        self._methods: dict[str, Callable[..., object]] = dict(methods)
         self._methods["rpc_get_methods"] = lambda: sorted(self._methods)
         self._server: asyncio.Server | None = None
         self._listener: UnixListener | None = None
@@ -50,11 +59,11 @@ class ControlServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, ValueError, asyncio.CancelledError):
             while line := await reader.readline():
-                writer.write(msgspec.json.encode(self._answer(line)) + b"\n")
+                writer.write(msgspec.json.encode(await self._answer(line)) + b"\n")
                 await writer.drain()
         writer.close()
 
-    def _answer(self, line: bytes) -> dict[str, object]:
+    async def _answer(self, line: bytes) -> dict[str, object]:
         try:
             call = msgspec.json.decode(line, type=Call)
         except msgspec.MsgspecError as error:
@@ -64,7 +73,15 @@ class ControlServer:
         if method is None:
             problem = {"code": _NO_METHOD, "message": f"no method {call.method!r}"}
             return {"jsonrpc": "2.0", "id": call.id, "error": problem}
-        return {"jsonrpc": "2.0", "id": call.id, "result": method()}
+        try:
+            result = method(**call.params)
+            if inspect.isawaitable(result):
+                result = await result
+        except (XvdError, OSError, TypeError) as error:
+            code = _BAD_PARAMS if isinstance(error, TypeError) else _FAILED
+            problem = {"code": code, "message": str(error)}
+            return {"jsonrpc": "2.0", "id": call.id, "error": problem}
+        return {"jsonrpc": "2.0", "id": call.id, "result": result}
 
     async def close(self) -> None:
         """Stop listening, remove the socket."""
@@ -74,11 +91,12 @@ class ControlServer:
             self._listener.remove()
 
 
-async def ask(path: Path, method: str) -> Any:
-    """Call a daemon; `PeerClosed` if none answers there."""
+async def ask(path: Path, method: str, **params: object) -> Any:
+    """Call a daemon; `PeerClosed` if none answers there, `DaemonError` if it says no."""
+    call = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
     try:
         reader, writer = await asyncio.open_unix_connection(path, limit=LINE_MAX)
-        writer.write(msgspec.json.encode({"jsonrpc": "2.0", "id": 1, "method": method}) + b"\n")
+        writer.write(msgspec.json.encode(call) + b"\n")
         line = await reader.readline()
         writer.close()
     except OSError as error:
@@ -87,5 +105,5 @@ async def ask(path: Path, method: str) -> Any:
         raise PeerClosed(f"{path}: the daemon closed the connection")
     answer = msgspec.json.decode(line)
     if "error" in answer:
-        raise PeerClosed(f"{path}: {answer['error']['message']}")
+        raise DaemonError(answer["error"]["message"])
     return answer["result"]

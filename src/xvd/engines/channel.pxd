@@ -48,3 +48,4 @@ cdef class CheckedChannel:
     cdef checked c
     cdef engine_ports table
     cdef object lower
+    cdef object __weakref__

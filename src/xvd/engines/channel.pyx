@@ -81,6 +81,10 @@ cdef class CheckedChannel:
         """Capsule ``xvd.engine_ports``."""
         return wrap(&self.table, "xvd.engine_ports")
 
+    def set_size(self, uint64_t size):
+        """Check by another size from now on, in bytes. Any thread."""
+        self.c.size = size
+
     def close(self):
         """Close the channel behind."""
         self.lower.close()

@@ -5,7 +5,9 @@ Engines behind it may assume valid input: inside the size, whole logical blocks,
 discards where `info` rules them out.
 """
 
+import dataclasses
 import errno
+import weakref
 
 from xvd.engines.channel import CheckedChannel
 from xvd.engines.interface import Channel, Engine, EngineInfo
@@ -18,6 +20,7 @@ class Checked(Engine):
     def __init__(self, lower: Engine) -> None:
         self.lower = lower
         self._info = lower.info
+        self._channels: weakref.WeakSet[CheckedChannel] = weakref.WeakSet()
         size, block = self._info.size, self._info.logical_block_size
         if size % block:
             raise EngineError(
@@ -77,10 +80,29 @@ class Checked(Engine):
             raise EngineError(errno.EOPNOTSUPP, "the storage cannot erase securely")
         self.lower.secure_discard(offset, length)
 
+    def measure(self) -> int:
+        """Measure, and from now on check by it; what is no whole block at the end is left out."""
+        size = self.lower.measure()
+        size -= size % self._info.logical_block_size
+        self._info = dataclasses.replace(self._info, size=size)
+        for channel in self._channels:
+            channel.set_size(size)
+        return size
+
+    def resize(self, size: int) -> None:
+        """Check, then resize."""
+        self._check_writable()
+        block = self._info.logical_block_size
+        if size <= 0 or size % block:
+            raise EngineError(errno.EINVAL, f"{size} bytes are not whole blocks of {block}")
+        self.lower.resize(size)
+
     def close(self) -> None:
         """Close the engine behind."""
         self.lower.close()
 
     def open_channel(self) -> Channel:
         """A checking channel in front of the engine's own."""
-        return CheckedChannel(self.lower.open_channel(), self._info)
+        channel = CheckedChannel(self.lower.open_channel(), self._info)
+        self._channels.add(channel)
+        return channel

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opening an image file or a block device, once, exclusively, and closing it."""
 
+import dataclasses
 import errno
 import fcntl
 import os
@@ -170,6 +171,22 @@ class FileEngine(Engine):
     def discard(self, offset: int, length: int) -> None:
         """Punch a hole."""
         punch_hole(self._cached_fd, offset, length)
+
+    def measure(self) -> int:
+        """Look how long the file or the device is; a part of a sector at its end is left out."""
+        size = os.lseek(self._cached_fd, 0, os.SEEK_END)
+        self._info = dataclasses.replace(self._info, size=size - size % 512)
+        return self._info.size
+
+    def resize(self, size: int) -> None:
+        """Cut a file, or make it longer by a hole. A device has the size that it has."""
+        if stat.S_ISBLK(os.fstat(self._cached_fd).st_mode):
+            raise EngineError(
+                errno.EOPNOTSUPP,
+                "a block device is resized by its own tool; then let the disk follow it",
+                self.path,
+            )
+        os.ftruncate(self._cached_fd, size)
 
     def close(self) -> None:
         """Close the descriptors, and with them the locks."""

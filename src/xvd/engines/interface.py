@@ -37,7 +37,7 @@ class ThreadModel(Enum):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine is, fixed while it is open.
+    """What an engine is; only the size changes while it is open, by `measure` and `resize`.
 
     size: bytes, a multiple of `logical_block_size`. Block sizes: bytes, powers of two, 512..65536.
     discard_granularity: bytes, 0 if it has no preference.
@@ -91,6 +91,14 @@ class Engine(ABC):
     def secure_discard(self, offset: int, length: int) -> None:
         """Destroy a range: nobody reads it again. Called only if `info.can_secure_discard`."""
         raise EngineError(errno.EOPNOTSUPP, "the storage cannot erase securely")
+
+    def measure(self) -> int:
+        """Look at the storage again: its bytes now. `info` and every channel go by them then."""
+        return self.info.size
+
+    def resize(self, size: int) -> None:
+        """Make the storage `size` bytes, whole logical blocks; `measure` is due afterwards."""
+        raise EngineError(errno.EOPNOTSUPP, "this storage has the size that it has")
 
     def close(self) -> None:  # noqa: B027
         """Give everything back. Idempotent."""

@@ -35,6 +35,14 @@ class Layer(Engine):
         """Pass on."""
         self.lower.secure_discard(offset, length)
 
+    def measure(self) -> int:
+        """Pass on."""
+        return self.lower.measure()
+
+    def resize(self, size: int) -> None:
+        """Pass on."""
+        self.lower.resize(size)
+
     def close(self) -> None:
         """Close what is behind."""
         self.lower.close()

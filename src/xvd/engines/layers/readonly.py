@@ -4,7 +4,7 @@
 import dataclasses
 import errno
 
-from xvd.engines.interface import Engine, EngineInfo
+from xvd.engines.interface import EngineInfo
 from xvd.engines.layers.base import Layer
 from xvd.errors import EngineError
 
@@ -12,16 +12,12 @@ from xvd.errors import EngineError
 class ReadOnly(Layer):
     """Refuses writes and discards with EROFS, and says so beforehand."""
 
-    def __init__(self, lower: Engine) -> None:
-        super().__init__(lower)
-        self._info = dataclasses.replace(
-            lower.info, read_only=True, can_discard=False, can_secure_discard=False
-        )
-
     @property
     def info(self) -> EngineInfo:
         """The same engine, read-only."""
-        return self._info
+        return dataclasses.replace(
+            self.lower.info, read_only=True, can_discard=False, can_secure_discard=False
+        )
 
     def write(self, buffer: memoryview, offset: int) -> None:
         """Refuse."""
@@ -32,5 +28,9 @@ class ReadOnly(Layer):
         raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
 
     def secure_discard(self, offset: int, length: int) -> None:
+        """Refuse."""
+        raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
+
+    def resize(self, size: int) -> None:
         """Refuse."""
         raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
