@@ -27,8 +27,8 @@ def test_every_shape_of_rings_carries_data(queues: int, order: int) -> None:
                 backend,
             ):
                 data = random.Random(order).randbytes(1 << 20)
-                parts = range(0, len(data), 65536)
-                await asyncio.gather(*(disk.write(at, data[at : at + 65536]) for at in parts))
+                parts = [*range(0, len(data), 8192), *range(4096, len(data), 8192)]
+                await asyncio.gather(*(disk.write(at, data[at : at + 4096]) for at in parts))
                 assert await disk.read(0, len(data)) == data
                 assert backend.storage[: len(data)] == data
                 assert backend.config is not None

@@ -38,7 +38,7 @@ from xvd.blkif.validate import Limits, Refusal, answer, validate
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import EventChannel, ForeignGrants, Mapping
-from xvd.machine.xs.xenbus import read_directory
+from xvd.machine.xs.xenbus import change_device, read_directory
 from xvd.toolstack.vbd import Vbd, add, wait_for_state
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid, Gref
@@ -95,14 +95,10 @@ class ModelBackend:
     # ---- The handshake ----
 
     async def _write(self, changes: NodeChanges, state: int | None = None) -> None:
-        store, path = self.world.store, self.vbd.backend
-        for name in changes.remove:
-            if await store.exists(f"{path}/{name}"):
-                await store.rm(f"{path}/{name}")
-        for name, value in changes.write.items():
-            await store.write(f"{path}/{name}", value)
-        if state is not None:
-            await store.write(f"{path}/state", str(state))
+        await change_device(
+            self.world.store, self.vbd.backend, state=state, write=changes.write,
+            remove=changes.remove,
+        )  # fmt: skip
 
     async def offer(self) -> None:
         await self._write(format_offer(self.features), 2)
@@ -121,7 +117,7 @@ class ModelBackend:
         for queue in self.config.queues:
             mapping = self._grants.map(queue.ring_refs)
             port = machine.event_channels.bind_interdomain(self.vbd.domid, queue.event_channel)
-            ring = BackRing(mapping.view, self.config.abi).attach()
+            ring = BackRing(mapping.view, self.config.abi, self.config.ring_pages).attach()
             self.rings.append(_Ring(ring, mapping, port))
         await self._write(format_backend(self.features), 4)
         self._serving = asyncio.create_task(self._serve())
@@ -135,7 +131,9 @@ class ModelBackend:
         """Let go of everything, whatever is in flight."""
         if self._serving is not None:
             self._serving.cancel()
-            await asyncio.gather(self._serving, return_exceptions=True)
+            [failure] = await asyncio.gather(self._serving, return_exceptions=True)
+            assert isinstance(failure, asyncio.CancelledError), f"the backend has failed: {failure}"
+            self._serving = None
         for mapping in self.kept.values():
             mapping.close()
         self.kept.clear()

@@ -21,6 +21,7 @@ from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.frontend.disk import Disk
+from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated.host import Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.emulated.service import EmulatedHost
@@ -98,13 +99,15 @@ class World:
         disk = parse_xl_disk(f"vdev={vdev},access={access},target={target}")
         return await attach(self.store, Domid(domid), disk)
 
-    async def open(self, vbd: Vbd) -> Disk:
+    async def open(self, vbd: Vbd, front: FrontSettings | None = None) -> Disk:
         machine, store = await self.guest(vbd.domid)
-        return await Disk.open(machine, store, f"device/vbd/{vbd.vdev}")
+        return await Disk.open(machine, store, f"device/vbd/{vbd.vdev}", settings=front)
 
-    async def disk(self, target: str = "memory:8M", **options: Any) -> Disk:
+    async def disk(
+        self, target: str = "memory:8M", *, front: FrontSettings | None = None, **options: Any
+    ) -> Disk:
         """Attach a disk and open it."""
-        return await self.open(await self.attach(target, **options))
+        return await self.open(await self.attach(target, **options), front)
 
     async def close(self) -> None:
         if self.server is not None:

@@ -59,7 +59,7 @@ class FrontWorld:
         )  # fmt: skip
         self.grants = self.backend.grants.foreign(GUEST)
         self.mapping = self.grants.map(self.ring_pages.grefs)
-        self.ring = BackRing(self.mapping.view, abi)
+        self.ring = BackRing(self.mapping.view, abi, ring_pages)
         self.keeping = keeping
         self.kept: dict[Gref, Mapping] = {}
 

@@ -57,6 +57,7 @@ class Connection:
         self._undo: list[Callable[[], None]] = []
         self._rings: list[tuple[SharedPages, EventChannel]] = []
         self._threads: list[QueueThread] = []
+        self._to_wake: list[QueueThread] = []
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,7 +119,7 @@ class Connection:
         grants = self._settings.page_size // PAGE_SIZE
         request = FrontQueue.pages_needed(segments, grants)
         size = max(request, min(entries * request, self._settings.pool_pages // grants * grants))
-        while True:
+        while size >= request:
             taken: list[SharedPages] = []
             try:
                 for _ in self._rings:
@@ -126,16 +127,13 @@ class Connection:
             except GrantError:
                 for pages in taken:
                     pages.close()
-                if size > request:
-                    size = max(request, size // 2 // grants * grants)
-                elif segments > MAX_SEGMENTS_PER_REQUEST:
-                    segments = MAX_SEGMENTS_PER_REQUEST
-                    size = request = FrontQueue.pages_needed(segments, grants)
-                else:
+                if size == request and segments == MAX_SEGMENTS_PER_REQUEST:
                     raise
+                size = max(request, size // 2 // grants * grants) if size > request else 0
             else:
                 self._undo += [pages.close for pages in taken]
                 return taken, segments
+        return self._take_pools(entries, MAX_SEGMENTS_PER_REQUEST)
 
     # ---- Running ----
 
@@ -213,6 +211,7 @@ class Connection:
         # Each thread knows us: without this its descriptors would wait for the collector.
         self._rings.clear()
         self._threads.clear()
+        self._to_wake.clear()
         self.queues.clear()
 
     # ---- Use ----
@@ -236,7 +235,20 @@ class Connection:
         self._ends[number] = sector_number + nr_sectors
         queue = self.queues[number]
         if queue.submit(operation, sector_number, nr_sectors, buffer, token, flag=flag):
-            self._threads[number].wake()
+            if not self._to_wake:
+                asyncio.get_running_loop().call_soon(self._wake)
+            self._to_wake.append(self._threads[number])
+
+    def _wake(self) -> None:
+        """Once for all that was submitted in one turn of the event loop, so that it is joined."""
+        for thread in self._to_wake:
+            thread.wake()
+        self._to_wake.clear()
+
+    @property
+    def barrier_sectors_max(self) -> int:
+        """Sectors of the largest barrier: it cannot be split."""
+        return self.queues[0].barrier_sectors_max
 
     def _choose(self, sector_number: int) -> int:
         if len(self.queues) == 1:

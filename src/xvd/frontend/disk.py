@@ -1,49 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk as a Python object: read, write, flush and discard, of any size and alignment.
 
-The operations outlive a connection: what is outstanding when the backend goes away is submitted
-again to the next one, as a guest's driver does, so a caller sees a delay and no error. Reads and
+The operations outlive a connection (pending.py): a caller sees a delay and no error. Reads and
 writes are whole: an operation of any length is one future, split on the ring.
 
-A write that does not begin or end on a block is a read, a change and a write of the blocks at its
-edges; it waits for writes in progress on its blocks, and new ones wait for it.
+A write that does not begin or end on a block is a read and a write of the blocks at its edges, and
+a write of what lies between; it waits for writes in progress on its blocks, and new ones wait for
+it.
+
+What a backend does not do, although it said so, it says once: the feature is off from then on, and
+the operation is done in the next best way (blkif.h leaves that to the frontend).
 """
 
 import asyncio
-import contextlib
 import errno
 import logging
-import os
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from itertools import pairwise
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from xvd.blkif.abi import Abi, InfoFlag, Op
+from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, DiscardFlag, InfoFlag, Op
 from xvd.blkif.nodes import BackendFeatures
-from xvd.dataplane.front import FrontQueue
 from xvd.errors import XvdError
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
+from xvd.frontend.pending import BlocksChanged, Pending
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
-from xvd.types import RING_SECTOR_SIZE
+from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class _Outstanding:
-    operation: Op
-    sector_number: int
-    nr_sectors: int
-    buffer: bytes | bytearray | memoryview | None
-    done: asyncio.Future[int]
-
-    def blocks_write(self, first: int, end: int) -> bool:
-        """Whether this is a write that touches the sectors from `first` to before `end`."""
-        touches = self.sector_number < end and first < self.sector_number + self.nr_sectors
-        return self.operation is Op.WRITE and touches
+BARRIER_BYTES_MAX = MAX_SEGMENTS_PER_REQUEST * PAGE_SIZE
+"""What one direct request carries."""
 
 
 class Disk:
@@ -66,10 +57,9 @@ class Disk:
         self._device = Device(machine, store, path, self, abi=abi, settings=settings)
         self._connection: Connection | None = None
         self._features: BackendFeatures | None = None
-        self._outstanding: dict[int, _Outstanding] = {}
-        self._next_token = 0
+        self._pending = Pending()
+        self._withdrawn: set[Op] = set()
         self._edges: list[tuple[int, int, asyncio.Task[None]]] = []
-        self._flush_works = True
         self._ended: OSError | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
@@ -156,17 +146,45 @@ class Disk:
     @property
     def can_flush(self) -> bool:
         """Whether a flush reaches the medium; without it a flush succeeds and does nothing."""
-        return self._known().flush and self._flush_works
+        return self._works(Op.FLUSH_DISKCACHE) or self._works(Op.WRITE_BARRIER)
 
     @property
     def can_discard(self) -> bool:
         """Whether discard is offered."""
-        return self._known().discard
+        return self._works(Op.DISCARD)
+
+    @property
+    def can_discard_securely(self) -> bool:
+        """Whether the data is then beyond recovery, if asked."""
+        return self.can_discard and self._known().discard_secure
 
     @property
     def discard_granularity(self) -> int:
-        """Bytes; smaller discards may do nothing."""
-        return self._known().discard_granularity
+        """Bytes: what is not a whole unit of these is not discarded; 0 without discard."""
+        return self._discard_unit()[0] if self.can_discard else 0
+
+    @property
+    def discard_alignment(self) -> int:
+        """Bytes from the beginning of the disk to the first unit."""
+        return self._discard_unit()[1] if self.can_discard else 0
+
+    def _discard_unit(self) -> tuple[int, int]:
+        """(granularity, alignment); what is not in whole blocks makes no sense and is left out."""
+        known, block = self._known(), self.logical_block_size
+        unit = known.discard_granularity
+        if unit == 0 or unit % block:
+            unit = block
+        return unit, known.discard_alignment % unit // block * block
+
+    def _works(self, operation: Op) -> bool:
+        """Whether the backend offers it, and has not said otherwise since."""
+        known = self._known()
+        offers = {
+            Op.FLUSH_DISKCACHE: known.flush,
+            Op.WRITE_BARRIER: known.barrier,
+            Op.DISCARD: known.discard,
+        }
+        return offers[operation] and operation not in self._withdrawn
 
     @property
     def features(self) -> BackendFeatures:
@@ -186,14 +204,10 @@ class Disk:
 
     def connected(self, connection: Connection, features: BackendFeatures) -> None:
         """A connection is up: everything outstanding goes on it."""
-        self._connection = connection
-        self._features = features
-        self._flush_works = True
+        self._connection, self._features = connection, features
+        self._withdrawn.clear()
         self.connections += 1
-        for queue in connection.queues:
-            asyncio.get_running_loop().add_reader(queue.done_fd, self._reap, queue)
-        for token, io in self._outstanding.items():
-            self._put(token, io)
+        self._pending.connected(connection, features)
         if not self._ready.done():
             self._ready.set_result(None)
 
@@ -202,11 +216,8 @@ class Disk:
         self._features = features
 
     def disconnected(self) -> None:
-        """The queues are over; answers that came are taken, the rest waits."""
-        assert self._connection is not None
-        for queue in self._connection.queues:
-            self._reap(queue)
-            asyncio.get_running_loop().remove_reader(queue.done_fd)
+        """The connection is over; answers that came are taken, the rest waits."""
+        self._pending.disconnected()
         self._connection = None
 
     def ended(self, error: OSError | XvdError) -> None:
@@ -215,45 +226,9 @@ class Disk:
         self.gone.set()
         if not self._ready.done():
             self._ready.set_exception(error)
-        for io in self._outstanding.values():
-            if not io.done.done():
-                io.done.set_exception(self._ended)
-        self._outstanding.clear()
-
-    def _reap(self, queue: FrontQueue) -> None:
-        with contextlib.suppress(BlockingIOError):  # `disconnected` looks without being rung for
-            os.eventfd_read(queue.done_fd)
-        for token, error in queue.reap():
-            io = self._outstanding.pop(token)
-            if not io.done.done():
-                io.done.set_result(error)
+        self._pending.ended(self._ended)
 
     # ---- Operations ----
-
-    def _put(self, token: int, io: _Outstanding) -> None:
-        assert self._connection is not None
-        self._connection.submit(io.operation, io.sector_number, io.nr_sectors, io.buffer, token)
-
-    async def _run(
-        self,
-        operation: Op,
-        first: int,
-        sectors: int,
-        buffer: bytes | bytearray | memoryview | None = None,
-    ) -> None:
-        """Submit whole sectors and wait; OSError for what the backend refused."""
-        if self._ended is not None:
-            raise self._ended
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        io = _Outstanding(operation, first, sectors, buffer, done)
-        token, self._next_token = self._next_token, self._next_token + 1
-        self._outstanding[token] = io
-        if self._connection is not None:
-            self._put(token, io)
-        error = await done
-        if error:
-            where = f"{operation.name} of {sectors} sectors at {first}"
-            raise OSError(error, f"{where}: {os.strerror(error)}")
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self.size:
@@ -277,28 +252,64 @@ class Disk:
         self._check(offset, length)
         if length == 0:
             return bytearray()
-        first, sectors = self._whole(offset, length)
-        buffer = bytearray(sectors * RING_SECTOR_SIZE)
-        await self._run(Op.READ, first, sectors, buffer)
-        if len(buffer) == length:
-            return buffer
-        skip = offset - first * RING_SECTOR_SIZE
-        return buffer[skip : skip + length]
+        while True:
+            first, sectors = self._whole(offset, length)
+            buffer = bytearray(sectors * RING_SECTOR_SIZE)
+            try:
+                await self._pending.run(Op.READ, first, sectors, buffer)
+            except BlocksChanged:
+                continue
+            skip = offset - first * RING_SECTOR_SIZE
+            return buffer if len(buffer) == length else buffer[skip : skip + length]
 
-    async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Store `data` at `offset`; durable after a later `flush`."""
+    async def write(
+        self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
+    ) -> None:
+        """Store `data` at `offset`; durable after a later `flush`, or with `fua` when it returns.
+
+        Where a flush does nothing (`can_flush`), nor does `fua`.
+        """
         data = memoryview(data).cast("B")
-        length = len(data)
-        self._check(offset, length)
+        self._check(offset, len(data))
         self._check_writable()
-        if length == 0:
+        if len(data) == 0:
             return
-        first, sectors = self._whole(offset, length)
-        if sectors * RING_SECTOR_SIZE != length:
-            await self._write_edges(offset, data, first, sectors)
+        if fua and await self._write_barrier(offset, data):
             return
+        await self._write(offset, data)
+        if fua:
+            await self.flush()
+
+    async def _write(self, offset: int, data: memoryview) -> None:
+        while True:
+            first, sectors = self._whole(offset, len(data))
+            try:
+                if sectors * RING_SECTOR_SIZE != len(data):
+                    await self._write_edges(offset, data, first, sectors)
+                else:
+                    await self._wait_for_edges(first, first + sectors)
+                    await self._pending.run(Op.WRITE, first, sectors, data)
+            except BlocksChanged:
+                continue
+            return
+
+    async def _write_barrier(self, offset: int, data: memoryview) -> bool:
+        """Write and make durable in one request; False if that cannot be had."""
+        first, sectors = self._whole(offset, len(data))
+        whole = sectors * RING_SECTOR_SIZE == len(data)
+        if not whole or not self._works(Op.WRITE_BARRIER) or len(data) > BARRIER_BYTES_MAX:
+            return False
         await self._wait_for_edges(first, first + sectors)
-        await self._run(Op.WRITE, first, sectors, data)
+        try:
+            await self._pending.run(Op.WRITE_BARRIER, first, sectors, data)
+        except BlocksChanged:
+            return False
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            self._withdraw(Op.WRITE_BARRIER, "barriers: writes are flushed instead")
+            return False
+        return True
 
     async def _wait_for_edges(self, first: int, end: int) -> None:
         """Wait for every unaligned write in progress that touches these sectors."""
@@ -309,12 +320,10 @@ class Disk:
         while waiting := [w for a, b, w in self._edges if touches(a, b) and not w.done()]:
             await asyncio.wait(waiting)
 
-    async def _write_edges(
-        self, offset: int, data: bytes | bytearray | memoryview, first: int, sectors: int
-    ) -> None:
+    async def _write_edges(self, offset: int, data: memoryview, first: int, sectors: int) -> None:
         end = first + sectors
         await self._wait_for_edges(first, end)
-        change = asyncio.create_task(self._change(offset, data, first, sectors))
+        change = asyncio.create_task(self._change(offset, data, first, end))
         entry = (first, end, change)
         self._edges.append(entry)
         change.add_done_callback(lambda _: self._edges.remove(entry))
@@ -322,51 +331,93 @@ class Disk:
         # over the next writer's data in these blocks.
         await asyncio.shield(change)
 
-    async def _change(
-        self, offset: int, data: bytes | bytearray | memoryview, first: int, sectors: int
-    ) -> None:
-        """Read whole blocks, change a part, write them; new writes on them wait meanwhile."""
-        for io in self._writes_on(first, first + sectors):
-            await asyncio.wait([io.done])
-        buffer = bytearray(sectors * RING_SECTOR_SIZE)
-        await self._run(Op.READ, first, sectors, buffer)
-        skip = offset - first * RING_SECTOR_SIZE
-        buffer[skip : skip + len(data)] = data
-        await self._run(Op.WRITE, first, sectors, buffer)
+    async def _change(self, offset: int, data: memoryview, first: int, end: int) -> None:
+        """Read the blocks at the edges, change them, write; new writes on them wait meanwhile."""
+        for done in self._pending.writes_on(first, end):
+            await asyncio.wait([done])
+        reads, writes, changes = [], [], []
+        for at, piece in self._pieces(offset, data):
+            start, sectors = self._whole(at, len(piece))
+            if sectors * RING_SECTOR_SIZE == len(piece):
+                writes.append((start, sectors, piece))
+                continue
+            block = memoryview(bytearray(sectors * RING_SECTOR_SIZE))
+            reads.append((start, sectors, block))
+            writes.append((start, sectors, block))
+            changes.append((block, at - start * RING_SECTOR_SIZE, piece))
+        await _all([self._pending.run(Op.READ, *one) for one in reads])
+        for block, skip, piece in changes:
+            block[skip : skip + len(piece)] = piece
+        # Submitted together they are one request, if they fit.
+        await _all([self._pending.run(Op.WRITE, *one) for one in writes])
 
-    def _writes_on(self, first: int, end: int) -> list[_Outstanding]:
-        return [io for io in self._outstanding.values() if io.blocks_write(first, end)]
+    def _pieces(self, offset: int, data: memoryview) -> list[tuple[int, memoryview]]:
+        """`data` cut at its first and its last block boundary: only edges are parts of blocks."""
+        block, end = self.logical_block_size, offset + len(data)
+        inner, outer = -(-offset // block) * block, end // block * block
+        cuts = [offset, inner, outer, end] if inner <= outer else [offset, end]
+        pairs = pairwise(cuts)
+        return [(a, data[a - offset : b - offset]) for a, b in pairs if a < b]
 
     async def flush(self) -> None:
         """Make durable every write that has returned.
 
-        A backend that cannot flush, or says so only now, leaves nothing to be done (blkif: the
-        frontend's duty to fall back); `can_flush` tells.
+        By a flush, or by an empty barrier where the backend has nothing else. One that has neither,
+        or says so only now, leaves nothing to be done; `can_flush` tells.
         """
-        if not self.can_flush:
-            return
-        try:
-            await self._run(Op.FLUSH_DISKCACHE, 0, 0)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
-            self._flush_works = False
-            logger.warning("the backend has withdrawn flush: how durable writes are is up to it")
+        if self._works(Op.FLUSH_DISKCACHE):
+            try:
+                return await self._pending.run(Op.FLUSH_DISKCACHE)
+            except OSError as error:
+                if error.errno != errno.EOPNOTSUPP:
+                    raise
+            self._withdraw(Op.FLUSH_DISKCACHE, "flush: how durable writes are is up to it")
+        if self._works(Op.WRITE_BARRIER):
+            try:
+                return await self._pending.run(Op.WRITE_BARRIER)
+            except OSError as error:
+                # FreeBSD's backend fails a barrier without data instead of not offering it.
+                if error.errno not in (errno.EOPNOTSUPP, errno.EIO):
+                    raise
+            self._withdraw(Op.WRITE_BARRIER, "barriers: how durable writes are is up to it")
 
-    async def discard(self, offset: int, length: int) -> None:
-        """Let go of the whole blocks within a range: what is read there afterwards is undefined.
+    def _withdraw(self, operation: Op, what: str) -> None:
+        """The backend does not do what it has offered, or its successor does not any more."""
+        if operation not in self._withdrawn:
+            self._withdrawn.add(operation)
+            logger.warning("the backend has withdrawn %s", what)
 
-        Raises OSError (EOPNOTSUPP) if the backend does not offer it.
+    async def discard(self, offset: int, length: int, *, secure: bool = False) -> None:
+        """Let go of the whole units within a range: what is read there afterwards is undefined.
+
+        secure: the old data cannot be got back by any means; the range must be whole blocks then,
+        and all of it is discarded. Raises OSError: EOPNOTSUPP if the backend does not offer it,
+        EINVAL for a secure range that is no whole number of blocks.
         """
         self._check(offset, length)
         self._check_writable()
-        if not self.can_discard:
-            raise OSError(errno.EOPNOTSUPP, "the backend does not offer discard")
-        block = self.logical_block_size
-        start = -(-offset // block) * block
-        end = (offset + length) // block * block
+        if not (self.can_discard_securely if secure else self.can_discard):
+            what = "secure discard" if secure else "discard"
+            raise OSError(errno.EOPNOTSUPP, f"the backend does not offer {what}")
+        unit, first = (self.logical_block_size, 0) if secure else self._discard_unit()
+        start = -(-(offset - first) // unit) * unit + first
+        end = (offset + length - first) // unit * unit + first
+        if secure and (start, end) != (offset, offset + length):
+            raise OSError(errno.EINVAL, f"a secure discard is of whole blocks of {unit} bytes")
         if start >= end:
             return
-        await self._run(
-            Op.DISCARD, start // RING_SECTOR_SIZE, (end - start) // RING_SECTOR_SIZE
-        )  # fmt: skip
+        sectors = start // RING_SECTOR_SIZE, (end - start) // RING_SECTOR_SIZE
+        flag = DiscardFlag.SECURE if secure else 0
+        try:
+            await self._pending.run(Op.DISCARD, *sectors, flag=flag)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._withdraw(Op.DISCARD, "discard")
+            raise
+
+
+async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all of them, then raise what the first that failed has raised."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome

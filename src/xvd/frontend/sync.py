@@ -68,17 +68,19 @@ class SyncDisk:
         """As `Disk.read`."""
         return self._wait(self._disk.read(offset, length))
 
-    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+    def write(
+        self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
+    ) -> None:
         """As `Disk.write`."""
-        self._wait(self._disk.write(offset, data))
+        self._wait(self._disk.write(offset, data, fua=fua))
 
     def flush(self) -> None:
         """As `Disk.flush`."""
         self._wait(self._disk.flush())
 
-    def discard(self, offset: int, length: int) -> None:
+    def discard(self, offset: int, length: int, *, secure: bool = False) -> None:
         """As `Disk.discard`."""
-        self._wait(self._disk.discard(offset, length))
+        self._wait(self._disk.discard(offset, length, secure=secure))
 
     def close(self) -> None:
         """As `Disk.close`, and end the thread."""

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations that outlive connections.
+
+An operation is submitted to the connection that is up, or waits for one; what a backend took and
+never answered goes to the next one, in the order of submission, and is cut anew by its limits. What
+the next one does not offer any more ends as if it had said so itself (EOPNOTSUPP): whoever asked
+falls back as in any other case.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+from dataclasses import dataclass, field
+
+from xvd.blkif.abi import DiscardFlag, Op
+from xvd.blkif.nodes import BackendFeatures
+from xvd.dataplane.front import FrontQueue
+from xvd.frontend.connection import Connection
+from xvd.types import RING_SECTOR_SIZE
+
+Buffer = bytes | bytearray | memoryview
+
+
+class BlocksChanged(Exception):
+    """The next backend's blocks are larger: the operation is no whole number of them."""
+
+
+@dataclass(slots=True)
+class Operation:
+    """One of them; `done` gets 0 or an errno."""
+
+    operation: Op
+    sector_number: int
+    nr_sectors: int
+    buffer: Buffer | None = field(repr=False)
+    flag: int
+    done: asyncio.Future[int]
+
+    def writes_to(self, first: int, end: int) -> bool:
+        """Whether this is a write that touches the sectors from `first` to before `end`."""
+        touches = self.sector_number < end and first < self.sector_number + self.nr_sectors
+        return touches and self.operation in (Op.WRITE, Op.WRITE_BARRIER)
+
+    def fits_blocks(self, features: BackendFeatures) -> bool:
+        """Whether it is whole blocks of such a backend; a discard is a hint, and always is."""
+        block = features.sector_size // RING_SECTOR_SIZE
+        moves_data = self.operation in (Op.READ, Op.WRITE, Op.WRITE_BARRIER)
+        return not moves_data or (self.sector_number % block == 0 == self.nr_sectors % block)
+
+    def is_offered(self, features: BackendFeatures) -> bool:
+        """Whether such a backend takes it."""
+        match self.operation:
+            case Op.FLUSH_DISKCACHE:
+                return features.flush
+            case Op.WRITE_BARRIER:
+                return features.barrier
+            case Op.DISCARD:
+                return (
+                    features.discard_secure if self.flag & DiscardFlag.SECURE else features.discard
+                )
+            case _:
+                return True
+
+
+class Pending:
+    """The operations of one disk that are not over. Everything in the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._connection: Connection | None = None
+        self._features: BackendFeatures | None = None
+        self._operations: dict[int, Operation] = {}
+        self._next_token = 0
+        self._ended: OSError | None = None
+
+    # ---- Connections ----
+
+    def connected(self, connection: Connection, features: BackendFeatures) -> None:
+        """A connection is up: everything outstanding goes on it."""
+        self._connection, self._features = connection, features
+        for queue in connection.queues:
+            asyncio.get_running_loop().add_reader(queue.done_fd, self._reap, queue)
+        for token in list(self._operations):
+            self._put(token)
+
+    def disconnected(self) -> None:
+        """The queues are over; answers that came are taken, the rest waits."""
+        assert self._connection is not None
+        for queue in self._connection.queues:
+            self._reap(queue)
+            asyncio.get_running_loop().remove_reader(queue.done_fd)
+        self._connection = None
+
+    def ended(self, error: OSError) -> None:
+        """There will be no connection again: whatever waits has failed, and what comes will."""
+        self._ended = error
+        for one in self._operations.values():
+            if not one.done.done():
+                one.done.set_exception(error)
+        self._operations.clear()
+
+    def _reap(self, queue: FrontQueue) -> None:
+        with contextlib.suppress(BlockingIOError):  # `disconnected` looks without being rung for
+            os.eventfd_read(queue.done_fd)
+        for token, error in queue.reap():
+            self._over(token, error)
+
+    def _over(self, token: int, outcome: int | Exception) -> None:
+        done = self._operations.pop(token).done
+        if done.done():
+            return
+        if isinstance(outcome, int):
+            done.set_result(outcome)
+        else:
+            done.set_exception(outcome)
+
+    # ---- Operations ----
+
+    def _put(self, token: int) -> None:
+        """Submit an operation to the connection that is up, if it takes such a one."""
+        assert self._connection is not None
+        assert self._features is not None
+        one = self._operations[token]
+        if not one.fits_blocks(self._features):
+            self._over(token, BlocksChanged())
+            return
+        too_long = one.operation is Op.WRITE_BARRIER and (
+            one.nr_sectors > self._connection.barrier_sectors_max
+        )
+        if too_long or not one.is_offered(self._features):
+            self._over(token, errno.EOPNOTSUPP)
+            return
+        self._connection.submit(
+            one.operation, one.sector_number, one.nr_sectors, one.buffer, token, flag=one.flag
+        )
+
+    async def run(
+        self,
+        operation: Op,
+        first: int = 0,
+        sectors: int = 0,
+        buffer: Buffer | None = None,
+        *,
+        flag: int = 0,
+    ) -> None:
+        """Submit whole blocks and wait.
+
+        OSError for what the backend refused, ENODEV if there is none any more. `BlocksChanged` if
+        one with larger blocks came meanwhile.
+        """
+        if self._ended is not None:
+            raise self._ended
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        token, self._next_token = self._next_token, self._next_token + 1
+        self._operations[token] = Operation(operation, first, sectors, buffer, flag, done)
+        if self._connection is not None:
+            self._put(token)
+        error = await done
+        if error:
+            where = f"{operation.name} of {sectors} sectors at {first}"
+            raise OSError(error, f"{where}: {os.strerror(error)}")
+
+    def writes_on(self, first: int, end: int) -> list[asyncio.Future[int]]:
+        """The ends of all writes under way that touch these sectors."""
+        return [one.done for one in self._operations.values() if one.writes_to(first, end)]
