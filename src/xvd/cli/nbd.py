@@ -72,7 +72,7 @@ async def _nbd(
         await export.listen_unix(socket)
         if tcp is not None:
             await export.listen_tcp(*tcp)
-        control = ControlServer({"stats": lambda: [{"disk": path, "frontend": disk.counters()}]})
+        control = ControlServer({"stats": lambda: [{"disk": path, **disk.statistics().figures()}]})
         await control.listen(directory / "control" / f"nbd-{guest}-{vdev}")
         stack.push_async_callback(control.close)
         if command:

@@ -27,7 +27,7 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         figures["loop"] = connection.loop_counters()
         figures["mode"] = device.mode
     if disk is not None:
-        figures["frontend"] = disk.counters()
+        figures |= disk.statistics().figures()
     return figures
 
 

@@ -53,12 +53,28 @@ cdef struct shadow:
     uint32_t first_page          # of the chain in the pool: first the data's, then the descriptors'
     uint32_t size                # bytes of data
     uint64_t at                  # where in the first operation's buffer
+    uint64_t begun_ns            # when it was put on the ring
     front_io *io                 # the first operation with data in it
+
+cdef enum:
+    LATENCY_BUCKETS = 40         # bucket i counts from 2^i ns to below twice that; the last has more
+
+cdef enum latency_kind:
+    LATENCY_READ = 0
+    LATENCY_WRITE = 1
+    LATENCY_FLUSH = 2            # barriers too
+    LATENCY_DISCARD = 3
+    LATENCY_KINDS = 4
+
+cdef struct histogram:
+    uint64_t count[LATENCY_BUCKETS]
 
 cdef struct front_counters:
     uint64_t requests, responses, errors
+    uint64_t rd_req, wr_req, f_req, ds_req
     uint64_t rd_sect, wr_sect
     uint64_t indirect, merged, split
+    uint64_t waits               # units that found no slot or no page
     uint64_t notified, suppressed, steps
 
 cdef struct front_queue:
@@ -81,7 +97,9 @@ cdef struct front_queue:
     io_list done
     int done_fd
     uint8_t copy[BLKIF_MAX_ENTRY_SIZE]
+    uint64_t now_ns              # as of the beginning of this step
     front_counters count
+    histogram latency[LATENCY_KINDS]
 
 
 cdef inline void append(io_list *ios, front_io *io) noexcept nogil:

@@ -19,6 +19,7 @@ from posix.unistd cimport close
 from xvd.dataplane.abi cimport (
     BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER,
     BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE, BREACH_NONE, blkif_breach_names, blkif_layouts)
+from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.front_answer cimport end_parts, take_responses
 from xvd.dataplane.front_issue cimport indirect_pages, issue
 from xvd.dataplane.front_pool cimport close_pool, end_idle_grants, open_pool
@@ -63,6 +64,7 @@ cdef uint32_t front_step(void *ctx, uint32_t budget) noexcept nogil:
     cdef front_queue *q = <front_queue *>ctx
     cdef uint32_t taken, issued = 0
     q.count.steps += 1
+    q.now_ns = monotonic_ns()
     if q.broken:
         return STEP_BROKEN | STEP_DRAINED
     taken = take_responses(q)
@@ -320,3 +322,15 @@ cdef class FrontQueue:
         counts["reused"] = self.q.pool.reused
         counts["in_flight"] = self.q.in_flight
         return counts
+
+    def latency(self):
+        """How long the backend took for requests of each kind: lists of 40 counts.
+
+        Count i is of the answers that came after 2**i nanoseconds and before twice that; the last
+        is of all that took longer. Any thread.
+        """
+        cdef uint32_t kind, i
+        found = {}
+        for kind, name in enumerate(("read", "write", "flush", "discard")):
+            found[name] = [self.q.latency[kind].count[i] for i in range(<uint32_t>LATENCY_BUCKETS)]
+        return found

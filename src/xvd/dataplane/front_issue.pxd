@@ -16,8 +16,7 @@ from libc.string cimport memcpy, memset
 
 from xvd.dataplane.abi cimport (
     BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_DISCARD, BLKIF_OP_INDIRECT, BLKIF_OP_READ,
-    BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE,
-    blkif_layout)
+    BLKIF_OP_WRITE, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE, blkif_layout)
 from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_put16, xvd_put32, xvd_put64
 from xvd.dataplane.front cimport (SHADOW_FREE, SHADOW_IN_FLIGHT, front_io, front_queue, has_data,
                                   is_issued, is_rw, shadow)
@@ -194,6 +193,19 @@ cdef inline void put_bare(front_queue *q, uint8_t *slot, uint32_t id, front_io *
         xvd_put64(slot + at.rw_id, id)
 
 
+cdef inline void count_request(front_queue *q, uint8_t operation) noexcept nogil:
+    """By kind, under the names of Linux's backend; a barrier with data counts as a flush."""
+    q.count.requests += 1
+    if operation == BLKIF_OP_READ:
+        q.count.rd_req += 1
+    elif operation == BLKIF_OP_WRITE:
+        q.count.wr_req += 1
+    elif operation == BLKIF_OP_DISCARD:
+        q.count.ds_req += 1
+    else:
+        q.count.f_req += 1
+
+
 cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept nogil:
     """Put one request on the ring; there are a slot, a shadow, and pages for `sectors`."""
     cdef uint8_t *slot = front_next_slot(&q.ring)
@@ -205,6 +217,7 @@ cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept no
     q.shadows[id].state = SHADOW_IN_FLIGHT
     q.shadows[id].operation = io.operation
     q.shadows[id].io = io
+    q.shadows[id].begun_ns = q.now_ns
     memset(slot, 0, q.ring.layout.entry_size)
     slot[q.ring.layout.rw_operation] = io.operation
     if sectors:
@@ -212,7 +225,7 @@ cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept no
     else:
         put_bare(q, slot, id, io)
     q.in_flight += 1
-    q.count.requests += 1
+    count_request(q, io.operation)
 
 
 cdef inline bint has_room(front_queue *q, uint64_t sectors) noexcept nogil:
@@ -252,6 +265,7 @@ cdef inline uint32_t issue(front_queue *q, uint32_t budget) noexcept nogil:
     while q.queued.first != NULL and n < budget:
         sectors = next_sectors(q, q.queued.first) if has_data(q.queued.first) else 0
         if not has_room(q, sectors):
+            q.count.waits += 1
             break
         n += put_unit(q, sectors)
     return n

@@ -17,6 +17,7 @@ from xvd.dataplane.ring import FrontRing
 from xvd.dataplane.thread import Queue, QueueThread
 from xvd.errors import EventChannelError, GrantError
 from xvd.frontend.settings import Settings
+from xvd.frontend.statistics import Statistics
 from xvd.machine.interface import EventChannel, Machine, SharedPages
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid
 
@@ -258,13 +259,11 @@ class Connection:
         self._turn = (self._turn + 1) % len(self.queues)
         return self._turn
 
-    def counters(self) -> dict[str, int]:
-        """The queues' figures, added up."""
-        total: dict[str, int] = {}
-        for queue in self.queues:
-            for name, value in queue.counters().items():
-                total[name] = total.get(name, 0) + value
-        return total
+    def statistics(self) -> Statistics:
+        """The figures of each queue."""
+        return Statistics(
+            [queue.counters() for queue in self.queues], [queue.latency() for queue in self.queues]
+        )
 
 
 def _nothing() -> None:

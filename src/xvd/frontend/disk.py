@@ -27,6 +27,7 @@ from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
 from xvd.frontend.pending import BlocksChanged, Pending
 from xvd.frontend.settings import Settings
+from xvd.frontend.statistics import Statistics
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE
@@ -59,6 +60,7 @@ class Disk:
         self._features: BackendFeatures | None = None
         self._pending = Pending()
         self._withdrawn: set[Op] = set()
+        self._past = Statistics()
         self._edges: list[tuple[int, int, asyncio.Task[None]]] = []
         self._ended: OSError | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -196,9 +198,15 @@ class Disk:
         """The handshake's side of this disk."""
         return self._device
 
+    def statistics(self) -> Statistics:
+        """The figures of every queue, over all connections."""
+        if self._connection is None:
+            return self._past
+        return self._past.plus(self._connection.statistics())
+
     def counters(self) -> dict[str, int]:
-        """The figures of the connection that is up; empty when none is."""
-        return {} if self._connection is None else self._connection.counters()
+        """The counters added up over queues and connections; empty before the first."""
+        return self.statistics().total()
 
     # ---- The device's side ----
 
@@ -218,6 +226,8 @@ class Disk:
     def disconnected(self) -> None:
         """The connection is over; answers that came are taken, the rest waits."""
         self._pending.disconnected()
+        assert self._connection is not None
+        self._past = self._past.plus(self._connection.statistics().closed())
         self._connection = None
 
     def ended(self, error: OSError | XvdError) -> None:
