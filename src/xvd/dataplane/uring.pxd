@@ -22,7 +22,11 @@ cdef struct loop_state:
     long long watchdog_ns
     uint32_t leave               # set by `leave`: stop stepping, whatever is in flight
     uint32_t unarmed             # bit 1 << tag for each poll that is to be armed (again)
-    uint64_t sleeps, wakeups, watchdogs
+    uint32_t event               # one has come and is not acknowledged
+    uint32_t worked              # something was done since the last one was
+    uint32_t idle_events         # in a row that led to nothing
+    uint64_t event_due_ns        # when it is to be acknowledged; 0: not decided
+    uint64_t sleeps, wakeups, watchdogs, spurious
 
 
 cdef class Loop:

@@ -6,12 +6,18 @@ The thread blocks in a single io_uring wait that covers the event channel, the s
 and a control wake-up. Before it blocks it asks the peer for an event and looks at the ring once
 more (`may_sleep`). A watchdog ends each sleep after some seconds: a lost event costs a delay, not
 the disk.
+
+An event is acknowledged after a look at the ring, and the ring is looked at again after that. A
+peer that sends events with nothing behind them is heard less and less often: its next event is let
+in only after a pause that doubles each time, from a millisecond to a second (XSA-332, XSA-391;
+Linux's late EOI). One with something behind them never waits: work of any kind ends the row.
 """
 
 from libc.errno cimport EINTR, ETIME
 from libc.stdint cimport int32_t, uint8_t
 from posix.unistd cimport close, read, write
 
+from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.liburing cimport (
     IORING_CQE_F_MORE, IORING_SETUP_CLAMP, __kernel_timespec, io_uring_cqe, io_uring_cqe_seen,
     io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_poll_multishot, io_uring_queue_exit,
@@ -36,6 +42,9 @@ cdef extern from "poll.h" nogil:
 
 cdef enum:
     RING_ENTRIES = 256
+    IDLE_EVENTS_FREE = 1         # in a row, before they are let in later and later
+    PAUSE_NS = 1000000
+    PAUSE_DOUBLINGS = 10
 
 
 cdef int fd_of(loop_state *s, uint32_t tag) noexcept nogil:
@@ -77,7 +86,7 @@ cdef void dispatch(loop_state *s, io_uring_cqe *cqe) noexcept nogil:
     if not cqe.flags & IORING_CQE_F_MORE:
         s.unarmed |= <uint32_t>1 << tag
     if tag == TAG_EVENT:
-        s.stepper.events.consume(s.stepper.events.ctx)
+        s.event = 1
     elif tag > 0:
         drain_fd(fd_of(s, <uint32_t>tag))
 
@@ -92,17 +101,48 @@ cdef uint32_t reap(loop_state *s) noexcept nogil:
     return n
 
 
+cdef void judge_event(loop_state *s) noexcept nogil:
+    """Decide when the event that has come is acknowledged: now, if it was worth its while."""
+    cdef uint32_t doublings
+    if s.worked:
+        s.idle_events = 0
+    else:
+        s.spurious += 1
+        s.idle_events += 1
+    s.event_due_ns = monotonic_ns()
+    if s.idle_events > IDLE_EVENTS_FREE:
+        doublings = min(s.idle_events - IDLE_EVENTS_FREE - 1, <uint32_t>PAUSE_DOUBLINGS)
+        s.event_due_ns += <uint64_t>PAUSE_NS << doublings
+
+
+cdef bint acknowledge(loop_state *s) noexcept nogil:
+    """Let further events in if it is time to; True: the ring is to be looked at after this."""
+    if not s.event:
+        return False
+    if s.event_due_ns == 0:
+        judge_event(s)
+    if s.idle_events > IDLE_EVENTS_FREE and monotonic_ns() < s.event_due_ns:
+        return False
+    s.event = s.worked = 0
+    s.event_due_ns = 0
+    s.stepper.events.consume(s.stepper.events.ctx)
+    return True
+
+
 cdef int sleep(loop_state *s) noexcept nogil:
     """Submit what is prepared and wait; 0 or -errno for what is not a time-out or a signal."""
     cdef __kernel_timespec ts
     cdef io_uring_cqe *cqe = NULL
     cdef int rc
-    ts.tv_sec = s.watchdog_ns // 1000000000
-    ts.tv_nsec = s.watchdog_ns % 1000000000
+    cdef long long ns = s.watchdog_ns
+    if s.event:
+        ns = min(ns, max(<long long>(s.event_due_ns - monotonic_ns()), <long long>0))
+    ts.tv_sec = ns // 1000000000
+    ts.tv_nsec = ns % 1000000000
     s.sleeps += 1
     rc = io_uring_submit_and_wait_timeout(&s.ring, &cqe, 1, &ts, NULL)
     if rc == -ETIME:
-        s.watchdogs += 1
+        s.watchdogs += not s.event
         return 0
     s.wakeups += 1
     return rc if rc < 0 and rc != -EINTR else 0
@@ -116,8 +156,9 @@ cdef int run(loop_state *s) noexcept nogil:
         flags = s.stepper.step(s.stepper.ctx, s.budget)
         if flags & STEP_DRAINED:
             return 0
+        s.worked |= flags & STEP_WORKED
         arm(s)
-        if flags & STEP_WORKED or reap(s):
+        if acknowledge(s) or flags & STEP_WORKED or reap(s):
             if io_uring_sq_ready(&s.ring):
                 io_uring_submit(&s.ring)
             continue
@@ -176,5 +217,6 @@ cdef class Loop:
         self.wake()
 
     def counters(self):
-        """How often the thread slept, was woken, and was ended by the watchdog."""
-        return {"sleeps": self.s.sleeps, "wakeups": self.s.wakeups, "watchdogs": self.s.watchdogs}
+        """How often the thread slept, was woken, by the watchdog, and by events for nothing."""
+        return {"sleeps": self.s.sleeps, "wakeups": self.s.wakeups, "watchdogs": self.s.watchdogs,
+                "spurious": self.s.spurious}
