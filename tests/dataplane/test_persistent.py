@@ -315,3 +315,29 @@ def test_more_grants_than_one_call_maps() -> None:
         world.queue.set_time(1 << 62)
         world.settle()
         assert figures(world)[2] == 0
+
+
+# ---- Where unmapping takes its time: Linux's gntdev ------------------------------------------
+
+
+def test_where_unmapping_takes_its_time_nothing_is_mapped_for_one_request() -> None:
+    """Linux's frontend disables itself when it finds a page mapped after the response."""
+    with QueueWorld(unmaps_at_once=False) as world:
+        read(world, 0, 1)
+        assert figures(world)[3:] == (0, 0)
+        assert world.queue.copying
+        assert world.queue.counters()["copied"] == 2
+
+
+def test_where_unmapping_takes_its_time_what_is_not_kept_is_copied() -> None:
+    """The second request finds only one of its pages in the full book; all its data is right."""
+    with QueueWorld(persistent=2, unmaps_at_once=False) as world:
+        read(world, 0, 1)
+        for page in (1, 2, 3):
+            world.data(page)[:] = bytes([page]) * 4096
+        world.ask(rq(Op.WRITE, 0, *(world.segment(page) for page in (1, 2, 3))))
+        world.ask(rq(Op.READ, 0, *(world.segment(page) for page in (4, 1, 5))))
+        assert [world.data(page)[0] for page in (4, 1, 5)] == [1, 2, 3]
+        assert mapped(world) == [0, 1]
+        assert figures(world)[3:] == (2, 0)
+        assert world.queue.counters()["copied"] == 6

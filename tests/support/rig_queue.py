@@ -81,6 +81,7 @@ class QueueWorld:
         poison: int | None = None,
         persistent: int | None = None,
         max_pages: int = 1024,
+        unmaps_at_once: bool = True,
     ) -> None:
         self.host = Host(SMALL)
         self.guest = machine(self.host, GUEST)
@@ -96,6 +97,7 @@ class QueueWorld:
         self.engine = open_engine(uri) if isinstance(uri, str) else uri
         self.channel = self.engine.open_channel()
         self.grants = self.backend.grants.foreign(GUEST)
+        self.grants.unmaps_at_once = unmaps_at_once
         self.mapping = self.grants.map(self.ring_pages.grefs)
         self.backend_port = self.backend.event_channels.bind_interdomain(GUEST, self.port.port)
         self.journal = bytearray(journal_size(nr_ents(1, abi)))

@@ -28,7 +28,7 @@ if [ "$(blkid -o value -s TYPE /dev/xvda)" != ext4 ]; then
 fi
 e2fsck -fn /dev/xvda
 mount -o ro /dev/xvda /mnt
-for part in {TREE}; do diff -r $part /mnt/${{part##*/}}; done
+for part in {TREE}; do diff -r --no-dereference $part /mnt/${{part##*/}}; done
 umount /mnt
 echo "md5 $(dd if=/dev/xvda bs=1M iflag=direct 2>/dev/null | md5sum)"
 ! {COMPLAINTS}

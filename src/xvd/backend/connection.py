@@ -180,6 +180,13 @@ class Connection:
             link.channel.notify()
 
     @property
+    def mode(self) -> str:
+        """How data is moved: "grant copy", "mapping" (for each request) or "persistent grants"."""
+        if self.links[0].queue.copying:
+            return "grant copy"
+        return "persistent grants" if self.plan.persistent else "mapping"
+
+    @property
     def broken(self) -> bool:
         """Whether the frontend broke one of its rings."""
         return any(link.queue.broken for link in self.links)

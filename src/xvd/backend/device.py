@@ -338,10 +338,9 @@ class Device:
     @property
     def mode(self) -> str:
         """How data is moved: "grant copy", "mapping" (for each request) or "persistent grants"."""
-        if self._settings.copying:
-            return "grant copy"
-        kept = self.connection is not None and self.connection.plan.persistent
-        return "persistent grants" if kept else "mapping"
+        if self.connection is None:
+            return "grant copy" if self._settings.copying else "mapping"
+        return self.connection.mode
 
     def _threads_ended(self, failure: Exception | None) -> None:
         """The queues are drained, or a ring is broken: give everything back at once."""

@@ -135,17 +135,27 @@ cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
 
 
 cdef inline void map_batch(backend_queue *q) noexcept nogil:
-    """Map the grants of the whole batch."""
+    """Map the grants of the whole batch.
+
+    A frontend that sees a response takes its grant back, and disables itself if the page is still
+    mapped (XSA-396): where unmapping takes its time, only what stays mapped may be mapped.
+    """
     cdef uint32_t i
+    cdef pending *p
     for i in range(q.nr_batch):
-        q.batch[i].passing = q.batch[i].rq.nr_segments
+        p = q.batch[i]
+        p.passing = p.rq.nr_segments
         if q.persistent:
-            hold_segments(q, q.batch[i])
+            hold_segments(q, p)
+        if p.passing and not q.grants.unmaps_at_once:
+            p.passing = 0
+            p.copying = 1
     map_fresh(q)
     map_passing(q)
     for i in range(q.nr_batch):
-        if not q.batch[i].failed:
-            find_data(q, q.batch[i])
+        p = q.batch[i]
+        if not p.failed and not p.copying:
+            find_data(q, p)
 
 
 cdef inline void unmap(backend_queue *q, pending **whose, uint32_t count) noexcept nogil:
@@ -211,7 +221,7 @@ cdef inline void copy_batch(backend_queue *q) noexcept nogil:
     cdef pending *p
     for i in range(q.nr_batch):
         p = q.batch[i]
-        if p.rq.nr_segments == 0:
+        if not p.copying or p.rq.nr_segments == 0:
             continue
         touch(p.room, p.io.length)
         add_data(p, p.room.bounce, p.io.length)
@@ -222,9 +232,11 @@ cdef inline void copy_batch(backend_queue *q) noexcept nogil:
 
 cdef inline void copy_reads_out(backend_queue *q, uint32_t finished) noexcept nogil:
     cdef uint32_t i, n = 0
+    cdef pending *p
     for i in range(finished):
-        if q.batch[i].rq.operation == BLKIF_OP_READ and q.batch[i].io.result == 0:
-            add_copies(q, q.batch[i], &n, True)
+        p = q.batch[i]
+        if p.copying and p.rq.operation == BLKIF_OP_READ and p.io.result == 0:
+            add_copies(q, p, &n, True)
     run_copies(q, n)
 
 
@@ -234,10 +246,10 @@ cdef inline void gather(backend_queue *q) noexcept nogil:
     """Find the data of the batch; those whose grants could not be had leave it."""
     cdef uint32_t i, kept = 0
     cdef pending *p
-    if q.copying:
-        copy_batch(q)
-    else:
+    if not q.copying:
         map_batch(q)
+    if q.bouncing:
+        copy_batch(q)
     for i in range(q.nr_batch):
         p = q.batch[i]
         if p.failed:
@@ -251,7 +263,7 @@ cdef inline void gather(backend_queue *q) noexcept nogil:
 
 cdef inline void give_back(backend_queue *q, uint32_t finished) noexcept nogil:
     """Data of reads goes out; the first `finished` of the batch let go of their pages."""
-    if q.copying:
+    if q.bouncing:
         copy_reads_out(q, finished)
-    else:
+    if not q.copying:
         unmap(q, q.batch, finished)

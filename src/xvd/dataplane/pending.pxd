@@ -50,6 +50,7 @@ cdef struct pending:
     uint32_t mapped              # 1: `mapping` is to be unmapped
     uint32_t holding             # 1: the persistent grants in `room.held` are to be let go
     uint32_t passing             # how many of its references are mapped for it only
+    uint32_t copying             # 1: its data goes through pages of our own
     uint32_t failed              # 1: a grant could not be had
     space *own                   # for a direct request's segments
     space *room                  # where this request's segments are: `own`, or a large one
@@ -61,7 +62,8 @@ cdef struct backend_queue:
     grant_ports *grants
     event_ports *events
     engine_ports *engine
-    uint32_t copying             # 1: grant copy; 0: mapping
+    uint32_t copying             # 1: grant copy for all; 0: mapping
+    uint32_t bouncing            # 1: there are pages to copy through
     uint32_t persistent          # 1: keep what is mapped, as far as `kept` allows
     uint32_t stopping
     uint32_t broken

@@ -32,9 +32,12 @@ cdef struct grant_copy:
 
 cdef struct grant_ports:
     void *ctx
+    # 0: unmap may return before the pages are gone. Linux's gntdev puts it off while somebody has a
+    # reference to a page, and direct I/O drops its own after it has said that it is done (dbe97cff).
+    uint32_t unmaps_at_once
     # Map n sets of references. One set fails alone and then maps nothing.
     void (*map)(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil
-    # Give back n sets whose status was 0; when it returns the pages are gone from this process.
+    # Give back n sets whose status was 0; the pages are gone from this process, see above.
     void (*unmap)(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil
     void (*copy)(void *ctx, grant_copy *ops, uint32_t n) noexcept nogil
 

@@ -117,9 +117,10 @@ cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
     """Into the batch with a request, or refuse it."""
     q.in_flight += 1
     p.mapped = p.holding = p.failed = 0
+    p.copying = q.copying
     if p.rq.indirect and refusal == REFUSAL_NONE:
         use_space(p, take_space(&q.large))
-    if q.copying:
+    if q.bouncing:
         take_up(q, p.room)
     if refusal != REFUSAL_NONE:
         refuse(q, p, refusal)
@@ -250,7 +251,7 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
         start(q)
     moved += collect(q)
     publish_responses(q)
-    if q.copying:
+    if q.bouncing:
         shrink(q)
     if (q.stopping or q.broken) and q.in_flight == 0:
         if q.persistent:
@@ -284,7 +285,8 @@ cdef class BackendQueue:
     events, engine: objects with the tables' capsules as ``ports``; they are kept alive. capacity:
     512-byte sectors. offered: bit ``1 << operation`` for each operation advertised, bit 16 for
     secure discard. indirect_max: segments of an indirect request as advertised, 0 (none) to 4096.
-    copying: grant copy instead of mapping. persistent: both ends offered persistent grants; with
+    copying: grant copy instead of mapping; what would be mapped for one request is copied also where
+    the grants' table says that unmapping takes its time. persistent: both ends offered persistent grants; with
     mapping, up to `persistent_max` pages stay mapped, each until it was unused for
     `persistent_idle_s` seconds (0: for ever). max_pages: how many pages that data is copied through
     stay in memory between requests. journal: writable memory of
@@ -318,8 +320,9 @@ cdef class BackendQueue:
         self.q.limits.read_only = read_only
         self.q.limits.offered = offered
         self.q.limits.indirect_max = indirect_max
-        self.q.copying = copying
         self.q.persistent = persistent and not copying
+        self.q.copying = copying or not (persistent or self.q.grants.unmaps_at_once)
+        self.q.bouncing = self.q.copying or not self.q.grants.unmaps_at_once
         self.q.max_pages = max_pages
         self.set_persistent(persistent_max, persistent_idle_s)
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -384,8 +387,8 @@ cdef class BackendQueue:
         q.copies = <grant_copy *>calloc(COPIES, sizeof(grant_copy))
         q.ios = <engine_io **>calloc(nr_ents, sizeof(void *))
         if not (q.pendings and q.free_list and q.batch and q.sets and q.fresh and q.owners
-                and q.copies and q.ios and (not q.persistent or self.open_kept()) and open_pool(&q.small, nr_ents, NR_SEGMENTS, q.copying)
-                and open_pool(&q.large, large, indirect_max, q.copying)):
+                and q.copies and q.ios and (not q.persistent or self.open_kept()) and open_pool(&q.small, nr_ents, NR_SEGMENTS, q.bouncing)
+                and open_pool(&q.large, large, indirect_max, q.bouncing)):
             raise MemoryError(f"no memory for a queue of {nr_ents} requests")
         for i in range(nr_ents):
             q.free_list[i] = &q.pendings[i]
@@ -487,6 +490,11 @@ cdef class BackendQueue:
     def withdrawn(self):
         """Bits as in ``offered`` for what the storage has answered EOPNOTSUPP to."""
         return self.q.withdrawn
+
+    @property
+    def copying(self):
+        """Whether all data is copied: asked for, or all that this machine can do safely."""
+        return bool(self.q.copying)
 
     @property
     def in_flight(self):

@@ -183,6 +183,7 @@ cdef class EmulatedForeignGrants:
             raise GrantError(f"domain {mapper.domid}: all {mapper.c.nr_tracks} map-track entries "
                              "are taken; raise the host's limit", GNTST_NO_SPACE)
         self.table.ctx = &self.f
+        self.table.unmaps_at_once = 1
         self.table.map = map_sets
         self.table.unmap = unmap_sets
         self.table.copy = copy_all
@@ -194,6 +195,15 @@ cdef class EmulatedForeignGrants:
     def ports(self):
         """Capsule ``xvd.grant_ports``."""
         return wrap(&self.table, "xvd.grant_ports")
+
+    @property
+    def unmaps_at_once(self):
+        """Always, here. Real Xen on Linux does not: set it to test what is done about that."""
+        return bool(self.table.unmaps_at_once)
+
+    @unmaps_at_once.setter
+    def unmaps_at_once(self, bint yes):
+        self.table.unmaps_at_once = yes
 
     @property
     def counts(self):

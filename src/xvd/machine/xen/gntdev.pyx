@@ -178,6 +178,7 @@ cdef class XenForeignGrants:
             raise GrantError(f"cannot use grants: {DEVICE}: {error.strerror}; on a Xen domain, as "
                              "root: modprobe xen-gntdev", GNTST_GENERAL_ERROR) from None
         self.table.ctx = &self.f
+        self.table.unmaps_at_once = 0
         self.table.map = map_sets
         self.table.unmap = unmap_sets
         self.table.copy = copy_all
