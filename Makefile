@@ -16,7 +16,8 @@ help:
 	@echo 'make bench     the data path beside fio over NBD'
 	@echo 'make sanitize  the data plane under ASan and UBSan'
 	@echo 'make fuzz      long runs of the property tests'
-	@echo 'make xen       the tests on real Xen, in software emulation: SUITE=bookworm or trixie'
+	@echo 'make xen       the tests on real Xen, in software emulation, of two generations;'
+	@echo '               SUITE=bookworm or trixie: of one'
 	@echo 'make wheel     build the wheel and try it in a clean environment'
 
 setup:
@@ -59,7 +60,7 @@ wheel: setup
 	tools/try_wheel
 
 xen: setup
-	xen-rig/test $(or $(SUITE),bookworm) $(PYTEST_ARGS)
+	@for suite in $(or $(SUITE),bookworm trixie); do xen-rig/test $$suite $(PYTEST_ARGS) || exit; done
 
 clean:
 	rm -rf build dist .venv .tools
