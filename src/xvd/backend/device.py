@@ -428,8 +428,9 @@ class Device:
             raise ConfigError(f"{self.path}: its storage is not open")
         try:
             if size is not None:
-                if size < self.engine.info.size:
-                    self._set_sectors(size // RING_SECTOR_SIZE)  # before what lies behind it goes
+                if size < self.engine.info.size and self.connection is not None:
+                    # Before what lies behind it goes; the guest is told when it has gone.
+                    self.connection.set_capacity(size // RING_SECTOR_SIZE)
                 await asyncio.to_thread(self.engine.resize, size)
         finally:
             self._set_sectors(await asyncio.to_thread(self.engine.measure) // RING_SECTOR_SIZE)
@@ -443,12 +444,12 @@ class Device:
 
     def _set_sectors(self, sectors: int) -> None:
         assert self.features is not None
+        if self.connection is not None:
+            self.connection.set_capacity(sectors)
         if sectors == self.features.sectors:
             return
         self._log.info("has %d sectors now, %d before", sectors, self.features.sectors)
         self.features = replace(self.features, sectors=sectors)
-        if self.connection is not None:
-            self.connection.set_capacity(sectors)
         self.put(BackendEvent.RESIZED)
 
     # ---- Figures ----
