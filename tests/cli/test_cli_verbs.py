@@ -125,6 +125,28 @@ def test_a_disk_that_nobody_serves_is_not_resized(four: FourProcesses) -> None:
     assert "no daemon serves the disk" in result.stderr
 
 
+def test_settings_are_shown_and_changed(four: FourProcesses) -> None:
+    shown = four.run("set")
+    changed = four.run("set", "max_queues=1", "log_stats=Y", "--json")
+    refused = four.run("set", "max_queues=many")
+
+    assert "max_persistent_grants" in shown.stdout
+    [values] = json.loads(changed.stdout).values()
+    assert (values["max_queues"], values["log_stats"]) == (1, 1)
+    assert (refused.returncode, "from 0 to 1024" in refused.stderr) == (2, True)
+
+
+def test_a_backend_begins_with_what_it_is_told(tmp_path: Path, image: Path) -> None:
+    options = ("--set", "max_queues=2", "--set", "1/xvda:max_ring_page_order=0")
+    with FourProcesses(tmp_path, image, *options) as processes:
+        shown = json.loads(processes.run("set", "--json").stdout)
+        own = json.loads(processes.run("set", "--disk", "1/xvda", "--json").stdout)
+
+    [values], [of_one] = shown.values(), own.values()
+    assert (values["max_queues"], values["max_ring_page_order"]) == (2, 4)
+    assert (of_one["max_queues"], of_one["max_ring_page_order"]) == (2, 0)
+
+
 def test_detach_ends_the_frontend_and_removes_every_node(four: FourProcesses) -> None:
     result = four.run("detach", "1", "xvda")
 

@@ -162,6 +162,15 @@ class Connection:
             if link.thread is not None:
                 link.thread.drain()
 
+    def apply(self, settings: Settings) -> None:
+        """Change what can be changed under a frontend's hands: what is kept, and for how long."""
+        grants_max = settings.persistent_grants_of(self.config.ring_pages)
+        for link in self.links:
+            link.queue.set_persistent(grants_max, settings.persistent_grant_unused_seconds)
+            link.queue.set_max_pages(settings.max_buffer_pages)
+            if link.thread is not None:
+                link.thread.wake()
+
     def squeeze(self, seconds: float) -> None:
         """Keep no memory that is not in use, for so long."""
         for link in self.links:

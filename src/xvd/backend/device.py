@@ -17,6 +17,7 @@ from typing import Any
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.counters import merge_counters
 from xvd.backend.features import features_of, promised, without
+from xvd.backend.inbox import Inbox
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Abi, XenbusState
 from xvd.blkif.handshake import (
@@ -96,7 +97,7 @@ class Device:
         self._open_storage = open_storage
         self._settings = settings or Settings()
         self._log = _DeviceLog(logging.getLogger(__name__), {"device": path})
-        self._events: asyncio.Queue[BackendEvent | None] = asyncio.Queue()
+        self._events = Inbox()
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._released: asyncio.Event = asyncio.Event()
@@ -146,7 +147,7 @@ class Device:
         The frontend's ring stays live: whoever serves this directory next attaches to it.
         """
         await self._disconnect()
-        self._events.put_nowait(None)
+        self._events.put(None)
 
     async def _end(self, watches: list[Watch]) -> None:
         await self._disconnect()
@@ -170,7 +171,7 @@ class Device:
 
     def put(self, event: BackendEvent) -> None:
         """Tell the device something, from the event loop's thread."""
-        self._events.put_nowait(event)
+        self._events.put(event)
 
     async def _feed(self, event: BackendEvent) -> None:
         step = backend_step(self.state, event)
@@ -210,7 +211,7 @@ class Device:
             async for _ in watch:
                 await self._do_look()
         except PeerClosed:
-            self._events.put_nowait(None)  # no store, no toolstack: nobody to serve for
+            self._events.put(None)  # no store, no toolstack: nobody to serve for
 
     async def _frontend_state(self) -> XenbusState:
         assert self.assignment is not None
@@ -233,7 +234,7 @@ class Device:
         own = await self._store.try_read(f"{self.path}/state")
         foreign = self._foreign_state()
         if foreign is not None and own == str(int(foreign)):
-            self._events.put_nowait(None)
+            self._events.put(None)
             return
         frontend = await self._frontend_state()
         online = await self._store.try_read(f"{self.path}/online")
@@ -411,6 +412,13 @@ class Device:
     async def _do_unregister(self) -> None:
         self._log.info("gone")
 
+    def apply(self, settings: Settings) -> None:
+        """Go by other settings: at once as far as a connection can, and for the rest from the next
+        offer on."""
+        self._settings = settings
+        if self.connection is not None:
+            self.connection.apply(settings)
+
     def squeeze(self) -> None:
         """Give back memory that is not in use, and keep none for the time that is set."""
         if self.connection is not None:
@@ -453,6 +461,13 @@ class Device:
         self.put(BackendEvent.RESIZED)
 
     # ---- Figures ----
+
+    def log_figures(self) -> None:
+        """One line of what was counted, if ``log_stats`` is set."""
+        if self._settings.log_stats:
+            counters = self.counters()
+            names = ("oo_req", "rd_req", "wr_req", "f_req", "ds_req", "persistent_grants")
+            self._log.info("%s", ", ".join(f"{name} {counters.get(name, 0)}" for name in names))
 
     def counters(self) -> dict[str, object]:
         """Everything counted since the disk came up, over all connections."""

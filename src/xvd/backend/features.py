@@ -36,8 +36,8 @@ def features_of(
         discard_secure=discard and info.can_secure_discard,
         discard_granularity=info.discard_granularity,
         discard_alignment=info.discard_alignment,
-        persistent=settings.feature_persistent and not settings.copying,
-        max_indirect_segments=settings.max_indirect_segments,
+        persistent=bool(settings.feature_persistent) and not settings.copying,
+        max_indirect_segments=settings.indirect_segments_offered,
         max_ring_page_order=settings.max_ring_page_order,
         max_queues=settings.queues_offered,
     )

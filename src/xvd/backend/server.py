@@ -4,11 +4,11 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 from xvd.backend.device import Device, StorageOpener
-from xvd.backend.settings import Settings
+from xvd.backend.settings import Settings, parse_settings
 from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState
@@ -26,11 +26,16 @@ CLEAR_DELAY_S: Final = 0.5
 LOOK_S: Final = 5.0
 """How often a disk's storage is asked for its size."""
 
+_LOG_TICKS: Final = 2
+"""Of those, how many until figures are logged: ten seconds, as in blkback."""
+
 _GONE: Final = {"online": "0", "state": str(int(XenbusState.CLOSED))}
 
 
 class Server:
     """Serves every disk under ``backend/<kind>`` of this domain.
+
+    settings: for every disk; overrides: ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them.
 
     One store connection for all, no polling. A device that fails costs itself only.
     """
@@ -43,13 +48,15 @@ class Server:
         *,
         kinds: Sequence[str] = ("vbd",),
         settings: Settings | None = None,
+        overrides: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.devices: dict[str, Device] = {}
         self._machine = machine
         self._store = store
         self._open_storage = open_storage
         self._kinds = kinds
-        self._settings = settings
+        self._settings = settings or Settings()
+        self._overrides = {name: dict(parse_settings(t)) for name, t in (overrides or {}).items()}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._again: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -72,10 +79,14 @@ class Server:
 
     async def _tick(self) -> None:
         """What is looked at now and then, rather than told."""
+        ticks = 0
         while True:
             await asyncio.sleep(LOOK_S)
+            ticks += 1
             for device in list(self.devices.values()):
                 await device.follow_size()
+                if ticks % _LOG_TICKS == 0:
+                    device.log_figures()
 
     def device(self, name: str) -> Device:
         """The disk with the directory `name`, or with ``DOMID/VDEV`` at its end; `ConfigError`."""
@@ -84,6 +95,30 @@ class Server:
             known = ", ".join(sorted(self.devices)) or "none"
             raise ConfigError(f"{name!r} names no disk that is served here; there are: {known}")
         return found[0]
+
+    def settings_of(self, path: str) -> Settings:
+        """What holds for the disk with this directory."""
+        values: dict[str, int] = {}
+        for name, override in self._overrides.items():
+            if f"/{path}".endswith(f"/{name}"):
+                values |= override
+        return self._settings.changed(values)
+
+    def change(self, texts: Sequence[str], disk: str = "") -> dict[str, Any]:
+        """Set each ``NAME=VALUE``, for all disks or only for ``DOMID/VDEV``; what holds then.
+
+        A disk keeps what was set for it alone. Raises `ConfigError`, and then nothing is changed.
+        """
+        values = parse_settings(texts)
+        if disk:
+            override = self._overrides.get(disk, {}) | values
+            changed = self._settings.changed(override)
+            self._overrides[disk] = override
+        else:
+            changed = self._settings = self._settings.changed(values)
+        for path, device in self.devices.items():
+            device.apply(self.settings_of(path))
+        return changed.values()
 
     def squeeze(self) -> None:
         """Memory is short: every disk gives back what it keeps and does not use."""
@@ -131,7 +166,8 @@ class Server:
             return
         if await self._is_over(path) or path in self._running or self._closing:
             return
-        device = Device(self._machine, self._store, path, self._open_storage, self._settings)
+        settings = self.settings_of(path)
+        device = Device(self._machine, self._store, path, self._open_storage, settings)
         self.devices[path] = device
         task = asyncio.create_task(self._serve(device))
         self._running[path] = task

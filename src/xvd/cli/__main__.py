@@ -11,7 +11,7 @@ from collections.abc import Callable
 import typer
 
 from xvd import __version__
-from xvd.cli import attach, backend, bench, doctor, host, nbd, resize, serve, sim, stats
+from xvd.cli import attach, backend, bench, doctor, host, nbd, resize, serve, sim, stats, tune
 from xvd.errors import ConfigError, XvdError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "attach": attach.attach,
     "detach": attach.detach,
     "resize": resize.resize,
+    "set": tune.tune,
     "list": attach.list_disks,
     "nbd": nbd.nbd,
     "stats": stats.stats,

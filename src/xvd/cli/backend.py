@@ -3,6 +3,7 @@
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from xvd.backend.pressure import MemoryPressure
 from xvd.backend.server import Server
-from xvd.backend.settings import Settings
+from xvd.backend.settings import Settings, parse_settings
 from xvd.blkif.nodes import BackendAssignment
 from xvd.cli import common
 from xvd.cli.control import ControlServer
@@ -35,6 +36,15 @@ def backend(
         ),
     ] = [],  # noqa: B006  typer needs a literal
     copy: Annotated[bool, typer.Option("--copy", help="Grant copy instead of mapping.")] = False,
+    setting: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="[DOMID/VDEV:]NAME=VALUE",
+            help="A setting under the name of xen-blkback's parameter, for every disk or for one: "
+            "max_queues=4, 1/xvda:feature_persistent=N. May be given several times. See xvd set.",
+        ),
+    ] = [],  # noqa: B006  typer needs a literal
     layer: common.Layers = [],  # noqa: B006  typer needs a literal
     verbose: common.Verbose = 0,
 ) -> int:
@@ -46,7 +56,9 @@ def backend(
     """
     common.start_logging(verbose)
     number = None if domid is None else Domid(domid)
-    return common.run(_backend(host, number, kind, copy, layer))
+    texts, overrides = common.split_settings(setting)
+    settings = Settings(copying=copy).changed(parse_settings(texts))
+    return common.run(_backend(host, number, kind, settings, overrides, layer))
 
 
 def competitor(kind: str, proc: Path = Path("/proc"), sys_dir: Path = Path("/sys")) -> str:
@@ -72,7 +84,12 @@ def _kinds(wanted: list[str], real: bool) -> list[str]:
 
 
 async def _backend(
-    host: Path | None, domid: Domid | None, kinds: list[str], copy: bool, layers: list[str]
+    host: Path | None,
+    domid: Domid | None,
+    kinds: list[str],
+    settings: Settings,
+    overrides: dict[str, list[str]],
+    layers: list[str],
 ) -> int:
     stop = common.Stop()
     machine, directory = await common.open_machine(host, domid)
@@ -86,11 +103,14 @@ async def _backend(
         async def storage(assignment: BackendAssignment) -> Engine:
             return await common.open_assigned(assignment, layers)
 
-        settings = Settings(copying=copy, state_dir=directory / "state" / name)
-        server = Server(machine, store, storage, kinds=kinds, settings=settings)
+        settings = replace(settings, state_dir=directory / "state" / name)
+        server = Server(
+            machine, store, storage, kinds=kinds, settings=settings, overrides=overrides
+        )
         control = ControlServer(
             {
                 "stats": lambda: [disk_figures(device) for device in server.devices.values()],
+                "set": server.change,
                 "resize": lambda disk, size: server.device(disk).resize(size),
             }
         )

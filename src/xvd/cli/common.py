@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Awaitable, Coroutine, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,9 +73,30 @@ def vdev_number(text: str) -> int:
         raise ConfigError(str(error)) from None
 
 
+def split_settings(settings: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Settings for every disk, and for those that are named: ``1/xvda:max_queues=1``."""
+    for_all: list[str] = []
+    for_one: dict[str, list[str]] = {}
+    for text in settings:
+        disk, colon, setting = text.rpartition(":")
+        if not colon:
+            for_all.append(text)
+            continue
+        for_one.setdefault(disk_name(disk), []).append(setting)
+    return for_all, for_one
+
+
+def disk_name(text: str) -> str:
+    """``1/51712`` from ``1/xvda``; `ConfigError` for anything else."""
+    domid, slash, vdev = text.partition("/")
+    if not slash or not domid.isdigit():
+        raise ConfigError(f"{text!r} names no disk; write DOMID/VDEV, as 1/xvda")
+    return f"{int(domid)}/{vdev_number(vdev)}"
+
+
 async def daemon_of(host: Path, disk: str) -> Path:
     """The control socket of the daemon that serves the disk ``DOMID/VDEV``; `PeerClosed`."""
-    for path in sorted((host / "control").glob("*")):
+    for path in sorted((host / "control").glob("backend-*")):
         with contextlib.suppress(PeerClosed):
             if any(d["disk"].endswith(f"/{disk}") for d in await ask(path, "stats")):
                 return path

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an administrator may set: by name, for all disks or one, before and while they are used."""
+
+import pytest
+from rig_disk import disk_world, opener, run, until
+from rig_guest import RawFrontend, backend_reaches
+from rig_queue import rq
+
+from xvd.backend.inbox import Inbox
+from xvd.backend.server import Server
+from xvd.backend.settings import LIVE, RANGES, Settings, parse_settings
+from xvd.blkif.abi import Op
+from xvd.blkif.handshake import BackendEvent
+from xvd.blkif.messages import Segment
+from xvd.errors import ConfigError
+
+BLKBACKS = {
+    "max_buffer_pages": 1024, "max_persistent_grants": 1056, "persistent_grant_unused_seconds": 60,
+    "max_ring_page_order": 4, "log_stats": 0, "feature_persistent": 1,
+    "buffer_squeeze_duration_ms": 10,
+}  # fmt: skip
+
+
+def test_every_parameter_of_blkback_is_there_with_its_default() -> None:
+    values = Settings().values()
+    assert {name: values[name] for name in BLKBACKS} == BLKBACKS
+    assert set(values) == set(RANGES) >= LIVE
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [("max_queues=4", "max_queues", 4), (" max_queues = 4 ", "max_queues", 4),
+     ("feature_persistent=N", "feature_persistent", 0), ("log_stats=yes", "log_stats", 1)],
+)  # fmt: skip
+def test_a_setting_is_written_as_a_module_parameter(text: str, name: str, value: int) -> None:
+    assert Settings().changed(parse_settings([text])).values()[name] == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["max_queues", "max_queues=", "max_queues=x", "max_queues=-1", "max_queues=1025", "queues=1",
+     "max_queues=\u0661", "max_queues=Y", "copying=1", "max_ring_page_order=7", ""],
+)  # fmt: skip
+def test_what_cannot_be_set_is_refused_by_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=text.partition("=")[0] or "sets nothing"):
+        Settings().changed(parse_settings([text]))
+
+
+@pytest.mark.parametrize(("wanted", "offered"), [(0, 0), (11, 0), (12, 12), (4096, 4096)])
+def test_few_indirect_segments_are_none(wanted: int, offered: int) -> None:
+    assert Settings(max_indirect_segments=wanted).indirect_segments_offered == offered
+
+
+def test_one_disk_may_have_its_own() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            overrides = {"1/51712": ["max_ring_page_order=0"]}
+            world.server = Server(
+                world.dom0, world.store, opener(), settings=Settings(max_ring_page_order=2),
+                overrides=overrides,
+            )  # fmt: skip
+            await world.server.start()
+            for vdev, order in (("xvda", "0"), ("xvdb", "2")):
+                vbd = await world.attach(vdev=vdev)
+                await backend_reaches(world, vbd, 2)
+                assert await world.store.read(f"{vbd.backend}/max-ring-page-order") == order
+
+    run(work())
+
+
+def test_what_is_live_holds_at_once() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish({"feature-persistent": "1"})
+            await backend_reaches(world, vbd, 4)
+            await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
+            assert world.server is not None
+            device = world.server.device("1/51712")
+            assert device.counters()["persistent_grants"] == 4
+            values = world.server.change(["max_persistent_grants=1"])
+            await until(lambda: device.counters()["persistent_grants"] == 1)
+            assert values["max_persistent_grants"] == 1
+            frontend.close()
+
+    run(work())
+
+
+def test_what_is_negotiated_holds_from_the_next_connection_on() -> None:
+    async def work() -> None:
+        async with disk_world(settings=Settings(max_queues=4)) as world:
+            vbd = await world.attach()
+            async with await world.open(vbd):
+                assert world.server is not None
+                world.server.change(["max_queues=1"], "1/51712")
+                assert await world.store.read(f"{vbd.backend}/multi-queue-max-queues") == "4"
+            async with await world.open(vbd):
+                assert await world.store.read(f"{vbd.backend}/multi-queue-max-queues") == "1"
+
+    run(work())
+
+
+def test_a_disks_own_setting_stays_when_that_of_all_changes() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            assert world.server is not None
+            world.server.change(["max_queues=3"], "1/51712")
+            world.server.change(["max_queues=5", "log_stats=1"])
+            own = world.server.settings_of("backend/vbd/1/51712").values()
+            others = world.server.settings_of("backend/vbd/1/51728").values()
+            assert (own["max_queues"], own["log_stats"]) == (3, 1)
+            assert (others["max_queues"], others["log_stats"]) == (5, 1)
+            with pytest.raises(ConfigError):
+                world.server.change(["max_queues=2", "log_stats=2"])
+            assert world.server.settings_of("x").values()["max_queues"] == 5
+
+    run(work())
+
+
+def test_only_the_newest_of_a_frontends_states_waits() -> None:
+    async def work() -> None:
+        inbox = Inbox()
+        e = BackendEvent
+        states = (e.FRONTEND_CONNECTED, e.FRONTEND_CLOSED, e.FRONTEND_INITIALISING)
+        inbox.put(e.STORAGE_READY)
+        for _ in range(1000):
+            for event in (e.REMOVE, *states):
+                inbox.put(event)
+        assert len(inbox) == 3
+        assert [await inbox.get() for _ in range(3)] == [e.STORAGE_READY, e.REMOVE, states[-1]]
+
+    run(work())
