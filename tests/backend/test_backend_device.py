@@ -52,10 +52,14 @@ def test_a_queue_is_offered_what_the_frontend_was_told(number: int) -> None:
 
 
 def test_counters_are_added_by_name_and_refusals_by_reason() -> None:
-    first = {"requests": 3, "refusals": {"read_only": 1}}
-    second = {"requests": 4, "errors": 1, "refusals": {"read_only": 1, "bad_grant": 2}}
+    first = {"requests": 3, "refusals": {"read_only": 1}, "latency": {"read": [1, 0]}}
+    second = {
+        "requests": 4, "errors": 1, "refusals": {"read_only": 1, "bad_grant": 2},
+        "latency": {"read": [2, 3]},
+    }  # fmt: skip
     assert merge_counters(first, second) == {
         "requests": 7, "errors": 1, "refusals": {"read_only": 2, "bad_grant": 2},
+        "latency": {"read": [3, 3]},
     }  # fmt: skip
 
 

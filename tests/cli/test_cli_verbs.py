@@ -125,6 +125,14 @@ def test_a_disk_that_nobody_serves_is_not_resized(four: FourProcesses) -> None:
     assert "no daemon serves the disk" in result.stderr
 
 
+def test_top_shows_every_disk(four: FourProcesses) -> None:
+    result = four.run("top", "--count", "2", "--interval", "0.1")
+
+    assert result.returncode == 0
+    assert "backend/vbd/1/51712" in result.stdout
+    assert "p99 us" in result.stdout
+
+
 def test_settings_are_shown_and_changed(four: FourProcesses) -> None:
     shown = four.run("set")
     changed = four.run("set", "max_queues=1", "log_stats=Y", "--json")

@@ -3,18 +3,20 @@
 
 import errno
 import select
+from dataclasses import replace
 
 import pytest
 from rig_engines import ByHand
 from rig_queue import ALL, BROKEN, DRAINED, WORKED, QueueWorld, discard, rq
 
 from xvd.blkif.abi import Abi, Op, Status
-from xvd.blkif.messages import AnyRequest
+from xvd.blkif.messages import AnyRequest, Request, Segment
 from xvd.dataplane.queue import BackendQueue
 from xvd.engines.layers.error import Error
 from xvd.engines.memory import MemoryEngine
 from xvd.engines.uri import open_engine
 from xvd.errors import LocalProtocolError, PeerProtocolError
+from xvd.types import Gref
 
 MODES = pytest.mark.parametrize("copying", [False, True], ids=["map", "copy"])
 ABIS = pytest.mark.parametrize("abi", list(Abi), ids=lambda abi: abi.name)
@@ -157,6 +159,63 @@ def test_counters_have_blkbacks_names() -> None:
         assert {name: counters[name] for name in wanted} == wanted
         assert counters["requests"] == counters["responses"] == 5
         assert (counters["errors"], counters["refusals"]) == (1, {"no_segments": 1})
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind"),
+    [
+        (rq(Op.READ, 0, Segment(Gref(8))), "read"),
+        (rq(Op.WRITE, 0, Segment(Gref(8))), "write"),
+        (rq(Op.FLUSH_DISKCACHE), "flush"),
+        (rq(Op.WRITE_BARRIER), "flush"),
+        (discard(0, 8), "discard"),
+    ],
+)
+@pytest.mark.parametrize(("ns", "bucket"), [(0, 0), (1, 0), (2, 1), (1023, 9), (1024, 10)])
+def test_latencies_are_counted_by_kind_in_powers_of_two(
+    request_: AnyRequest, kind: str, ns: int, bucket: int
+) -> None:
+    engine = ByHand(1 << 20)
+    with QueueWorld(engine, offered=ALL | 1 << Op.WRITE_BARRIER) as world:
+        if isinstance(request_, Request) and request_.segments:
+            request_ = replace(request_, segments=(world.segment(0),))
+        world.queue.set_time(5000)
+        world.send(request_)
+        world.settle()
+        world.queue.set_time(5000 + ns)
+        engine.channel.take()[0].complete()
+        world.settle()
+        latency = world.queue.counters()["latency"]
+        expected = {name: [0] * 40 for name in ("read", "write", "flush", "discard")}
+        expected[kind][bucket] = 1
+        assert latency == expected
+
+
+def test_what_takes_very_long_is_in_the_last_bucket() -> None:
+    engine = ByHand(1 << 20)
+    with QueueWorld(engine) as world:
+        world.queue.set_time(0)
+        world.send(rq(Op.FLUSH_DISKCACHE))
+        world.settle()
+        world.queue.set_time(1 << 50)
+        engine.channel.take()[0].complete()
+        world.settle()
+        latency = world.queue.counters()["latency"]
+        assert latency["flush"][39] == 1  # type: ignore[index]
+
+
+def test_a_refused_request_has_no_latency() -> None:
+    with QueueWorld() as world:
+        world.ask(rq(Op.READ, 1 << 40, world.segment(0)))
+        latency = world.queue.counters()["latency"]
+        assert sum(map(sum, latency.values())) == 0  # type: ignore[attr-defined]
+
+
+def test_one_call_maps_for_all_requests_of_a_step() -> None:
+    with QueueWorld() as world:
+        world.ask(*(rq(Op.READ, 0, world.segment(i), id=i) for i in range(8)))
+        counters = world.queue.counters()
+        assert (counters["map_calls"], counters["unmap_calls"], counters["mapped"]) == (1, 1, 8)
 
 
 @MODES

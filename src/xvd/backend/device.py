@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from xvd.backend.connection import Connection, Plan
-from xvd.backend.counters import merge_counters
+from xvd.backend.counters import merge_counters, without_now
 from xvd.backend.features import features_of, promised, without
 from xvd.backend.inbox import Inbox
 from xvd.backend.settings import Settings
@@ -349,7 +349,7 @@ class Device:
         connection, self.connection = self.connection, None
         connection.mute()
         self._broken = connection.broken
-        self.totals = merge_counters(self.totals, connection.counters())
+        self.totals = merge_counters(self.totals, without_now(connection.counters()))
         connection.release()
         self._released.set()
         if self._broken or failure is not None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import typer
 
 from xvd import __version__
-from xvd.cli import attach, backend, bench, doctor, host, nbd, resize, serve, sim, stats, tune
+from xvd.cli import attach, backend, bench, doctor, host, nbd, resize, serve, sim, stats, top, tune
 from xvd.errors import ConfigError, XvdError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "list": attach.list_disks,
     "nbd": nbd.nbd,
     "stats": stats.stats,
+    "top": top.top,
     "bench": bench.bench,
     "sim": sim.sim,
     "doctor": doctor.doctor,
@@ -60,7 +61,7 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def top(
+def _options(
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
     ),

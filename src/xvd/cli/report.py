@@ -24,6 +24,8 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         figures["protocol"] = connection.config.abi.protocol
         figures["ring_pages"] = connection.config.ring_pages
         figures["queues"] = len(connection.config.queues)
+        figures["queue_counters"] = [link.queue.counters() for link in connection.links]
+        figures["persistent_negotiated"] = connection.plan.persistent
         figures["loop"] = connection.loop_counters()
         figures["mode"] = device.mode
     if disk is not None:
@@ -49,6 +51,8 @@ def account(figures: dict[str, Any], seconds: float) -> str:
     saved = back["requests"] + back["responses"] - sent
     refused = sum(back["refusals"].values())
     handled = f"{back['mapped']} mapped and {back['unmapped']} unmapped"
+    if figures.get("mode") == "persistent grants":
+        handled += f"; {back['persistent_hits']} found mapped"
     if figures.get("mode") == "grant copy":
         handled = f"{back['copied']} copied"
     return "\n".join(

@@ -41,6 +41,7 @@ cdef inline void map_fresh(backend_queue *q) noexcept nogil:
         q.sets[i].count = 1
         q.sets[i].writable = 1
     if q.nr_fresh:
+        q.count.map_calls += 1
         q.grants.map(q.grants.ctx, q.sets, q.nr_fresh)
     for i in range(q.nr_fresh):
         if q.sets[i].status == 0:
@@ -105,6 +106,7 @@ cdef inline void map_passing(backend_queue *q) noexcept nogil:
         n += 1
     if n == 0:
         return
+    q.count.map_calls += 1
     q.grants.map(q.grants.ctx, q.sets, n)
     for i in range(n):
         p = q.owners[i]
@@ -173,6 +175,7 @@ cdef inline void unmap(backend_queue *q, pending **whose, uint32_t count) noexce
             q.count.unmapped += p.mapping.count
             n += 1
     if n:
+        q.count.unmap_calls += 1
         q.grants.unmap(q.grants.ctx, q.sets, n)
 
 
@@ -183,6 +186,7 @@ cdef inline void run_copies(backend_queue *q, uint32_t n) noexcept nogil:
     cdef uint32_t i
     if n == 0:
         return
+    q.count.copy_calls += 1
     q.grants.copy(q.grants.ctx, q.copies, n)
     q.count.copied += n
     for i in range(n):

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 
 from xvd.dataplane.abi cimport REFUSAL_COUNT
 from xvd.dataplane.journal cimport journal_entry, journal_header
+from xvd.dataplane.latency cimport latencies
 from xvd.dataplane.persistent cimport persistent_grants
 from xvd.dataplane.ports cimport (engine_io, engine_ports, event_ports, grant_copy, grant_mapping,
                                   grant_ports)
@@ -30,6 +31,7 @@ cdef struct queue_counters:
     uint64_t rd_sect, wr_sect, ds_sect
     uint64_t requests, responses, errors, storage_errors
     uint64_t mapped, unmapped, copied
+    uint64_t map_calls, unmap_calls, copy_calls
     uint64_t buffer_pages_released
     uint64_t persistent_hits, persistent_misses, persistent_purged
     uint64_t notified, suppressed, steps, recovered
@@ -55,6 +57,7 @@ cdef struct pending:
     space *own                   # for a direct request's segments
     space *room                  # where this request's segments are: `own`, or a large one
     engine_io io
+    uint64_t begun_ns            # when it was taken
 
 cdef struct backend_queue:
     back_ring ring
@@ -98,3 +101,4 @@ cdef struct backend_queue:
     uint32_t alarmed
     int32_t last_error           # -errno
     queue_counters count
+    latencies latency            # from taking a request to answering it

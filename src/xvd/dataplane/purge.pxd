@@ -20,6 +20,7 @@ cdef inline bint purge_some(backend_queue *q, bint all_of_them) noexcept nogil:
         q.sets[n].base, q.sets[n].handle = g.page, g.handle
         n += 1
     if n:
+        q.count.unmap_calls += 1
         q.grants.unmap(q.grants.ctx, q.sets, n)
         q.count.unmapped += n
         q.count.persistent_purged += n

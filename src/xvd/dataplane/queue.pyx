@@ -31,6 +31,7 @@ from xvd.dataplane.indirect cimport fetch_indirect
 from xvd.dataplane.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, JOURNAL_MAGIC, journal_entry, journal_header,
     mark_taken)
+from xvd.dataplane.latency cimport latency_lists
 from xvd.dataplane.pending cimport (
     BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER,
     backend_queue, pending)
@@ -116,6 +117,7 @@ cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
 cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
     """Into the batch with a request, or refuse it."""
     q.in_flight += 1
+    p.begun_ns = q.now_ns
     p.mapped = p.holding = p.failed = 0
     p.copying = q.copying
     if p.rq.indirect and refusal == REFUSAL_NONE:
@@ -519,10 +521,15 @@ cdef class BackendQueue:
         return -self.q.last_error, self.q.count.storage_errors
 
     def counters(self):
-        """Everything counted, by name: blkback's names where it has them. Any thread."""
+        """Everything counted, by name: blkback's names where it has them. Any thread.
+
+        ``latency``: for each kind of request a list of 40 counts; count i is of those answered
+        after 2**i nanoseconds and before twice that, from when they were taken off the ring.
+        """
         counts = dict(self.q.count)
         refusals = counts.pop("refusals")
         counts["in_flight"] = self.q.in_flight
+        counts["latency"] = latency_lists(&self.q.latency)
         counts["buffer_pages"] = self.q.idle_pages
         counts["persistent_grants"] = self.q.kept.count
         counts["refusals"] = {

@@ -8,7 +8,9 @@ from posix.unistd cimport write
 from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_EOPNOTSUPP,
                                 BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport answer, refuse
+from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.gather cimport give_back
+from xvd.dataplane.latency cimport count_latency
 from xvd.dataplane.pending cimport STAGE_WRITE, backend_queue, pending
 from xvd.dataplane.ports cimport ENGINE_FLUSH, ENGINE_SECURE, ENGINE_WRITE, engine_io
 from xvd.dataplane.request cimport OFFER_SECURE
@@ -73,6 +75,8 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
     cdef uint32_t n = q.engine.reap(q.engine.ctx, q.ios, q.ring.nr_ents)
     cdef uint32_t i, finished = 0
     cdef pending *p
+    if n and not q.given_time:
+        q.now_ns = monotonic_ns()
     for i in range(n):
         p = <pending *>q.ios[i].owner
         if go_on(q, p):
@@ -82,6 +86,7 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
     give_back(q, finished)
     for i in range(finished):
         p = q.batch[i]
+        count_latency(&q.latency, p.rq.operation, q.now_ns - p.begun_ns)
         if p.failed:
             refuse(q, p, REFUSAL_BAD_GRANT)
         elif p.io.result == 0:
