@@ -6,7 +6,7 @@ delivered, something completes, or its watchdog ends. That is what `dataplane/ur
 thread; here the scheduler decides when.
 """
 
-from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
+from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, Op, nr_ents
 from xvd.dataplane.front import FrontQueue
 from xvd.dataplane.queue import BackendQueue
 from xvd.dataplane.ring import FrontRing
@@ -17,6 +17,7 @@ from xvd.types import Domid
 
 WORKED, BROKEN, DRAINED = 1, 2, 4
 WATCHDOG_NS = 5_000_000_000
+OFFERED = 1 << Op.READ | 1 << Op.WRITE | 1 << Op.FLUSH_DISKCACHE | 1 << Op.DISCARD
 
 
 class _End:
@@ -40,16 +41,36 @@ class _End:
 class SimFrontend(_End):
     """A frontend process: ring, pages, port and queue, in a session of its own."""
 
-    def __init__(self, machine: EmulatedMachine, clock: Clock, peer: Domid, abi: Abi) -> None:
+    def __init__(
+        self,
+        machine: EmulatedMachine,
+        clock: Clock,
+        peer: Domid,
+        abi: Abi,
+        *,
+        segments_max: int,
+        persistent: bool,
+    ) -> None:
         super().__init__(clock)
         self.machine = machine
         self.abi = abi
+        self.segments_max = segments_max
+        self.persistent = persistent
         self.ring = machine.grants.share(peer, 1)
         FrontRing(self.ring.view, nr_ents(1, abi), abi.number).init()
-        self.pages = machine.grants.share(peer, nr_ents(1, abi) * MAX_SEGMENTS_PER_REQUEST)
+        pages = max(
+            FrontQueue.pages_needed(segments_max), nr_ents(1, abi) * MAX_SEGMENTS_PER_REQUEST
+        )
+        self.pages = machine.grants.share(peer, pages)
         self.channel = machine.event_channels.alloc_unbound(peer)
         self.queue = FrontQueue(
-            self.ring.view, nr_ents(1, abi), abi.number, self.pages, self.channel
+            self.ring.view,
+            nr_ents(1, abi),
+            abi.number,
+            self.pages,
+            self.channel,
+            segments_max=segments_max,
+            persistent=persistent,
         )
 
     def step(self, budget: int) -> int:
@@ -75,6 +96,8 @@ class SimBackend(_End):
         *,
         capacity: int,
         copying: bool,
+        persistent_max: int,
+        max_pages: int,
         journal: bytearray,
     ) -> None:
         super().__init__(clock)
@@ -84,6 +107,7 @@ class SimBackend(_End):
         self.channel = machine.event_channels.bind_interdomain(
             frontend.machine.domid, frontend.channel.port
         )
+        indirect = frontend.segments_max > MAX_SEGMENTS_PER_REQUEST
         self.queue = BackendQueue(
             self.mapping.view,
             nr_ents(1, frontend.abi),
@@ -92,20 +116,26 @@ class SimBackend(_End):
             self.channel,
             storage,
             capacity=capacity,
-            offered=1 << 0 | 1 << 1 | 1 << 3 | 1 << 5,
+            offered=OFFERED | (1 << Op.INDIRECT if indirect else 0),
+            indirect_max=frontend.segments_max if indirect else 0,
             copying=copying,
+            persistent=frontend.persistent,
+            persistent_max=persistent_max,
+            max_pages=max_pages,
             journal=journal,
         )
         self.channel.notify()
 
     def step(self, budget: int) -> int:
         """One step, then sleep if there is nothing to do; STEP_* flags."""
+        self.queue.set_time(self._clock.now_ns)
         flags = self.queue.step(budget)
         self._rest(bool(flags & WORKED), self.queue.may_sleep())
         return flags
 
     def release(self) -> None:
         """Give everything back, as a backend that has drained does."""
+        self.queue.release()
         self.mapping.close()
         self.grants.close()
         self.machine.close()

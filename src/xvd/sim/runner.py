@@ -17,6 +17,8 @@ def describe(options: Options) -> str:
     return (
         f"seed {options.seed}: {options.abi.protocol}, {mode}, {options.sectors} sectors, "
         f"depth {options.depth}, up to {options.sectors_max} sectors, "
+        f"{options.segments_max} segments, "
+        f"{f'{options.persistent_max} persistent' if options.persistent else 'not persistent'}, "
         f"budget {options.budget_max}, {options.steps} steps; faults: {faults or 'none'}"
     )
 

@@ -41,6 +41,10 @@ class Options:
     depth: int
     sectors_max: int
     budget_max: int
+    segments_max: int
+    persistent: bool
+    persistent_max: int
+    max_pages: int
     steps: int
     faults: Faults = field(default_factory=Faults)
 
@@ -54,8 +58,12 @@ class Options:
             copying=prng.chance(2),
             sectors=prng.between(64, 2048),
             depth=prng.between(1, 48),
-            sectors_max=prng.choose((1, 8, 88, 89, 200)),
+            sectors_max=prng.choose((1, 8, 88, 89, 200, 600)),
             budget_max=prng.choose((1, 2, 64)),
+            segments_max=prng.choose((11, 11, 16, 40)),
+            persistent=prng.chance(2),
+            persistent_max=prng.choose((0, 40, 100, 1056)),
+            max_pages=prng.choose((0, 40, 1024)),
             steps=steps,
             faults=Faults.draw(prng),
         )
@@ -108,7 +116,14 @@ class World:
         return EmulatedMachine(self._host.open(domid), _no_xenstore)
 
     def _new_frontend(self) -> SimFrontend:
-        return SimFrontend(self._machine(FRONT), self._clock, BACK, self.options.abi)
+        return SimFrontend(
+            self._machine(FRONT),
+            self._clock,
+            BACK,
+            self.options.abi,
+            segments_max=self.options.segments_max,
+            persistent=self.options.persistent,
+        )
 
     def _new_journal(self) -> bytearray:
         """Memory that outlives a backend; a new connection begins with a new one."""
@@ -122,6 +137,8 @@ class World:
             self._storage.channel,
             capacity=self.options.sectors,
             copying=self.options.copying,
+            persistent_max=self.options.persistent_max,
+            max_pages=self.options.max_pages,
             journal=self._journal,
         )
 
