@@ -16,7 +16,7 @@ from typing import Any
 
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.counters import merge_counters, without_now
-from xvd.backend.features import features_of, promised, without
+from xvd.backend.features import check_units, features_of, promised, without
 from xvd.backend.inbox import Inbox
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Abi, XenbusState
@@ -304,6 +304,7 @@ class Device:
                 max_ring_page_order=self.features.max_ring_page_order,
                 max_queues=self.features.max_queues,
             )
+            check_units(config, self.features)
             self._released.clear()
             self._broken = False
             self._failures = 0

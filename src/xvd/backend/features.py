@@ -7,8 +7,9 @@ from typing import Final
 
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import InfoFlag, Op
-from xvd.blkif.nodes import BackendAssignment, BackendFeatures, parse_backend
+from xvd.blkif.nodes import BackendAssignment, BackendFeatures, FrontendConfig, parse_backend
 from xvd.engines.interface import Engine
+from xvd.errors import PeerProtocolError
 from xvd.types import RING_SECTOR_SIZE
 
 _SECURE_DISCARD: Final = 1 << 16
@@ -72,6 +73,21 @@ def offered_operations(features: BackendFeatures) -> int:
     bits |= features.discard << Op.DISCARD
     bits |= bool(features.max_indirect_segments) << Op.INDIRECT
     return bits | (_SECURE_DISCARD if features.discard_secure else 0)
+
+
+def check_units(config: FrontendConfig, features: BackendFeatures) -> None:
+    """Refuse a frontend that means another sector than we do; `PeerProtocolError`.
+
+    Sectors on the ring are of 512 bytes whatever ``sector-size`` says (Xen 221f2748e8). Drivers
+    that write ``feature-large-sector-size`` meant ``sector-size`` units: what they write would lie
+    where another driver does not look, and over what it has there.
+    """
+    if config.large_sector_size and features.sector_size != RING_SECTOR_SIZE:
+        raise PeerProtocolError(
+            f"frontend node feature-large-sector-size is 1: it counts sectors of "
+            f"{features.sector_size} bytes where blkif counts 512; update the driver, or serve "
+            f"the disk from storage of 512-byte blocks"
+        )
 
 
 def without(features: BackendFeatures, bits: int) -> BackendFeatures:
