@@ -341,3 +341,24 @@ def test_where_unmapping_takes_its_time_what_is_not_kept_is_copied() -> None:
         assert mapped(world) == [0, 1]
         assert figures(world)[3:] == (2, 0)
         assert world.queue.counters()["copied"] == 6
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_what_cannot_be_mapped_is_copied(position: int) -> None:
+    """Linux gives a process 65530 mappings: a disk must not fail when they are used up."""
+    with QueueWorld(persistent=1056, unmaps_at_once=False) as world:
+        for page in range(4):
+            world.data(page)[:] = bytes([page + 1]) * 4096
+        world.grants.inject([0] * position + [-13])
+        world.ask(rq(Op.WRITE, 0, *(world.segment(page) for page in range(4))))
+        world.ask(rq(Op.READ, 0, *(world.segment(page) for page in range(10, 14))))
+        assert [world.data(page)[0] for page in range(10, 14)] == [1, 2, 3, 4]
+        assert position not in mapped(world)
+        assert world.queue.counters()["errors"] == 0
+
+
+def test_what_was_never_granted_can_be_copied_no_more_than_mapped() -> None:
+    with QueueWorld(persistent=1056, unmaps_at_once=False) as world:
+        [answer] = world.ask(rq(Op.READ, 0, world.segment(0), Segment(bad_gref())))
+        assert answer.status == Status.ERROR
+        assert world.queue.counters()["refusals"] == {"bad_grant": 1}

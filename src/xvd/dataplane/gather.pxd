@@ -136,6 +136,14 @@ cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
                  (p.rq.last_sect[j] - p.rq.first_sect[j] + 1) * BLKIF_SECTOR_SIZE)
 
 
+cdef inline void copy_instead(pending *p) noexcept nogil:
+    """What could not be mapped may still be copied: it may be this process that has no room, for
+    Linux allows it 65530 mappings (vm.max_map_count) and each grant that is kept is one."""
+    p.failed = 0
+    p.copying = 1
+    p.io.iovcnt = 0
+
+
 cdef inline void map_batch(backend_queue *q) noexcept nogil:
     """Map the grants of the whole batch.
 
@@ -158,6 +166,8 @@ cdef inline void map_batch(backend_queue *q) noexcept nogil:
         p = q.batch[i]
         if not p.failed and not p.copying:
             find_data(q, p)
+        if p.failed and q.bouncing:
+            copy_instead(p)
 
 
 cdef inline void unmap(backend_queue *q, pending **whose, uint32_t count) noexcept nogil:
