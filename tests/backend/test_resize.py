@@ -190,3 +190,18 @@ def test_requests_under_way_while_the_size_changes_are_all_answered(image: Path)
                 await until(lambda size=size: disk.size == size)
 
     run(work())
+
+
+def test_many_who_resize_and_look_at_once_leave_one_size(image: Path) -> None:
+    """A look that came between a smaller size and the cut would have let writes in behind it."""
+
+    async def work() -> None:
+        async with disk_world() as world, await world.disk(str(image)) as disk:
+            assert world.server is not None
+            device = world.server.device("1/51712")
+            sizes = [(2 + n % 4) * MIB for n in range(20)]
+            await asyncio.gather(*(device.resize(size) for size in sizes),
+                                 *(device.follow_size() for _ in sizes))  # fmt: skip
+            await until(lambda: disk.size == size_of(image) == sizes[-1])
+
+    run(work())

@@ -98,6 +98,7 @@ class Device:
         self._settings = settings or Settings()
         self._log = _DeviceLog(logging.getLogger(__name__), {"device": path})
         self._events = Inbox()
+        self._sizing = asyncio.Lock()  # one look at the size, or change of it, at a time
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._released: asyncio.Event = asyncio.Event()
@@ -161,8 +162,9 @@ class Device:
             # Not cancelled: what it opens would be nobody's, and stay open and locked.
             await self._opening
         if self.engine is not None:
-            engine, self.engine = self.engine, None
-            await asyncio.to_thread(engine.close)
+            async with self._sizing:
+                engine, self.engine = self.engine, None
+                await asyncio.to_thread(engine.close)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -433,6 +435,10 @@ class Device:
         The guest is told while it runs. Raises `EngineError`, or `ConfigError` where the storage is
         not open.
         """
+        async with self._sizing:
+            return await self._resize(size)
+
+    async def _resize(self, size: int | None) -> int:
         if self.engine is None or self.features is None:
             raise ConfigError(f"{self.path}: its storage is not open")
         try:
