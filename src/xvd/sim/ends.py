@@ -17,7 +17,9 @@ from xvd.types import Domid
 
 WORKED, BROKEN, DRAINED = 1, 2, 4
 WATCHDOG_NS = 5_000_000_000
-OFFERED = 1 << Op.READ | 1 << Op.WRITE | 1 << Op.FLUSH_DISKCACHE | 1 << Op.DISCARD
+OFFERED = sum(
+    1 << op for op in (Op.READ, Op.WRITE, Op.WRITE_BARRIER, Op.FLUSH_DISKCACHE, Op.DISCARD)
+)
 
 
 class _End:

@@ -7,7 +7,7 @@ from xvd.dataplane.front import FrontQueue
 from xvd.sim.checkers import SECTOR, CheckFailed, ModelDisk, pattern
 from xvd.sim.prng import Prng
 
-READ, WRITE, FLUSH, DISCARD = 0, 1, 3, 5
+READ, WRITE, BARRIER, FLUSH, DISCARD = 0, 1, 2, 3, 5
 
 
 @dataclass(slots=True)
@@ -30,6 +30,7 @@ class Workload:
         self._outstanding: dict[int, _Operation] = {}
         self._tokens = 0
         self._mix = {READ: prng.between(1, 5), WRITE: prng.between(1, 5), FLUSH: 1, DISCARD: 1}
+        self._mix[BARRIER] = prng.below(2)
         self.finished = 0
         self.failed = 0
 
@@ -50,8 +51,8 @@ class Workload:
         self._tokens += 1
         operation = self._prepare(kind, first, count)
         self._outstanding[self._tokens] = operation
-        if kind == FLUSH:
-            queue.submit(FLUSH, 0, 0, None, self._tokens)
+        if kind in (FLUSH, BARRIER):
+            queue.submit(kind, 0, 0, None, self._tokens)
         else:
             queue.submit(kind, first, count, operation.buffer, self._tokens)
         return True
