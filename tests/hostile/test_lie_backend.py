@@ -252,3 +252,21 @@ def test_a_storm_of_events() -> None:
             backend.close()
 
     run(work())
+
+
+@pytest.mark.parametrize("states", ["4", "45", "4561"])
+def test_xsa_349_a_storm_of_states_is_looked_at_once_for_many(states: str) -> None:
+    """What is queued for the device does not grow with what the backend writes."""
+
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            disk, backend = await connected(world)
+            longest = 0
+            for turn in range(400):
+                await backend.write({"state": states[turn % len(states)]})
+                longest = max(longest, disk.device._events.qsize())
+            assert longest <= 4
+            await disk._leave(abandon=True)
+            backend.close()
+
+    run(work())

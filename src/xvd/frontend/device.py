@@ -49,6 +49,10 @@ RETURN_S = 30.0
 """How long a backend that has closed may take to offer the disk again before its user is told."""
 
 
+class _Look:
+    """In the queue of events: the backend's state may be another."""
+
+
 class User(Protocol):
     """Who uses the device; called in the event loop's thread."""
 
@@ -94,7 +98,8 @@ class Device:
         self._settings = settings or Settings()
         self._stepper = stepper
         self._log = logging.getLogger(__name__)
-        self._events: asyncio.Queue[FrontendEvent | None] = asyncio.Queue()
+        self._events: asyncio.Queue[FrontendEvent | _Look | None] = asyncio.Queue()
+        self._looking = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._patience: asyncio.TimerHandle | None = None
@@ -116,7 +121,7 @@ class Device:
             self._spawn(self._follow(watch))
             await self._take(initial_frontend(own, await self._backend_state()))
             while self.state is not FrontendState.VACANT:
-                event = await self._events.get()
+                event = await self._next()
                 if event is None:
                     break
                 await self._take(frontend_step(self.state, event))
@@ -127,6 +132,18 @@ class Device:
         finally:
             await self._end(watch)
             self._user.ended(error)
+
+    async def _next(self) -> FrontendEvent | None:
+        """The next event, None to leave; what the backend's state is, is seen when it is taken."""
+        event = await self._events.get()
+        if not isinstance(event, _Look):
+            return event
+        self._looking = False
+        state = await self._backend_state()
+        if state is XenbusState.UNKNOWN and self.state is FrontendState.STARTING:
+            self._failure = PeerClosed(f"{self.path}: there is no backend; the disk was removed")
+            return None
+        return backend_event(state)
 
     async def _after(self) -> None:
         """CLOSED is where a way is chosen: away for good, or back for the next backend."""
@@ -230,7 +247,7 @@ class Device:
     async def _follow(self, watch: Watch) -> None:
         try:
             async for _ in watch:
-                await self._do_look()
+                self._look()
         except PeerClosed as error:
             self._failure = error
             self._events.put_nowait(None)
@@ -243,15 +260,16 @@ class Device:
         except (PeerProtocolError, XenstoreError):
             return XenbusState.UNKNOWN
 
-    async def _do_look(self) -> None:
-        state = await self._backend_state()
-        if state is XenbusState.UNKNOWN and self.state is FrontendState.STARTING:
-            self._failure = PeerClosed(f"{self.path}: there is no backend; the disk was removed")
-            self._events.put_nowait(None)
-            return
-        self.put(backend_event(state))
+    def _look(self) -> None:
+        """Look at the backend's state, once however often it has changed (XSA-349)."""
+        if not self._looking:
+            self._looking = True
+            self._events.put_nowait(_Look())
 
     # ---- Actions ----
+
+    async def _do_look(self) -> None:
+        self._look()
 
     async def _do_publish(self) -> None:
         assert self.assignment is not None
