@@ -255,11 +255,20 @@ def operation_of(request: AnyRequest) -> int:
 
 @asynccontextmanager
 async def model_disk(
-    world: World, features: BackendFeatures = RICH, **settings: Any
+    world: World,
+    features: BackendFeatures = RICH,
+    *,
+    nodes: dict[str, str] | None = None,
+    **settings: Any,
 ) -> AsyncIterator[tuple[Disk, ModelBackend]]:
-    """A disk of guest 1 on a `ModelBackend`: (disk, backend). The world has no other backend."""
+    """A disk of guest 1 on a `ModelBackend`: (disk, backend). The world has no other backend.
+
+    nodes: of the frontend's directory, as the toolstack has written them.
+    """
     machine, store = await world.guest(1)
     vbd = await add(world.store, Domid(1), parse_xl_disk("vdev=xvda,target=memory:1M"), Domid(0))
+    for name, value in (nodes or {}).items():
+        await store.write(f"{vbd.frontend}/{name}", value)
     backend = ModelBackend(world, vbd, features)
     path = f"device/vbd/{vbd.vdev}"
     opening = asyncio.ensure_future(Disk.open(machine, store, path, settings=Settings(**settings)))

@@ -41,6 +41,7 @@ class FrontWorld:
         keeping: bool = False,
         block_sectors: int = 1,
         page_grants: int = 1,
+        trusted: bool = True,
         limits: Limits = SMALL,
     ) -> None:
         self.host = Host(limits)
@@ -56,6 +57,7 @@ class FrontWorld:
             self.ring_pages.view, self.entries, abi.number, self.pages, self.port,
             handle=0xCA00, segments_max=segments_max, block_sectors=block_sectors,
             page_grants=page_grants, persistent=persistent,
+            trusted=trusted,
         )  # fmt: skip
         self.grants = self.backend.grants.foreign(GUEST)
         self.mapping = self.grants.map(self.ring_pages.grefs)

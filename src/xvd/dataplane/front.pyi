@@ -17,6 +17,7 @@ class FrontQueue:
         block_sectors: int = 1,
         page_grants: int = 1,
         persistent: bool = False,
+        trusted: bool = True,
     ) -> None: ...
     @staticmethod
     def pages_needed(segments_max: int, page_grants: int = 1) -> int: ...

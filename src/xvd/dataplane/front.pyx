@@ -104,12 +104,13 @@ cdef class FrontQueue:
     then are too. persistent: both ends have said that grants are to be kept. page_grants: grants in
     one of our own pages: 1, 4 or 16 for pages of 4, 16 or 64 KiB; requests are then whole ones, and
     where a request has less than one, several go on the ring together. `FrontQueue.pages_needed`
-    says how many pages a queue must have.
+    says how many pages a queue must have. trusted: False clears every byte that is not data before
+    the backend may see it (XSA-403).
     """
 
     def __init__(self, ring, uint32_t nr_ents, int abi, pages, events, *, uint16_t handle=0,
                  uint32_t segments_max=BLKIF_MAX_SEGMENTS_PER_REQUEST, uint32_t block_sectors=1,
-                 uint32_t page_grants=1, bint persistent=False):
+                 uint32_t page_grants=1, bint persistent=False, bint trusted=True):
         cdef uint8_t[::1] page = ring
         cdef uint32_t i
         if self.q.shadows != NULL:
@@ -119,6 +120,7 @@ cdef class FrontQueue:
         self.set_limits(granter_of(pages).count, segments_max, block_sectors, page_grants)
         self.q.events = events_of(events)
         self.q.handle = handle
+        self.q.wipe = not trusted
         self.q.ring.sring = &page[0]
         self.q.ring.nr_ents = nr_ents
         self.q.ring.layout = &blkif_layouts[abi]

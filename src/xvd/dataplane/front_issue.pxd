@@ -108,6 +108,20 @@ cdef inline uint32_t take_chain(page_pool *p, uint32_t count, bint readonly) noe
     return first
 
 
+cdef inline void wipe_page(front_queue *q, uint32_t page, uint32_t used) noexcept nogil:
+    memset(page_data(&q.pool, page) + used, 0, BLKIF_PAGE_SIZE - used)
+
+
+cdef inline void wipe_chain(front_queue *q, const shadow *s) noexcept nogil:
+    """Clear what the data of a write will not cover, and all of what a read is to fill."""
+    cdef uint32_t page = s.first_page, left = s.size, i, used
+    for i in range(s.nr_pages):
+        used = min(left, <uint32_t>BLKIF_PAGE_SIZE)
+        wipe_page(q, page, 0 if s.operation == BLKIF_OP_READ else used)
+        left -= used
+        page = q.pool.next[page]
+
+
 cdef inline uint32_t put_segments(front_queue *q, uint8_t *segment, uint32_t page, uint32_t count,
                                   uint32_t last_sect) noexcept nogil:
     """Describe `count` pages of a chain, the last up to `last_sect`; the page after them."""
@@ -152,6 +166,8 @@ cdef inline void put_indirect(front_queue *q, uint8_t *slot, uint32_t id, uint64
         xvd_put32(slot + at.indirect_grefs + 4 * i, q.pool.ports.grefs[page])
         data = put_segments(q, page_data(&q.pool, page), data, here,
                             LAST_SECT if left else last_sect)
+        if q.wipe:
+            wipe_page(q, page, here * at.segment_size)
         page = q.pool.next[page]
     q.count.indirect += 1
 
@@ -166,6 +182,8 @@ cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
     s.nr_pages = <uint16_t>pages_for(sectors)
     s.nr_indirect = <uint8_t>indirect_pages(s.nr_pages)
     s.first_page = take_chain(&q.pool, s.nr_pages, writes)
+    if q.wipe:
+        wipe_chain(q, s)
     if writes:
         move_data(q, s, True)
         q.count.wr_sect += sectors

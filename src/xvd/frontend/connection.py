@@ -47,6 +47,7 @@ class Connection:
         queues: int,
         ring_page_order: int,
         settings: Settings,
+        trusted: bool,
         on_exit: Callable[[], None],
     ) -> None:
         self._machine = machine
@@ -54,6 +55,7 @@ class Connection:
         self._handle = handle & 0xFFFF
         self._name = name
         self._settings = settings
+        self._trusted = trusted
         self._on_exit = on_exit
         self._undo: list[Callable[[], None]] = []
         self._rings: list[tuple[SharedPages, EventChannel]] = []
@@ -108,7 +110,7 @@ class Connection:
             self.queues.append(
                 FrontQueue(
                     ring.view, entries, abi.number, pages, channel, handle=self._handle,
-                    segments_max=segments, persistent=self.persistent,
+                    segments_max=segments, persistent=self.persistent, trusted=self._trusted,
                     page_grants=self._settings.page_size // PAGE_SIZE,
                     block_sectors=features.sector_size // RING_SECTOR_SIZE,
                 )

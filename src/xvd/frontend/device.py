@@ -288,6 +288,7 @@ class Device:
             queues=queues,
             ring_page_order=order,
             settings=self._settings,
+            trusted=self.assignment.trusted and self._settings.trusted,
             on_exit=self._connection_ended,
         )
         present = await self._store.ls(self.path)

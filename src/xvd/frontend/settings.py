@@ -24,7 +24,8 @@ class Settings:
     """Limits and switches under the names of Linux's xen-blkfront, with its defaults.
 
     max_queues: 1 and more; at most 4 and one for each CPU unless said. max_ring_page_order: 0 to 6.
-    max_indirect_segments: pages in one request, 11 and less meaning no indirect ones. pool_pages:
+    max_indirect_segments: pages in one request, 11 and less meaning no indirect ones. trusted:
+    False shows no byte to the backend that is not data; the toolstack may say so too. pool_pages:
     most pages of one queue; requests wait when they are all in use. page_size: the guest's page by
     which requests are cut, 4096, 16384 or 65536 bytes.
 
@@ -35,6 +36,7 @@ class Settings:
     max_ring_page_order: int = 0
     max_indirect_segments: int = 32
     feature_persistent: bool = True
+    trusted: bool = True
     pool_pages: int = POOL_PAGES
     page_size: int = PAGE_SIZE
 
