@@ -15,7 +15,7 @@ from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
 from xvd.dataplane.front import FrontQueue
 from xvd.dataplane.ring import FrontRing
 from xvd.dataplane.thread import Queue, QueueThread
-from xvd.errors import EventChannelError, GrantError
+from xvd.errors import EventChannelError, GrantError, PeerProtocolError
 from xvd.frontend.settings import Settings
 from xvd.frontend.statistics import Statistics
 from xvd.machine.interface import EventChannel, Machine, SharedPages
@@ -98,14 +98,19 @@ class Connection:
     def prepare(self, features: BackendFeatures) -> None:
         """Take the data pages and make the queues, by what the connected backend offers.
 
-        Raises `GrantError` when there is no room for even one request of 11 pages in each queue;
-        `release` is due in any case.
+        Raises `GrantError` when there is no room for even one request of 11 pages in each queue,
+        `PeerProtocolError` when a block fits no request; `release` is due in any case.
         """
         abi = self.config.abi
         entries = nr_ents(self.config.ring_pages, abi)
         segments = self._settings.segments(features)
         self.persistent = features.persistent and self._settings.feature_persistent
         pools, segments = self._take_pools(entries, segments)
+        if features.sector_size > segments * PAGE_SIZE:
+            raise PeerProtocolError(
+                f"the backend's blocks have {features.sector_size} bytes, and a request at most "
+                f"{segments * PAGE_SIZE}"
+            )
         for (ring, channel), pages in zip(self._rings, pools, strict=True):
             self.queues.append(
                 FrontQueue(
