@@ -7,13 +7,15 @@ import random
 from dataclasses import replace
 
 import pytest
-from rig_backend import BARE, RICH, model_disk, operation_of
-from rig_disk import disk_world, run, until
+from rig_backend import BARE, RICH, ModelBackend, model_disk, operation_of
+from rig_disk import World, disk_world, run, until
 
 from xvd.blkif.abi import Op
 from xvd.blkif.messages import IndirectRequest
 from xvd.blkif.nodes import BackendFeatures
 from xvd.machine.emulated.host import Limits
+from xvd.toolstack.vbd import Vbd
+from xvd.types import Domid
 
 LARGE = Limits(pages=32768, grefs=16384, tracks=16384, ports=64)
 SMALLER = {
@@ -161,6 +163,45 @@ def test_operations_keep_their_order_from_one_backend_to_the_next() -> None:
                 await asyncio.gather(*later)
                 flush, write = Op.FLUSH_DISKCACHE, Op.WRITE
                 assert [operation_of(request) for request in backend.seen] == [flush, write, flush]
+
+    run(work())
+
+
+async def move_to(world: World, vbd: Vbd, domid: Domid) -> Vbd:
+    """What a toolstack does at a migration: the disk's backend is another one from now on."""
+    moved = replace(vbd, backend_domid=domid)
+    await world.store.mkdir(moved.backend)
+    await world.store.set_perms(moved.backend, [f"n{domid}", f"r{vbd.domid}"])
+    for name in ("frontend", "frontend-id", "online"):
+        value = await world.store.read(f"{vbd.backend}/{name}")
+        await world.store.write(f"{moved.backend}/{name}", value)
+    await world.store.write(f"{moved.backend}/state", "1")
+    await world.store.write(f"{vbd.frontend}/backend", moved.backend)
+    await world.store.write(f"{vbd.frontend}/backend-id", str(domid))
+    await world.store.write(f"{vbd.frontend}/state", "1")
+    return moved
+
+
+@pytest.mark.parametrize("second", [RICH, BARE], ids=["rich", "bare"])
+def test_a_disk_goes_on_where_its_domain_was_moved_to(second: BackendFeatures) -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            async with model_disk(world, RICH) as (disk, backend):
+                machine, _ = await world.guest(2)
+                await disk.write(0, b"before" * 100)
+                backend.paused = True
+                writing = asyncio.ensure_future(disk.write(1000, b"during" * 20_000))
+                await until(lambda: len(backend.seen) > 3)
+                moved = await move_to(world, backend.vbd, Domid(2))
+                there = ModelBackend(world, moved, second, machine)
+                there.storage[:600] = backend.storage[:600]
+                disk.resume()
+                await there.connect()
+                await writing
+                assert there.storage[:600] == b"before" * 100
+                assert await disk.read(1000, 120_000) == b"during" * 20_000
+                await disk._leave(abandon=True)
+                await there.close()
 
     run(work())
 

@@ -37,7 +37,7 @@ from xvd.blkif.ring import BackRing, Outcome
 from xvd.blkif.validate import Limits, Refusal, answer, validate
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings
-from xvd.machine.interface import EventChannel, ForeignGrants, Mapping
+from xvd.machine.interface import EventChannel, ForeignGrants, Machine, Mapping
 from xvd.machine.xs.xenbus import change_device, read_directory
 from xvd.toolstack.vbd import Vbd, add, wait_for_state
 from xvd.toolstack.xldisk import parse_xl_disk
@@ -71,14 +71,21 @@ class _Ring:
 
 
 class ModelBackend:
-    """One disk's backend in domain 0.
+    """One disk's backend, in domain 0 unless another `machine` is given.
 
     refuse: a status for an operation, instead of doing it. seen: every request in the order taken;
     `rings` has them by queue. paused: requests are taken and not answered.
     """
 
-    def __init__(self, world: World, vbd: Vbd, features: BackendFeatures = RICH) -> None:
+    def __init__(
+        self,
+        world: World,
+        vbd: Vbd,
+        features: BackendFeatures = RICH,
+        machine: Machine | None = None,
+    ) -> None:
         self.world = world
+        self.machine = machine or world.dom0
         self.vbd = vbd
         self.features = features
         self.storage = bytearray(features.sectors * SECTOR)
@@ -112,7 +119,7 @@ class ModelBackend:
             nodes, host_abi=Abi.native(), max_queues=self.features.max_queues,
             max_ring_page_order=self.features.max_ring_page_order,
         )  # fmt: skip
-        machine = self.world.dom0
+        machine = self.machine
         self._grants = machine.grants.foreign(self.vbd.domid)
         for queue in self.config.queues:
             mapping = self._grants.map(queue.ring_refs)

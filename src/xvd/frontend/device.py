@@ -100,6 +100,7 @@ class Device:
         self._log = logging.getLogger(__name__)
         self._events: asyncio.Queue[FrontendEvent | _Look | None] = asyncio.Queue()
         self._looking = False
+        self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._patience: asyncio.TimerHandle | None = None
@@ -111,27 +112,35 @@ class Device:
 
     async def run(self) -> None:
         """Connect, reconnect, until the user closes it or the toolstack removes it."""
-        watch: Watch | None = None
         error: OSError | XvdError = PeerClosed(f"{self.path}: the disk was closed")
         try:
-            nodes = await read_directory(self._store, self.path, _own_node)
-            self.assignment = parse_frontend_assignment(nodes)
-            self._written = own = parse_state(Side.FRONTEND, nodes.get("state"))
-            watch = await self._store.watch(f"{self.assignment.backend}/state")
-            self._spawn(self._follow(watch))
+            own = await self._find_backend()
             await self._take(initial_frontend(own, await self._backend_state()))
             while self.state is not FrontendState.VACANT:
                 event = await self._next()
                 if event is None:
                     break
+                if event is FrontendEvent.RESUMED:
+                    await self._find_backend()
                 await self._take(frontend_step(self.state, event))
                 await self._after()
             error = self._failure or error
         except (OSError, XvdError) as failure:
             error = failure
         finally:
-            await self._end(watch)
+            await self._end()
             self._user.ended(error)
+
+    async def _find_backend(self) -> XenbusState:
+        """Read who serves this disk, and watch it from now on; our own state as it is written."""
+        nodes = await read_directory(self._store, self.path, _own_node)
+        self.assignment = parse_frontend_assignment(nodes)
+        if self._watch is not None:
+            await self._watch.close()
+        self._watch = await self._store.watch(f"{self.assignment.backend}/state")
+        self._spawn(self._follow(self._watch))
+        self._written = parse_state(Side.FRONTEND, nodes.get("state"))
+        return self._written
 
     async def _next(self) -> FrontendEvent | None:
         """The next event, None to leave; what the backend's state is, is seen when it is taken."""
@@ -182,13 +191,13 @@ class Device:
             return False
         return online is not None and online.strip("\0 \n") != "0"
 
-    async def _end(self, watch: Watch | None) -> None:
+    async def _end(self) -> None:
         self._stop_timer()
         self._stop_waiting()
         await self._release()
-        if watch is not None:
+        if self._watch is not None:
             with contextlib.suppress(XvdError):
-                await watch.close()
+                await self._watch.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -202,6 +211,13 @@ class Device:
             self.abandon()  # nothing of ours is published yet; the next driver begins again here
             return
         self.put(FrontendEvent.CLOSE)
+
+    def resume(self) -> None:
+        """This domain goes on after a suspension or on another host, perhaps with another backend.
+
+        Not for a suspension that was cancelled: nothing has changed then.
+        """
+        self.put(FrontendEvent.RESUMED)
 
     def abandon(self) -> None:
         """Return from `run` at once, leaving the nodes as they are."""

@@ -108,6 +108,14 @@ class Disk:
         """Finish what is outstanding, give the disk back to the next driver. Idempotent."""
         await self._leave(abandon=False)
 
+    def resume(self) -> None:
+        """To be called when this domain goes on after a suspension or on another host.
+
+        Everything in flight goes to the backend that is there now. Not for a suspension that was
+        cancelled: its rings are as they were.
+        """
+        self._device.resume()
+
     async def _leave(self, *, abandon: bool) -> None:
         if self._running is None:
             return
