@@ -6,13 +6,17 @@ import random
 from dataclasses import replace
 
 import pytest
-from rig_backend import RICH, model_disk
+from rig_backend import RICH, ModelBackend, model_disk
 from rig_disk import disk_world, run, until
 
 from xvd.blkif.messages import IndirectRequest
-from xvd.errors import ConfigError
+from xvd.errors import ConfigError, XenstoreError
+from xvd.frontend.load import run_load
 from xvd.frontend.settings import Settings
 from xvd.machine.emulated.host import Limits
+from xvd.toolstack.vbd import add, wait_for_state
+from xvd.toolstack.xldisk import parse_xl_disk
+from xvd.types import Domid
 
 LARGE = Limits(pages=32768, grefs=16384, tracks=16384, ports=64)
 
@@ -197,3 +201,75 @@ def test_guests_with_pages_of_any_size(page_size: int, segments: int) -> None:
 def test_a_page_size_that_no_guest_has() -> None:
     with pytest.raises(ConfigError, match="page_size is 8192; it may be 4096, 16384 or 65536"):
         Settings(page_size=8192)
+
+
+def test_where_the_store_has_no_room_there_are_fewer_queues_and_smaller_rings() -> None:
+    """A quota on nodes is shared by all disks of a domain: OSv and others have hit it."""
+
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            world.host.store.quotas.nodes = 24
+            async with model_disk(world, max_queues=4, max_ring_page_order=6) as (disk, backend):
+                assert backend.config is not None
+                assert (len(backend.config.queues), backend.config.ring_pages) == (1, 8)
+                await disk.write(0, b"x" * 100_000)
+                assert await disk.read(0, 100_000) == b"x" * 100_000
+
+    run(work())
+
+
+def test_a_store_without_room_for_one_ring_is_told() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            await world.guest()
+            world.host.store.quotas.nodes = 2
+            vbd = await add(world.store, Domid(1), parse_xl_disk("vdev=xvda,target=x"), Domid(0))
+            await world.store.write(f"{vbd.backend}/state", "2")
+            with pytest.raises(XenstoreError, match="ENOSPC"):
+                await world.open(vbd)
+            assert world.host.host.books()["pages"] == 0
+
+    run(work())
+
+
+def test_grants_that_the_backend_has_dropped_are_ended_every_ten_seconds(monkeypatch) -> None:
+    monkeypatch.setattr("xvd.frontend.connection.SCAN_S", 0.001)
+
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            async with model_disk(world, max_queues=2) as (disk, backend):
+                await asyncio.gather(*(disk.write(i * 100_352, bytes(4096)) for i in range(8)))
+                assert disk.counters()["revoked"] == 0
+                for mapping in backend.kept.values():
+                    mapping.close()
+                backend.kept.clear()
+                await until(lambda: disk.counters()["revoked"] == 8)
+
+    run(work())
+
+
+@pytest.mark.parametrize("size", [4096, 65536, 262_144])
+@pytest.mark.parametrize("queues", [1, 3])
+def test_a_load_uses_what_both_ends_can_do(size: int, queues: int) -> None:
+    async def work() -> None:
+        async with disk_world(serve=False, limits=LARGE) as world:
+            machine, store = await world.guest()
+            vbd = await add(world.store, Domid(1), parse_xl_disk("vdev=xvda,target=x"), Domid(0))
+            backend = ModelBackend(world, vbd)
+            settings = Settings(max_queues=queues, max_ring_page_order=1)
+            loading = asyncio.ensure_future(
+                run_load(
+                    machine, store, f"device/vbd/{vbd.vdev}", depth=8, size=size, span=1 << 21,
+                    operations=40, write_percent=50, settings=settings,
+                )
+            )  # fmt: skip
+            await backend.connect()
+            await wait_for_state(world.store, vbd.frontend, lambda s: s >= 5, 10)
+            await world.store.write(f"{vbd.backend}/state", "6")
+            result = await loading
+            assert (result.operations, result.errors) == (40, 0)
+            assert all(ring.taken for ring in backend.rings)
+            assert any(isinstance(r, IndirectRequest) for r in backend.seen) == (size > 45056)
+            await backend.close()
+
+    run(work())

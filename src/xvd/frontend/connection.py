@@ -28,6 +28,13 @@ Stepper = Callable[[Sequence[FrontQueue]], Sequence[Queue]]
 """Puts something that steps the queues, a load, in the place of each."""
 
 
+def smaller(queues: int, ring_page_order: int) -> tuple[int, int] | None:
+    """The next smaller number and size of rings to try; None below a single page."""
+    if queues > 1:
+        return queues // 2, ring_page_order
+    return (1, ring_page_order - 1) if ring_page_order else None
+
+
 class Connection:
     """Our side of one connection. `on_exit` is called once, when the last thread has ended.
 
@@ -87,13 +94,18 @@ class Connection:
                 self._rings.append((ring, channel))
         except (GrantError, EventChannelError):
             self.release()
-            if queues == 1 and order == 0:
+            less = smaller(queues, order)
+            if less is None:
                 raise
-            less = (queues // 2, order) if queues > 1 else (1, order - 1)
             self._take_rings(abi, *less)
         except BaseException:
             self.release()
             raise
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(queues, ring page order) that were to be had."""
+        return len(self.config.queues), self.config.ring_pages.bit_length() - 1
 
     def prepare(self, features: BackendFeatures) -> None:
         """Take the data pages and make the queues, by what the connected backend offers.

@@ -36,7 +36,7 @@ from xvd.blkif.nodes import (
     stale_frontend_nodes,
 )
 from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
-from xvd.frontend.connection import Connection, Stepper
+from xvd.frontend.connection import Connection, Stepper, smaller
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
@@ -295,7 +295,23 @@ class Device:
             max_ring_page_order=self._settings.max_ring_page_order,
             max_queues=self._settings.max_queues,
         )
-        self.connection = Connection(
+        while True:
+            self.connection = self._connect(queues, order)
+            queues, order = self.connection.size
+            present = await self._store.ls(self.path)
+            try:
+                return await self._write(format_frontend(self.connection.config, present))
+            except XenstoreError as error:
+                less = smaller(queues, order)
+                if error.code not in _QUOTA or less is None:
+                    raise
+                self._log.info("%s: %s: fewer queues or smaller rings", self.path, error)
+                self.connection.release()
+                queues, order = less
+
+    def _connect(self, queues: int, order: int) -> Connection:
+        assert self.assignment is not None
+        return Connection(
             self._machine,
             self.assignment.backend_domid,
             abi=self._abi,
@@ -307,8 +323,6 @@ class Device:
             trusted=self.assignment.trusted and self._settings.trusted,
             on_exit=self._connection_ended,
         )
-        present = await self._store.ls(self.path)
-        await self._write(format_frontend(self.connection.config, present))
 
     async def _do_clean_up(self) -> None:
         present = await self._store.ls(self.path)
@@ -409,6 +423,8 @@ class Device:
             self._timer = None
 
 
+_QUOTA = ("ENOSPC", "EQUOTA", "E2BIG")
+"""What a store says that has no room for our nodes: a frontend of many queues writes hundreds."""
 _NODES = (FrontendAction.PUBLISH, FrontendAction.CLEAN_UP, FrontendAction.REPORT_ERROR)
 
 
