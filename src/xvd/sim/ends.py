@@ -6,6 +6,8 @@ delivered, something completes, or its watchdog ends. That is what `dataplane/ur
 thread; here the scheduler decides when.
 """
 
+from dataclasses import dataclass
+
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, Op, nr_ents
 from xvd.dataplane.front import FrontQueue
 from xvd.dataplane.queue import BackendQueue
@@ -17,9 +19,40 @@ from xvd.types import Domid
 
 WORKED, BROKEN, DRAINED = 1, 2, 4
 WATCHDOG_NS = 5_000_000_000
-OFFERED = sum(
-    1 << op for op in (Op.READ, Op.WRITE, Op.WRITE_BARRIER, Op.FLUSH_DISKCACHE, Op.DISCARD)
-)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What both ends of a disk have agreed on. pages: of the frontend's pool, at least.
+
+    persistent_max: how many grants the backend keeps mapped, of those that it might. max_pages: how
+    many pages to copy through it keeps while nobody uses them.
+    """
+
+    abi: Abi
+    ring_pages: int = 1
+    segments_max: int = MAX_SEGMENTS_PER_REQUEST
+    page_grants: int = 1
+    pages: int = 352
+    persistent: bool = False
+    persistent_max: int = 1056
+    max_pages: int = 1024
+
+    @property
+    def entries(self) -> int:
+        """Slots of the ring."""
+        return nr_ents(self.ring_pages, self.abi)
+
+    @property
+    def offered(self) -> int:
+        """The operations that the backend takes, as bits."""
+        known = (Op.READ, Op.WRITE, Op.WRITE_BARRIER, Op.FLUSH_DISKCACHE, Op.DISCARD)
+        return sum(1 << op for op in known) | bool(self.indirect_max) << Op.INDIRECT
+
+    @property
+    def indirect_max(self) -> int:
+        """What the backend has published."""
+        return self.segments_max if self.segments_max > MAX_SEGMENTS_PER_REQUEST else 0
 
 
 class _End:
@@ -43,36 +76,24 @@ class _End:
 class SimFrontend(_End):
     """A frontend process: ring, pages, port and queue, in a session of its own."""
 
-    def __init__(
-        self,
-        machine: EmulatedMachine,
-        clock: Clock,
-        peer: Domid,
-        abi: Abi,
-        *,
-        segments_max: int,
-        persistent: bool,
-    ) -> None:
+    def __init__(self, machine: EmulatedMachine, clock: Clock, peer: Domid, shape: Shape) -> None:
         super().__init__(clock)
         self.machine = machine
-        self.abi = abi
-        self.segments_max = segments_max
-        self.persistent = persistent
-        self.ring = machine.grants.share(peer, 1)
-        FrontRing(self.ring.view, nr_ents(1, abi), abi.number).init()
-        pages = max(
-            FrontQueue.pages_needed(segments_max), nr_ents(1, abi) * MAX_SEGMENTS_PER_REQUEST
-        )
-        self.pages = machine.grants.share(peer, pages)
+        self.shape = shape
+        self.ring = machine.grants.share(peer, shape.ring_pages)
+        FrontRing(self.ring.view, shape.entries, shape.abi.number).init()
+        needed = FrontQueue.pages_needed(shape.segments_max, shape.page_grants)
+        self.pages = machine.grants.share(peer, max(needed, shape.pages))
         self.channel = machine.event_channels.alloc_unbound(peer)
         self.queue = FrontQueue(
             self.ring.view,
-            nr_ents(1, abi),
-            abi.number,
+            shape.entries,
+            shape.abi.number,
             self.pages,
             self.channel,
-            segments_max=segments_max,
-            persistent=persistent,
+            segments_max=shape.segments_max,
+            page_grants=shape.page_grants,
+            persistent=shape.persistent,
         )
 
     def step(self, budget: int) -> int:
@@ -98,8 +119,6 @@ class SimBackend(_End):
         *,
         capacity: int,
         copying: bool,
-        persistent_max: int,
-        max_pages: int,
         journal: bytearray,
     ) -> None:
         super().__init__(clock)
@@ -109,21 +128,21 @@ class SimBackend(_End):
         self.channel = machine.event_channels.bind_interdomain(
             frontend.machine.domid, frontend.channel.port
         )
-        indirect = frontend.segments_max > MAX_SEGMENTS_PER_REQUEST
+        shape = frontend.shape
         self.queue = BackendQueue(
             self.mapping.view,
-            nr_ents(1, frontend.abi),
-            frontend.abi.number,
+            shape.entries,
+            shape.abi.number,
             self.grants,
             self.channel,
             storage,
             capacity=capacity,
-            offered=OFFERED | (1 << Op.INDIRECT if indirect else 0),
-            indirect_max=frontend.segments_max if indirect else 0,
+            offered=shape.offered,
+            indirect_max=shape.indirect_max,
+            persistent=shape.persistent,
+            persistent_max=shape.persistent_max,
+            max_pages=shape.max_pages,
             copying=copying,
-            persistent=frontend.persistent,
-            persistent_max=persistent_max,
-            max_pages=max_pages,
             journal=journal,
         )
         self.channel.notify()

@@ -13,12 +13,15 @@ STEPS = 600
 def describe(options: Options) -> str:
     """The options of a run in one line, the seed first."""
     faults = ", ".join(f"{name} 1/{n}" for name, n in asdict(options.faults).items() if n)
+    shape = options.shape
     mode = "copy" if options.copying else "map"
+    if shape.persistent:
+        mode = f"persistent, {shape.persistent_max} kept"
     return (
-        f"seed {options.seed}: {options.abi.protocol}, {mode}, {options.sectors} sectors, "
+        f"seed {options.seed}: {shape.abi.protocol}, {shape.ring_pages} ring pages, "
+        f"{shape.segments_max} segments, {shape.page_grants} grants to a page, "
+        f"{shape.pages} pages, {mode}, {options.sectors} sectors, "
         f"depth {options.depth}, up to {options.sectors_max} sectors, "
-        f"{options.segments_max} segments, "
-        f"{f'{options.persistent_max} persistent' if options.persistent else 'not persistent'}, "
         f"budget {options.budget_max}, {options.steps} steps; faults: {faults or 'none'}"
     )
 

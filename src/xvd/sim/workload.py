@@ -8,6 +8,7 @@ from xvd.sim.checkers import SECTOR, CheckFailed, ModelDisk, pattern
 from xvd.sim.prng import Prng
 
 READ, WRITE, BARRIER, FLUSH, DISCARD = 0, 1, 2, 3, 5
+_CHANGES = (WRITE, BARRIER, DISCARD)
 
 
 @dataclass(slots=True)
@@ -29,6 +30,7 @@ class Workload:
         self._sectors_max = sectors_max
         self._outstanding: dict[int, _Operation] = {}
         self._tokens = 0
+        self._end = 0
         self._mix = {READ: prng.between(1, 5), WRITE: prng.between(1, 5), FLUSH: 1, DISCARD: 1}
         self._mix[BARRIER] = prng.below(2)
         self.finished = 0
@@ -44,24 +46,34 @@ class Workload:
         if len(self._outstanding) >= self._depth:
             return False
         kind = self._prng.weighted(self._mix)
-        count = self._prng.between(1, min(self._sectors_max, self._model.sectors))
-        first = self._prng.below(self._model.sectors - count + 1)
-        if kind in (WRITE, DISCARD) and self._overlaps_change(first, count):
+        longest = min(self._sectors_max, self._model.sectors)
+        if kind == BARRIER:
+            longest = min(longest, queue.barrier_sectors_max)
+        count = self._prng.between(1, longest)
+        first = self._choose(count)
+        if kind in _CHANGES and self._overlaps_change(first, count):
             return False
         self._tokens += 1
         operation = self._prepare(kind, first, count)
         self._outstanding[self._tokens] = operation
-        if kind in (FLUSH, BARRIER):
-            queue.submit(kind, 0, 0, None, self._tokens)
+        if kind == FLUSH:
+            queue.submit(FLUSH, 0, 0, None, self._tokens)
         else:
             queue.submit(kind, first, count, operation.buffer, self._tokens)
         return True
+
+    def _choose(self, count: int) -> int:
+        """Anywhere, and often where the last one ended: such are joined."""
+        goes_on = self._prng.chance(2) and self._end + count <= self._model.sectors
+        first = self._end if goes_on else self._prng.below(self._model.sectors - count + 1)
+        self._end = first + count
+        return first
 
     def _prepare(self, kind: int, first: int, count: int) -> _Operation:
         if kind == READ:
             self._model.begin_read(self._tokens, first, count)
             return _Operation(kind, first, count, bytearray(count * SECTOR))
-        if kind == WRITE:
+        if kind in (WRITE, BARRIER):
             tag = self._model.new_tag()
             self._model.begin_write(tag, first, count)
             data = b"".join(pattern(tag, s) for s in range(first, first + count))
@@ -72,7 +84,7 @@ class Workload:
 
     def _overlaps_change(self, first: int, count: int) -> bool:
         return any(
-            other.kind in (WRITE, DISCARD)
+            other.kind in _CHANGES
             and first < other.first + other.count
             and other.first < first + count
             for other in self._outstanding.values()
@@ -94,7 +106,7 @@ class Workload:
         if operation.kind == READ:
             data = bytes(operation.buffer or b"") if error == 0 else None
             self._model.end_read(token, data)
-        elif operation.kind == WRITE:
+        elif operation.kind in (WRITE, BARRIER):
             where = operation.tag, operation.first, operation.count
             self._model.end_write(*where, acknowledged=error == 0)
 

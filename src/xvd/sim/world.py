@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from xvd.blkif.abi import Abi, nr_ents
+from xvd.blkif.abi import Abi
 from xvd.dataplane.queue import journal_size
 from xvd.machine.emulated.host import Host, Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.sim.checkers import SECTOR, CheckFailed, ModelDisk, check_answered, check_balanced
 from xvd.sim.clock import Clock
-from xvd.sim.ends import BROKEN, DRAINED, SimBackend, SimFrontend
+from xvd.sim.ends import BROKEN, DRAINED, Shape, SimBackend, SimFrontend
 from xvd.sim.faults import Faults
 from xvd.sim.prng import Prng
 from xvd.sim.storage import SimStorage
@@ -35,16 +35,12 @@ class Options:
     """Everything that the seed decides before the first step."""
 
     seed: int
-    abi: Abi
+    shape: Shape
     copying: bool
     sectors: int
     depth: int
     sectors_max: int
     budget_max: int
-    segments_max: int
-    persistent: bool
-    persistent_max: int
-    max_pages: int
     steps: int
     faults: Faults = field(default_factory=Faults)
 
@@ -54,19 +50,28 @@ class Options:
         prng = Prng(seed)
         return cls(
             seed=seed,
-            abi=prng.choose(tuple(Abi)),
+            shape=_draw_shape(prng),
             copying=prng.chance(2),
             sectors=prng.between(64, 2048),
             depth=prng.between(1, 48),
-            sectors_max=prng.choose((1, 8, 88, 89, 200, 600)),
+            sectors_max=prng.choose((1, 8, 88, 89, 200, 300)),
             budget_max=prng.choose((1, 2, 64)),
-            segments_max=prng.choose((11, 11, 16, 40)),
-            persistent=prng.chance(2),
-            persistent_max=prng.choose((0, 40, 100, 1056)),
-            max_pages=prng.choose((0, 40, 1024)),
             steps=steps,
             faults=Faults.draw(prng),
         )
+
+
+def _draw_shape(prng: Prng) -> Shape:
+    return Shape(
+        abi=prng.choose(tuple(Abi)),
+        ring_pages=prng.choose((1, 1, 2, 4)),
+        segments_max=prng.choose((11, 11, 12, 32)),
+        page_grants=prng.choose((1, 1, 4, 16)),
+        pages=prng.choose((1, 50, 352)),
+        persistent=prng.chance(2),
+        persistent_max=prng.choose((5, 40, 1056)),
+        max_pages=prng.choose((0, 40, 1024)),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +121,11 @@ class World:
         return EmulatedMachine(self._host.open(domid), _no_xenstore)
 
     def _new_frontend(self) -> SimFrontend:
-        return SimFrontend(
-            self._machine(FRONT),
-            self._clock,
-            BACK,
-            self.options.abi,
-            segments_max=self.options.segments_max,
-            persistent=self.options.persistent,
-        )
+        return SimFrontend(self._machine(FRONT), self._clock, BACK, self.options.shape)
 
     def _new_journal(self) -> bytearray:
         """Memory that outlives a backend; a new connection begins with a new one."""
-        return bytearray(journal_size(nr_ents(1, self.options.abi)))
+        return bytearray(journal_size(self.options.shape.entries))
 
     def _new_backend(self) -> SimBackend:
         return SimBackend(
@@ -137,8 +135,6 @@ class World:
             self._storage.channel,
             capacity=self.options.sectors,
             copying=self.options.copying,
-            persistent_max=self.options.persistent_max,
-            max_pages=self.options.max_pages,
             journal=self._journal,
         )
 
@@ -203,8 +199,10 @@ class World:
             "event_to_back": 3 if back and self._pending(back) else 0,
             "storage": 3 if back and self._storage.held else 0,
             "spurious": 1 if self.faults.spurious_event else 0,
+            "scan": 1 if self.options.shape.persistent and not self._front_is_dead else 0,
         }
-        if not any(weight for name, weight in actions.items() if name != "spurious"):
+        idle = ("spurious", "scan")
+        if not any(weight for name, weight in actions.items() if name not in idle):
             actions["time_passes"] = 1
         return actions
 
@@ -262,6 +260,12 @@ class World:
             self._front.wake()
             if self._back is not None:
                 self._back.wake()
+
+    def _do_scan(self) -> None:
+        """Time for the frontend to look for grants that the backend has dropped."""
+        if self._prng.chance(10):
+            self._front.queue.scan()
+            self._front.wake()
 
     def _do_time_passes(self) -> int:
         """Everybody sleeps: jump to the first watchdog, or to the successor of a dead backend."""
