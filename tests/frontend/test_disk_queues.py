@@ -12,7 +12,7 @@ from rig_disk import disk_world, run, until
 from xvd.blkif.messages import IndirectRequest
 from xvd.errors import ConfigError, XenstoreError
 from xvd.frontend.load import run_load
-from xvd.frontend.settings import Settings
+from xvd.frontend.settings import Settings, parse_settings
 from xvd.machine.emulated.host import Limits
 from xvd.toolstack.vbd import add, wait_for_state
 from xvd.toolstack.xldisk import parse_xl_disk
@@ -196,6 +196,40 @@ def test_guests_with_pages_of_any_size(page_size: int, segments: int) -> None:
                 assert backend.storage[1000 : 1000 + len(data)] == data
 
     run(work())
+
+
+@pytest.mark.parametrize(
+    ("texts", "changed"),
+    [
+        ([], {}),
+        (["max_queues=2", "max_ring_page_order=4"], {"max_queues": 2, "max_ring_page_order": 4}),
+        (["feature_persistent=N", "trusted=0"], {"feature_persistent": False, "trusted": False}),
+        ([" max_queues = 2 ", "max_queues=3"], {"max_queues": 3}),
+        (["page_size=65536"], {"page_size": 65536}),
+    ],
+)
+def test_settings_are_written_as_the_parameters_of_linux(
+    texts: list[str], changed: dict[str, int]
+) -> None:
+    assert parse_settings(texts) == replace(Settings(), **changed)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_queues", "sets nothing; write NAME=VALUE with one of max_queues, "),
+        ("queues=2", "'queues=2' sets nothing"),
+        ("max_queues=Y", "max_queues takes a whole number from 1 to 1024"),
+        ("max_queues=-1", "max_queues takes a whole number"),
+        ("max_queues=²", "max_queues takes a whole number"),
+        ("max_queues=2000", "max_queues is 2000; it goes from 1 to 1024"),
+        ("trusted=2", "trusted is 2; it goes from 0 to 1"),
+        ("page_size=8192", "it may be 4096, 16384 or 65536"),
+    ],
+)
+def test_what_sets_nothing(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_settings([text])
 
 
 def test_a_page_size_that_no_guest_has() -> None:

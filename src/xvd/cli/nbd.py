@@ -14,6 +14,7 @@ from xvd.cli.control import ControlServer
 from xvd.errors import ConfigError, PeerClosed
 from xvd.export.nbd import NbdServer
 from xvd.frontend.disk import Disk
+from xvd.frontend.settings import Settings, parse_settings
 from xvd.types import Domid
 
 
@@ -29,6 +30,15 @@ def nbd(
     run: Annotated[
         str, typer.Option("--run", help="Shell command to run with $uri set; its status is ours.")
     ] = "",
+    setting: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting under the name of xen-blkfront's parameter: max_queues=4, "
+            "max_ring_page_order=2, feature_persistent=N. May be given several times.",
+        ),
+    ] = [],  # noqa: B006  typer needs a literal
     verbose: common.Verbose = 0,
 ) -> int:
     """Be the frontend of a guest's disk and offer it as an NBD export.
@@ -43,15 +53,18 @@ def nbd(
     except ValueError as error:
         raise ConfigError(str(error)) from None
     address = common.parse_tcp(tcp) if tcp else None
+    settings = parse_settings(setting)
     with common.private_directory() as directory:
         where = socket or directory / "nbd.sock"
-        return common.run(_nbd(host, Domid(guest), number, socket=where, tcp=address, command=run))
+        work = _nbd(host, Domid(guest), number, settings, socket=where, tcp=address, command=run)
+        return common.run(work)
 
 
 async def _nbd(
     host: Path | None,
     guest: Domid,
     vdev: int,
+    settings: Settings,
     *,
     socket: Path,
     tcp: tuple[str, int] | None,
@@ -66,7 +79,9 @@ async def _nbd(
         path = f"device/vbd/{vdev}"
         if not await store.exists(path):
             raise ConfigError(f"guest {guest} has no disk {vdev}; attach it first: xvd attach")
-        disk = await stack.enter_async_context(await Disk.open(machine, store, path))
+        disk = await stack.enter_async_context(
+            await Disk.open(machine, store, path, settings=settings)
+        )
         export = NbdServer(disk)
         stack.push_async_callback(export.close)
         await export.listen_unix(socket)

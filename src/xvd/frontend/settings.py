@@ -2,7 +2,9 @@
 """What a frontend would like; the backend's offer cuts it down at each connection."""
 
 import os
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
 
 from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS, MAX_SEGMENTS_PER_REQUEST
 from xvd.blkif.nodes import MAX_QUEUES, BackendFeatures
@@ -13,6 +15,18 @@ RING_PAGE_ORDER_MAX = 6
 """64 pages, 2048 requests. Linux stops at 4, FreeBSD at 5."""
 POOL_PAGES = 1056
 """Pages of one queue: what Linux's backend keeps mapped for a ring (max_persistent_grants)."""
+RANGES: Final[Mapping[str, tuple[int, int]]] = {
+    "max_queues": (1, MAX_QUEUES),
+    "max_ring_page_order": (0, RING_PAGE_ORDER_MAX),
+    "max_indirect_segments": (0, MAX_INDIRECT_SEGMENTS),
+    "feature_persistent": (0, 1),
+    "trusted": (0, 1),
+    "pool_pages": (MAX_SEGMENTS_PER_REQUEST, 1 << 20),
+    "page_size": (PAGE_SIZE, 16 * PAGE_SIZE),
+}
+"""Each setting's smallest and largest value."""
+_PAGE_SIZES: Final = (PAGE_SIZE, 4 * PAGE_SIZE, 16 * PAGE_SIZE)
+_WORDS: Final = {"y": 1, "n": 0}
 
 
 def _queues() -> int:
@@ -41,21 +55,12 @@ class Settings:
     page_size: int = PAGE_SIZE
 
     def __post_init__(self) -> None:
-        ranges = {
-            "max_queues": (1, MAX_QUEUES),
-            "max_ring_page_order": (0, RING_PAGE_ORDER_MAX),
-            "max_indirect_segments": (0, MAX_INDIRECT_SEGMENTS),
-            "pool_pages": (MAX_SEGMENTS_PER_REQUEST, 1 << 20),
-        }
-        if self.page_size not in (PAGE_SIZE, 4 * PAGE_SIZE, 16 * PAGE_SIZE):
-            raise ConfigError(f"page_size is {self.page_size}; it may be 4096, 16384 or 65536")
-        for one in fields(self):
-            if one.name == "page_size":
-                continue
-            low, high = ranges.get(one.name, (0, 1))
-            value = getattr(self, one.name)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
             if not low <= value <= high:
-                raise ConfigError(f"{one.name} is {value}; it goes from {low} to {high}")
+                raise ConfigError(f"{name} is {value}; it goes from {low} to {high}")
+        if self.page_size not in _PAGE_SIZES:
+            raise ConfigError(f"page_size is {self.page_size}; it may be 4096, 16384 or 65536")
 
     def segments(self, features: BackendFeatures) -> int:
         """Pages of data in one request, by what such a backend offers."""
@@ -63,3 +68,23 @@ class Settings:
             min(features.max_indirect_segments, self.max_indirect_segments),
             MAX_SEGMENTS_PER_REQUEST,
         )
+
+
+def parse_settings(texts: Iterable[str]) -> Settings:
+    """The defaults changed by ``NAME=VALUE``; Y and N are 1 and 0. Raises `ConfigError`."""
+    values: dict[str, int] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or name not in RANGES:
+            names = ", ".join(RANGES)
+            raise ConfigError(f"{text!r} sets nothing; write NAME=VALUE with one of {names}")
+        number = _WORDS.get(value.lower()) if RANGES[name] == (0, 1) else None
+        if number is None and not (value.isascii() and value.isdigit()):
+            low, high = RANGES[name]
+            raise ConfigError(f"{text}: {name} takes a whole number from {low} to {high}")
+        values[name] = int(value) if number is None else number
+    changes: dict[str, Any] = dict(values)
+    for name, number in values.items():
+        if RANGES[name] == (0, 1) and number in (0, 1):
+            changes[name] = bool(number)
+    return replace(Settings(), **changes)
