@@ -45,6 +45,15 @@ def backend_nodes() -> str:
     return sh("xenstore-ls -f /local/domain/0 | grep -E '/backend/vbd3?/[1-9]' || true")
 
 
+def domu(*words: str) -> str:
+    """Boot a guest, run its script, and demand that it succeeds; what its console said."""
+    done = subprocess.run(
+        ["domu", *words], check=False, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-4000:]}{done.stderr}"
+    return done.stdout
+
+
 def typed(guest: str, command: str) -> str:
     """Type a command into the shell of a running guest; it must succeed; what it says."""
     done = subprocess.run(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from xen_host import COMPLAINTS, VERIFY, Backend, Slot, negotiated, report, sh, typed
+from xen_host import COMPLAINTS, VERIFY, Backend, Slot, domu, negotiated, report, sh, typed
 
 pytestmark = pytest.mark.usefixtures("guests")
 
@@ -39,15 +39,6 @@ LOAD = (
     "fio --name=l --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite"
     " --bs=16k --size=32m --time_based --runtime=600"
 )
-
-
-def domu(*words: str) -> str:
-    """Boot a guest, run its script, and demand that it succeeds; what its console said."""
-    done = subprocess.run(
-        ["domu", *words], check=False, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-4000:]}{done.stderr}"
-    return done.stdout
 
 
 @pytest.mark.parametrize("kind", ["pv", "pvh"])

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from xvd.backend.device import Device, StorageOpener
 from xvd.backend.settings import Settings, parse_settings
+from xvd.backend.sharing import SharedStorage
 from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState
@@ -53,7 +54,7 @@ class Server:
         self.devices: dict[str, Device] = {}
         self._machine = machine
         self._store = store
-        self._open_storage = open_storage
+        self._open_storage = SharedStorage(open_storage, store)
         self._kinds = kinds
         self._settings = settings or Settings()
         self._overrides = {name: dict(parse_settings(t)) for name, t in (overrides or {}).items()}
