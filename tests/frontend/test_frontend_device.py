@@ -5,12 +5,14 @@ import asyncio
 
 import pytest
 from rig_disk import disk_world, run, until
+from rig_guest import RawBackend
 
 from xvd.blkif.handshake import FrontendState
 from xvd.errors import PeerClosed, XvdError
 from xvd.frontend import device as device_module
 from xvd.frontend.device import Device
 from xvd.frontend.disk import Disk
+from xvd.frontend.patience import Patience
 from xvd.frontend.settings import Settings
 from xvd.machine.emulated.host import Limits
 from xvd.toolstack.vbd import add
@@ -148,5 +150,45 @@ def test_a_backend_that_closes_and_stays_away_is_given_up(monkeypatch: pytest.Mo
             with pytest.raises(OSError, match="not come back within"):
                 await reading
             await disk.close()
+
+    run(work())
+
+
+@pytest.mark.slow
+def test_a_backend_that_answers_nothing_is_given_up() -> None:
+    """Its state stays at Connected: as one whose driver was taken away, it just does not answer."""
+
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            machine, store = await world.guest()
+            vbd = await add(world.store, Domid(1), parse_xl_disk(DISK), Domid(0))
+            backend = RawBackend(world, vbd)
+            opening = asyncio.ensure_future(
+                Disk.open(machine, store, PATH, settings=Settings(answer_timeout=0.4))
+            )
+            await backend.connect()
+            disk = await opening
+            with pytest.raises(OSError, match=r"has answered nothing for 0\.4 s"):
+                await disk.read(0, 512)
+            await disk.close()
+            backend.close()
+
+    run(work())
+
+
+def test_a_backend_that_owes_nothing_may_be_silent() -> None:
+    looks: list[tuple[int, int]] = [(0, 0), (5, 0), (5, 0), (5, 0), (5, 0), (5, 0), (5, 2)]
+    gave_up: list[bool] = []
+
+    async def work() -> None:
+        def progress() -> tuple[int, int]:
+            return looks.pop(0) if looks else (6, 1)
+
+        patience = Patience(1e-6, progress, lambda: gave_up.append(True))
+        patience.start()
+        await until(lambda: not looks)
+        assert gave_up == []
+        await until(lambda: bool(gave_up))
+        patience.stop()
 
     run(work())

@@ -110,13 +110,16 @@ def test_both_ends_publish_what_they_agreed_on(attached: Peer) -> None:
 
 @pytest.mark.parametrize("peer", ["null_blk"], indirect=True)
 def test_a_backend_that_is_unloaded_gives_errors_and_no_hang(attached: Peer) -> None:
-    """As long as a disk is served the module cannot be unloaded, so the driver leaves it first."""
+    """As long as a disk is served the module cannot be unloaded, so the driver leaves it first.
+
+    It leaves its state at Connected then: nothing tells us but that requests are not answered.
+    """
     unload = "echo vbd-0-51712 > /sys/bus/xen-backend/drivers/vbd/unbind && modprobe -r xen-blkback"
     read = 'fio --name=r --ioengine=nbd --uri="$uri" --rw=read --bs=4k --size=4k'
     script = f"{read} && {unload} && ! {read}"
     try:
         done = subprocess.run(
-            ["xvd", "nbd", "0", "xvda", "--run", script], check=False, timeout=100,
+            ["xvd", "nbd", "0", "xvda", "--set", "answer_timeout=8", "--run", script], check=False, timeout=100,
             capture_output=True, text=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ from xvd.blkif.nodes import (
 )
 from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
 from xvd.frontend.connection import Connection, Stepper, smaller
+from xvd.frontend.patience import Patience
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
@@ -103,7 +104,10 @@ class Device:
         self._watch: Watch | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._patience: asyncio.TimerHandle | None = None
+        self._return: asyncio.TimerHandle | None = None
+        self._patience = Patience(
+            self._settings.answer_timeout, self._progress, self._end_of_patience
+        )
         self._written: XenbusState | None = None
         self._closing = False
         self._failure: XvdError | None = None
@@ -168,19 +172,29 @@ class Device:
 
     def _await_return(self) -> None:
         """A backend that was killed comes back; one that was unloaded never does."""
-        if self._patience is None:
+        if self._return is None:
+            text = f"has closed and not come back within {RETURN_S:g} s"
             events = asyncio.get_running_loop()
-            self._patience = events.call_later(RETURN_S, self._lose_patience)
+            self._return = events.call_later(RETURN_S, self._give_up, text)
 
-    def _lose_patience(self) -> None:
-        text = f"{self.path}: the backend has closed and not come back within {RETURN_S:g} s"
-        self._failure = PeerClosed(f"{text}; start one, and open the disk again")
+    def _give_up(self, why: str) -> None:
+        text = f"{self.path}: the backend {why}; start one, and open the disk again"
+        self._failure = PeerClosed(text)
         self._events.put_nowait(None)
 
     def _stop_waiting(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+        if self._return is not None:
+            self._return.cancel()
+            self._return = None
+
+    def _progress(self) -> tuple[int, int]:
+        """Answers of this connection so far, and requests that have none."""
+        counters = [queue.counters() for queue in self.connection.queues] if self.connection else []
+        answered = sum(one["responses"] for one in counters)
+        return answered, sum(one["in_flight"] for one in counters)
+
+    def _end_of_patience(self) -> None:
+        self._give_up(f"has answered nothing for {self._settings.answer_timeout:g} s")
 
     async def _online(self) -> bool:
         """Whether the backend will come back: its directory is there and not being removed."""
@@ -193,6 +207,7 @@ class Device:
 
     async def _end(self) -> None:
         self._stop_timer()
+        self._patience.stop()
         self._stop_waiting()
         await self._release()
         if self._watch is not None:
@@ -353,6 +368,8 @@ class Device:
     async def _do_start_io(self) -> None:
         assert self.connection is not None
         assert self.features is not None
+        self._patience.stop()
+        self._patience.start()
         self._stop_waiting()
         self.connection.start(self._stepper)
         self._user.connected(self.connection, self.features)

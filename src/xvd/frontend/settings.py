@@ -23,6 +23,7 @@ RANGES: Final[Mapping[str, tuple[int, int]]] = {
     "trusted": (0, 1),
     "pool_pages": (MAX_SEGMENTS_PER_REQUEST, 1 << 20),
     "page_size": (PAGE_SIZE, 16 * PAGE_SIZE),
+    "answer_timeout": (0, 86400),
 }
 """Each setting's smallest and largest value."""
 _PAGE_SIZES: Final = (PAGE_SIZE, 4 * PAGE_SIZE, 16 * PAGE_SIZE)
@@ -41,7 +42,8 @@ class Settings:
     max_indirect_segments: pages in one request, 11 and less meaning no indirect ones. trusted:
     False shows no byte to the backend that is not data; the toolstack may say so too. pool_pages:
     most pages of one queue; requests wait when they are all in use. page_size: the guest's page by
-    which requests are cut, 4096, 16384 or 65536 bytes.
+    which requests are cut, 4096, 16384 or 65536 bytes. answer_timeout: seconds for which a backend
+    may leave requests unanswered, all of them, before the disk is given up; 0: for ever, as Linux.
 
     Raises `ConfigError` for what is out of range.
     """
@@ -53,6 +55,7 @@ class Settings:
     trusted: bool = True
     pool_pages: int = POOL_PAGES
     page_size: int = PAGE_SIZE
+    answer_timeout: float = 120
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a backend may owe answers and give none.
+
+A backend whose driver was taken away under it leaves its state at Connected, and nothing else tells
+that nobody serves the ring any more: xen-blkfront waits for ever then.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+LOOKS: Final = 4
+"""Looks in one term: what is found silent was silent for the term, or up to a quarter longer."""
+
+
+class Patience:
+    """Calls `give_up` once when nothing was answered for `seconds`; 0 waits for ever.
+
+    progress: (answers so far, requests that wait for one). In the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        progress: Callable[[], tuple[int, int]],
+        give_up: Callable[[], None],
+    ) -> None:
+        self._step_s = seconds / LOOKS
+        self._progress = progress
+        self._give_up = give_up
+        self._answered = -1
+        self._silent = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to look. Again after `stop`."""
+        if self._step_s:
+            self._timer = asyncio.get_running_loop().call_later(self._step_s, self._look)
+
+    def stop(self) -> None:
+        """Look no more. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        answered, waiting = self._progress()
+        silent = waiting > 0 and answered == self._answered
+        self._silent = self._silent + 1 if silent else 0
+        self._answered = answered
+        if self._silent == LOOKS:
+            self._timer = None
+            self._give_up()
+        else:
+            self.start()
