@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,37 @@ def test_the_generated_header_is_fresh() -> None:
         text=True,
     )
     assert result.returncode == 0, result.stderr
+
+
+def declared(path: Path) -> set[str]:
+    """The functions and fields that a .pxd declares; not what C declares, and no padding."""
+    found: list[str] = []
+    struct = False
+    for line in path.read_text().splitlines():
+        code = line.partition("#")[0].rstrip()
+        if code and not code.startswith(" "):
+            struct = code.startswith("cdef struct")
+            if re.match(r"cdef (?!struct|enum|extern|class)", code):
+                found += re.findall(r"(\w+)\(", code)[:1]
+        elif struct and "(" not in code:
+            found += re.findall(r"(\w+)(?:\[[\w, ]+\])*\s*(?:,|$)", code)
+    return {name for name in found if not re.fullmatch(r"pad\d*", name)}
+
+
+def test_nothing_that_is_declared_stays_unused() -> None:
+    """No function and no field of a structure outlives its last use."""
+    every = "\n".join(re.sub(r"#.*", "", path.read_text()) for path in CYTHON)
+    uses = Counter(re.findall(r"\w+", every))
+    names = set().union(*(declared(path) for path in CYTHON if path.suffix == ".pxd"))
+    assert {"hash_of", "users", "gref", "take_space"} <= names
+    assert sorted(name for name in names if uses[name] < 2) == []
+
+
+def test_counters_are_unsigned() -> None:
+    """A figure that only grows never shows as a negative one."""
+    text = (PACKAGE / "dataplane" / "pending.pxd").read_text()
+    [body] = re.findall(r"cdef struct queue_counters:\n((?:    .*\n)+)", text)
+    assert {line.split()[0] for line in body.splitlines()} == {"uint64_t"}
 
 
 COMPILED = [

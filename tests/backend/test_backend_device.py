@@ -3,6 +3,7 @@
 
 import pytest
 from rig_disk import disk_world, opener, run, until
+from rig_engines import ByHand
 from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
@@ -11,7 +12,8 @@ from xvd.backend.features import features_of, offered_operations
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import InfoFlag, Op
 from xvd.blkif.messages import IndirectRequest, Segment, pack_segments
-from xvd.blkif.nodes import BackendFeatures, parse_backend_assignment
+from xvd.blkif.nodes import BackendAssignment, BackendFeatures, parse_backend_assignment
+from xvd.engines.interface import Engine, EngineInfo
 from xvd.engines.uri import open_engine
 from xvd.types import RequestId
 
@@ -252,3 +254,55 @@ def test_the_limit_is_a_rings_or_a_ring_pages(scaled: bool, kept: int) -> None:
             frontend.close()
 
     run(work())
+
+
+class CanDiscard(ByHand):
+    """Storage that discards in units of its own."""
+
+    def __init__(self, erases: bool) -> None:
+        super().__init__(1 << 20)
+        self.erases = erases
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            size=1 << 20, can_discard=True, can_secure_discard=self.erases,
+            discard_granularity=65536, discard_alignment=512,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("erases", "offered"), [(True, "1"), (False, "0")])
+def test_discard_is_published_as_the_storage_has_it(erases: bool, offered: str) -> None:
+    async def open_storage(_: BackendAssignment) -> Engine:
+        return CanDiscard(erases)
+
+    async def work() -> None:
+        async with disk_world(open_storage=open_storage) as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, 4)
+            wanted = {
+                "feature-discard": "1", "discard-granularity": "65536", "discard-alignment": "512",
+                "discard-secure": offered,
+            }  # fmt: skip
+            assert {n: await world.store.read(f"{vbd.backend}/{n}") for n in wanted} == wanted
+            frontend.close()
+
+    run(work())
+
+
+def test_every_message_says_which_disk_it_is_about(caplog: pytest.LogCaptureFixture) -> None:
+    """Linux 77387b82."""
+    caplog.set_level("DEBUG", "xvd.backend.device")
+
+    async def work() -> None:
+        async with disk_world() as world:
+            for domid, vdev in ((1, "xvda"), (2, "xvdb")):
+                async with await world.disk(domid=domid, vdev=vdev) as disk:
+                    await disk.write(0, b"x")
+
+    run(work())
+    prefixes = {message.partition(": ")[0] for message in caplog.messages}
+    assert prefixes == {"backend/vbd/1/51712", "backend/vbd/2/51728"}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from rig_disk import World, disk_world, run, until
-from rig_engines import ByHand
+from rig_engines import ByHand, PythonEngine
 from rig_guest import RawFrontend, backend_error, backend_reaches
 from rig_queue import rq
 
@@ -236,3 +236,47 @@ def test_the_toolstack_may_forbid_discard(enable: str | None, offered: str) -> N
             frontend.close()
 
     run(work())
+
+
+def test_a_disk_whose_ring_is_full_takes_no_requests_from_another() -> None:
+    """Linux bf0720c4: the memory for requests is a disk's own."""
+    engines: list[ByHand] = []
+
+    async def work() -> None:
+        async with disk_world(open_storage=by_hand(engines)) as world:
+            frontend, vbd = await waiting_at_the_storage(world, engines)
+            segment = Segment(frontend.pages.grefs[0])
+            frontend.queues[0].put(*(rq(Op.READ, 0, segment, id=i) for i in range(3, 32)))
+            assert world.server is not None
+            device = world.server.device(f"1/{vbd.vdev}")
+            await until(lambda: device.counters().get("in_flight") == 32)
+            async with await world.disk(vdev="xvdb") as other:
+                await asyncio.gather(*(other.write(i * 8192, b"own") for i in range(64)))
+                assert await other.read(63 * 8192, 3) == b"own"
+            assert device.counters()["in_flight"] == 32
+            for operation in engines[0].channel.take():
+                operation.complete()
+            assert len(await frontend.queues[0].answers(32)) == 32
+            frontend.close()
+
+    run(work())
+
+
+def test_storage_is_opened_once_for_all_connections() -> None:
+    """Linux 217759bb: what is opened is kept and handed on, not found again by its name."""
+    engines: list[PythonEngine] = []
+
+    async def open_storage(_: BackendAssignment) -> Engine:
+        engines.append(PythonEngine(1 << 20))
+        return engines[-1]
+
+    async def work() -> None:
+        async with disk_world(open_storage=open_storage) as world:
+            vbd = await world.attach()
+            for turn in range(3):
+                async with await world.open(vbd) as disk:
+                    await disk.write(turn * 512, b"x" * 512)
+            await detach(world.store, vbd)
+
+    run(work())
+    assert [engine.closed for engine in engines] == [1]

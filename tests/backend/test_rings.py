@@ -214,3 +214,52 @@ def test_journals_end_with_their_connection() -> None:
             frontend.close()
 
     run(work())
+
+
+def test_every_queue_keeps_grants_of_its_own() -> None:
+    """Linux d4bf0065: one queue's limit and one queue's grants are nobody else's."""
+
+    async def work() -> None:
+        settings = Settings(max_queues=2, max_persistent_grants=3)
+        async with disk_world(settings=settings) as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd, queues=2)
+            await frontend.publish({"feature-persistent": "1"})
+            await backend_reaches(world, vbd, CONNECTED)
+            segments = [Segment(gref) for gref in frontend.pages.grefs]
+            await frontend.queues[0].ask(rq(Op.READ, 0, *segments))
+            await frontend.queues[1].ask(rq(Op.READ, 0, *segments[:2]))
+            connection = the_device(world).connection
+            assert connection is not None
+            kept = [link.queue.counters()["persistent_grants"] for link in connection.links]
+            assert kept == [3, 2]
+            frontend.close()
+
+    run(work())
+
+
+def test_a_broken_ring_is_told_once_and_served_again_after_a_reconnect(expect_log) -> None:
+    """Linux 8e3f8755."""
+    expect_log("the frontend broke the ring: indices out of bounds")
+
+    async def work() -> None:
+        async with disk_world() as world:
+            frontend, vbd = await connected(world)
+            for _ in range(3):
+                frontend.ring_pages.view.cast("I")[0] = 5000
+                frontend.port.notify()
+                await backend_reaches(world, vbd, FAILED)
+            frontend.close()
+            await frontend.write({"state": "6"})
+            await frontend.write({"state": "1"})
+            await backend_reaches(world, vbd, 2)
+            second = RawFrontend(frontend.machine, frontend.store, vbd)
+            await second.publish()
+            await backend_reaches(world, vbd, CONNECTED)
+            answer = await second.ask(rq(Op.READ, 0, Segment(second.pages.grefs[0])))
+            assert answer.status == Status.OKAY
+            second.close()
+
+    run(work())
+    assert len(expect_log.lines) == 1

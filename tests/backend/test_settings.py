@@ -13,6 +13,7 @@ from xvd.blkif.abi import Op
 from xvd.blkif.handshake import BackendEvent
 from xvd.blkif.messages import Segment
 from xvd.errors import ConfigError
+from xvd.frontend.settings import Settings as FrontendSettings
 
 BLKBACKS = {
     "max_buffer_pages": 1024, "max_persistent_grants": 1056, "persistent_grant_unused_seconds": 60,
@@ -132,3 +133,9 @@ def test_only_the_newest_of_a_frontends_states_waits() -> None:
         assert [await inbox.get() for _ in range(3)] == [e.STORAGE_READY, e.REMOVE, states[-1]]
 
     run(work())
+
+
+def test_indirect_requests_are_as_large_as_linuxs() -> None:
+    """Linux 402b27f9: 256 segments are offered, and a frontend uses 32 of them."""
+    assert Settings().indirect_segments_offered == 256
+    assert FrontendSettings().max_indirect_segments == 32

@@ -338,3 +338,29 @@ def test_failing_storage_rings_the_alarm_once_until_it_is_asked() -> None:
         assert world.queue.failure() == (5, 1)
         [answer] = world.collect(1)
         assert answer.status == Status.ERROR
+
+
+@ABIS
+@pytest.mark.parametrize("flag", [0, 1])
+def test_the_id_of_a_discard_comes_back(abi: Abi, flag: int) -> None:
+    """Linux 8c9ce606: it was not copied for every ABI."""
+    with QueueWorld(abi=abi, offered=ALL | 1 << 16) as world:
+        [answer] = world.ask(discard(8, 16, flag=flag, id=0xFEDC_BA98_7654_3210))
+        assert (answer.id, answer.operation) == (0xFEDC_BA98_7654_3210, Op.DISCARD)
+
+
+@pytest.mark.parametrize("segments", [0, 1])
+def test_a_flush_reaches_the_storage_before_its_data(segments: int) -> None:
+    engine = ByHand(1 << 20)
+    with QueueWorld(engine) as world:
+        world.send(rq(Op.FLUSH_DISKCACHE, 0, *[world.segment(0)] * segments))
+        kinds = []
+        world.settle()
+        while operations := engine.channel.take():
+            assert world.responses() == []
+            [operation] = operations
+            kinds.append(operation.kind)
+            operation.complete()
+            world.settle()
+        assert kinds == ["flush", "write"][: 1 + segments]
+        assert [answer.status for answer in world.responses()] == [Status.OKAY]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declarations of our C header, and page-aligned memory; see the header for what each means."""
+"""Declarations of our C header, and the clock; see the header for what each means."""
 
 from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 
@@ -28,20 +27,8 @@ cdef extern from "atomics.h" nogil:
     const bint XVD_DEBUG
 
 
-cdef extern from "stdlib.h" nogil:
-    void *aligned_alloc(size_t alignment, size_t size)
-
-
 cdef inline uint64_t monotonic_ns() noexcept nogil:
     """The system's clock that never goes back."""
     cdef timespec now
     clock_gettime(CLOCK_MONOTONIC, &now)
     return <uint64_t>now.tv_sec * 1000000000 + now.tv_nsec
-
-
-cdef inline void *aligned_pages(size_t count) noexcept nogil:
-    """`count` zeroed pages of 4096 bytes, page aligned, or NULL; to be freed by `free`."""
-    cdef void *pages = aligned_alloc(4096, count * 4096)
-    if pages != NULL:
-        memset(pages, 0, count * 4096)
-    return pages

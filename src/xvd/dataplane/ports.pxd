@@ -86,8 +86,7 @@ cdef struct engine_io:
     iovec *iov                   # the caller's, untouched until the operation is reaped; the engine
                                  # may advance it to resume a short transfer
     void *owner                  # the submitter's
-    uint64_t cookie              # the engine's while it has the operation
-    engine_io *next              # likewise
+    engine_io *next              # the engine's while it has the operation
 
 cdef struct engine_ports:
     void *ctx

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/features.md: no row is missing, and what a row names is there."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IDS = [f"F{number}" for number in range(1, 4)] + [f"B{number}" for number in range(1, 42)]
+LINES = (ROOT / "docs" / "features.md").read_text().splitlines()
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in LINES
+    if re.match(r"\| [A-Z]\d+ \|", line)
+]
+
+
+@cache
+def functions(path: Path) -> set[str]:
+    """The tests of a file; none where there is no such file."""
+    if not path.is_file():
+        return set()
+    nodes = ast.parse(path.read_text()).body
+    return {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def is_a_test(name: str, folder: str = "tests") -> bool:
+    path, _, function = name.partition("::")
+    return function.startswith("test_") and function in functions(ROOT / path) and folder in path
+
+
+def test_every_row_is_there_once_and_in_order() -> None:
+    assert [row[0] for row in ROWS] == IDS
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_a_row_names_files_and_tests_that_exist(row: list[str]) -> None:
+    _, what, files, emulated, xen = row
+    assert what
+    assert [name for name in names(files) if not (ROOT / name).is_file()] == []
+    assert [name for name in names(emulated) if not is_a_test(name)] == []
+    assert [name for name in names(xen) if not is_a_test(name, "tests/xen/")] == []
+    assert names(files) or "not yet" in what
+    assert names(emulated) or "not yet" in what
+    assert names(xen) or xen == "-"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tests/test_features.py::test_that_is_not_there", "tests/nothing.py::test_x", "tests/a.py"],
+)
+def test_a_name_that_was_mistyped_is_found(name: str) -> None:
+    assert not is_a_test(name)
