@@ -118,10 +118,8 @@ def test_a_backend_that_is_unloaded_gives_errors_and_no_hang(attached: Peer) -> 
     read = 'fio --name=r --ioengine=nbd --uri="$uri" --rw=read --bs=4k --size=4k'
     script = f"{read} && {unload} && ! {read}"
     try:
-        done = subprocess.run(
-            ["xvd", "nbd", "0", "xvda", "--set", "answer_timeout=8", "--run", script], check=False, timeout=100,
-            capture_output=True, text=True,
-        )  # fmt: skip
+        command = ["xvd", "nbd", "0", "xvda", "--set", "answer_timeout=8", "--run", script]
+        done = subprocess.run(command, check=False, timeout=100, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Input/output error" in done.stdout + done.stderr
     finally:
