@@ -12,7 +12,8 @@ help:
 	@echo 'make demo      build, and serve a real filesystem through a Xen ring'
 	@echo 'make test      every test that needs no Xen'
 	@echo 'make check     format, lint, types, stubs, generated files, layout'
-	@echo 'make sim       the simulator: SEED=n replays one, otherwise SEEDS=n new ones'
+	@echo 'make sim       the simulator: SEED=n replays one, otherwise SEEDS=n new ones, and'
+	@echo '               then both ends against each other in every combination of features'
 	@echo 'make bench     the data path beside fio over NBD'
 	@echo 'make sanitize  the data plane under ASan and UBSan'
 	@echo 'make fuzz      long runs of the property tests'
@@ -43,6 +44,7 @@ ifdef SEED
 	xvd sim --seed $(SEED)
 else
 	xvd sim --seeds $(SEEDS)
+	XVD_MATRIX=all pytest -q -n 2 --dist loadgroup tests/matrix
 endif
 
 bench:
