@@ -33,7 +33,7 @@ def nodes(domain: str) -> str:
 
 
 def test_a_guest_verifies_a_disk_of_a_driver_domain(
-    storage: str, slot: Slot, eventually: Callable[..., None]
+    slot: Slot, storage: str, eventually: Callable[..., None]
 ) -> None:
     kind = "phy" if slot is Slot.VBD else "tap"
     line = f"format=raw,vdev=xvda,access=rw,backend={storage},backendtype={kind},target=/tmp/x.img"
