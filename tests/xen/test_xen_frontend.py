@@ -121,6 +121,6 @@ def test_a_backend_that_is_unloaded_gives_errors_and_no_hang(attached: Peer) -> 
         command = ["xvd", "nbd", "0", "xvda", "--set", "answer_timeout=8", "--run", script]
         done = subprocess.run(command, check=False, timeout=100, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert "Input/output error" in done.stdout + done.stderr
+        assert "io_u error" in done.stdout + done.stderr
     finally:
         sh("modprobe xen-blkback")
