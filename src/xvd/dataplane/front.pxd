@@ -7,6 +7,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from xvd.dataplane.abi cimport (BLKIF_MAX_ENTRY_SIZE, BLKIF_OP_READ, BLKIF_OP_WRITE,
                                 BLKIF_OP_WRITE_BARRIER)
 from xvd.dataplane.front_pool cimport page_pool
+from xvd.dataplane.latency cimport latencies
 from xvd.dataplane.ports cimport event_ports, stepper_ports
 from xvd.dataplane.ring cimport front_ring
 
@@ -56,19 +57,6 @@ cdef struct shadow:
     uint64_t begun_ns            # when it was put on the ring
     front_io *io                 # the first operation with data in it
 
-cdef enum:
-    LATENCY_BUCKETS = 40         # bucket i counts from 2^i ns to below twice that; the last has more
-
-cdef enum latency_kind:
-    LATENCY_READ = 0
-    LATENCY_WRITE = 1
-    LATENCY_FLUSH = 2            # barriers too
-    LATENCY_DISCARD = 3
-    LATENCY_KINDS = 4
-
-cdef struct histogram:
-    uint64_t count[LATENCY_BUCKETS]
-
 cdef struct front_counters:
     uint64_t requests, responses, errors
     uint64_t rd_req, wr_req, f_req, ds_req
@@ -100,7 +88,7 @@ cdef struct front_queue:
     uint8_t copy[BLKIF_MAX_ENTRY_SIZE]
     uint64_t now_ns              # as of the beginning of this step
     front_counters count
-    histogram latency[LATENCY_KINDS]
+    latencies latency
 
 
 cdef inline void append(io_list *ios, front_io *io) noexcept nogil:

@@ -23,6 +23,7 @@ from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.front_answer cimport end_parts, take_responses
 from xvd.dataplane.front_issue cimport indirect_pages, issue
 from xvd.dataplane.front_pool cimport close_pool, end_idle_grants, open_pool
+from xvd.dataplane.latency cimport latency_lists
 from xvd.dataplane.ports cimport (STEP_BROKEN, STEP_DRAINED, STEP_WORKED, events_of, granter_of,
                                   wrap)
 from xvd.dataplane.ring cimport check_ring, front_final_check, front_push
@@ -331,8 +332,4 @@ cdef class FrontQueue:
         Count i is of the answers that came after 2**i nanoseconds and before twice that; the last
         is of all that took longer. Any thread.
         """
-        cdef uint32_t kind, i
-        found = {}
-        for kind, name in enumerate(("read", "write", "flush", "discard")):
-            found[name] = [self.q.latency[kind].count[i] for i in range(<uint32_t>LATENCY_BUCKETS)]
-        return found
+        return latency_lists(&self.q.latency)

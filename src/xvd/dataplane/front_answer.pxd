@@ -10,19 +10,17 @@ from libc.stdint cimport int16_t, int32_t, uint8_t, uint32_t, uint64_t
 from posix.unistd cimport write
 
 from xvd.dataplane.abi cimport (
-    BLKIF_OP_DISCARD, BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_OKAY, BLKIF_SECTOR_SIZE,
+    BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_OKAY, BLKIF_SECTOR_SIZE,
     BREACH_GRANT_STILL_MAPPED, BREACH_NONE, BREACH_NOT_IN_FLIGHT, BREACH_RESPONSE_OVERFLOW,
     BREACH_UNKNOWN_ID, BREACH_WRONG_OPERATION, blkif_layout)
 from xvd.dataplane.c cimport xvd_get16, xvd_get64
 from xvd.dataplane.front cimport (
-    LATENCY_BUCKETS, LATENCY_DISCARD, LATENCY_FLUSH, SHADOW_FREE, SHADOW_IN_FLIGHT, append, front_io, front_queue, is_issued, pthread_mutex_lock,
+    SHADOW_FREE, SHADOW_IN_FLIGHT, append, front_io, front_queue, is_issued, pthread_mutex_lock,
     pthread_mutex_unlock, shadow)
 from xvd.dataplane.front_issue cimport move_data
 from xvd.dataplane.front_pool cimport give_pages
+from xvd.dataplane.latency cimport count_latency
 from xvd.dataplane.ring cimport RING_BROKEN, front_copy, front_pending
-
-cdef extern from *:
-    int __builtin_clzll(unsigned long long value) noexcept nogil
 
 
 cdef inline void hand_over(front_queue *q, front_io *io) noexcept nogil:
@@ -49,16 +47,6 @@ cdef inline int32_t outcome(int16_t status) noexcept nogil:
     if status == BLKIF_RSP_OKAY:
         return 0
     return -EOPNOTSUPP if status == BLKIF_RSP_EOPNOTSUPP else -EIO
-
-
-cdef inline void count_latency(front_queue *q, const shadow *s) noexcept nogil:
-    cdef uint64_t ns = q.now_ns - s.begun_ns
-    cdef uint32_t bucket = 63 - __builtin_clzll(ns | 1), kind = LATENCY_FLUSH
-    if s.operation <= BLKIF_OP_WRITE:
-        kind = s.operation           # 0 and 1 as there
-    elif s.operation == BLKIF_OP_DISCARD:
-        kind = LATENCY_DISCARD
-    q.latency[kind].count[min(bucket, <uint32_t>LATENCY_BUCKETS - 1)] += 1
 
 
 cdef inline void end_parts(front_queue *q, const shadow *s, int32_t error) noexcept nogil:
@@ -88,7 +76,7 @@ cdef inline int finish(front_queue *q, uint32_t id, int16_t status) noexcept nog
     if not give_pages(&q.pool, s.first_page, s.nr_pages + s.nr_indirect):
         return BREACH_GRANT_STILL_MAPPED
     q.count.errors += error != 0
-    count_latency(q, s)
+    count_latency(&q.latency, s.operation, q.now_ns - s.begun_ns)
     end_parts(q, s, error)
     s.state = SHADOW_FREE
     s.io = NULL
