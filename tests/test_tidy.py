@@ -25,7 +25,11 @@ EVERY = PYTHON + CYTHON + OTHERS
 FOR_ALL = ("errors", "sockets", "types")
 ENDS = ("blkif", "dataplane", "machine.interface", "machine.xs", "engines.interface")
 ARROWS: dict[str, tuple[str, ...]] = {
-    "cli": ("backend", "frontend", "export", "sim", "engines", "machine", "blkif", "toolstack"),
+    "cli": (
+        *("backend", "frontend", "export", "sim", "bench"),
+        *("engines", "machine", "blkif", "toolstack"),
+    ),
+    "bench": ("backend", "frontend", "engines", "machine", "toolstack", "blkif"),
     "sim": ("backend", "frontend", "engines", "machine", "toolstack", "blkif", "dataplane"),
     "export": ("frontend",),
     "backend": ENDS,

@@ -190,24 +190,6 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert json.loads(result.stdout)["fit"] is True
 
 
-def test_bench_runs_tiny() -> None:
-    result = run_xvd("bench", "--json", "--operations", "500", "--runs", "1", "--no-peer")
-
-    rows = json.loads(result.stdout)["results"]
-    assert [row["errors"] for row in rows] == [0, 0, 0, 0]
-
-
-def test_the_benchs_checksum_is_of_data_that_moved() -> None:
-    options = ("--json", "--operations", "500", "--runs", "1", "--no-peer", "--engine")
-    first = run_xvd("bench", *options, "memory:1M")
-    again = run_xvd("bench", *options, "memory:1M")
-    nothing = run_xvd("bench", *options, "null:1M")
-
-    sums = [json.loads(r.stdout)["results"][0]["checksum"] for r in (first, again, nothing)]
-
-    assert sums[0] == sums[1] != sums[2] == "0" * 16
-
-
 def test_sim_prints_seed_and_options_first() -> None:
     result = run_xvd("sim", "--seed", "5")
 

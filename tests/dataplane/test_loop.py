@@ -96,3 +96,29 @@ def test_a_queue_that_comes_and_goes_loses_no_response(rounds: int) -> None:
             world.send(*(rq(Op.READ, i, world.segment(i), id=turn * 16 + i) for i in range(16)))
             world.port.notify()
             assert sorted(a.id for a in world.collect(16)) == [turn * 16 + i for i in range(16)]
+
+
+def test_a_queue_that_is_looked_at_needs_no_event() -> None:
+    with QueueWorld() as world:
+        thread = threading.Thread(target=(loop := Loop(world.queue, poll_s=60)).run)
+        thread.start()
+        for number in range(3):
+            world.send(rq(Op.READ, 0, world.segment(0), id=number))
+            while world.queue.counters()["responses"] <= number:
+                pass
+        world.queue.stop()
+        thread.join()
+        assert loop.counters()["sleeps"] == 0
+
+
+def test_a_thread_that_waits_long_each_time_looks_less_and_less() -> None:
+    with QueueWorld() as world:
+        loop = Loop(world.queue, poll_s=0.0005, watchdog_s=0.001)
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        while loop.counters()["poll_ns"]:
+            pass
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        assert loop.counters()["sleeps"] > 0

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from xvd.engines.checked import Checked
 from xvd.engines.interface import EngineInfo
 from xvd.engines.memory import MemoryEngine
 from xvd.frontend.disk import Disk
-from xvd.frontend.load import run_load
+from xvd.frontend.load import Job, run_load
 from xvd.frontend.sync import SyncDisk
 from xvd.toolstack.vbd import detach
 
@@ -239,11 +240,30 @@ def test_a_load_measures_and_leaves_the_disk_as_it_was() -> None:
             vbd = await world.attach()
             machine, store = await world.guest()
             for _ in range(2):
-                result = await run_load(
-                    machine, store, f"device/vbd/{vbd.vdev}", depth=8, size=4096, span=8 << 20,
-                    operations=200, write_percent=50,
-                )  # fmt: skip
+                job = Job(depth=8, span=8 << 20, operations=200, write_percent=50)
+                result = await run_load(machine, store, f"device/vbd/{vbd.vdev}", job)
                 assert (result.operations, result.errors) == (200, 0)
+
+    run(work())
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_verifying_load_finds_what_another_has_changed(sequential: bool) -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            path = f"device/vbd/{vbd.vdev}"
+            fill = Job(
+                span=1 << 20, operations=256, write_percent=100, sequential=True, verify=True
+            )
+            assert (await run_load(machine, store, path, fill)).errors == 0
+            job = replace(fill, write_percent=50, sequential=sequential)
+            assert (await run_load(machine, store, path, job)).errors == 0
+            async with await world.open(vbd) as disk:
+                await disk.write(4096 * 5 + 3, b"x")
+            reads = replace(fill, write_percent=0)
+            assert (await run_load(machine, store, path, reads)).errors == 1
 
     run(work())
 

@@ -11,7 +11,7 @@ from rig_disk import disk_world, run, until
 
 from xvd.blkif.messages import IndirectRequest
 from xvd.errors import ConfigError, XenstoreError
-from xvd.frontend.load import run_load
+from xvd.frontend.load import Job, run_load
 from xvd.frontend.settings import Settings, parse_settings
 from xvd.machine.emulated.host import Limits
 from xvd.toolstack.vbd import add, wait_for_state
@@ -291,12 +291,9 @@ def test_a_load_uses_what_both_ends_can_do(size: int, queues: int) -> None:
             vbd = await add(world.store, Domid(1), parse_xl_disk("vdev=xvda,target=x"), Domid(0))
             backend = ModelBackend(world, vbd)
             settings = Settings(max_queues=queues, max_ring_page_order=1)
-            loading = asyncio.ensure_future(
-                run_load(
-                    machine, store, f"device/vbd/{vbd.vdev}", depth=8, size=size, span=1 << 21,
-                    operations=40, write_percent=50, settings=settings,
-                )
-            )  # fmt: skip
+            job = Job(depth=8, size=size, span=1 << 21, operations=40, write_percent=50)
+            path = f"device/vbd/{vbd.vdev}"
+            loading = asyncio.ensure_future(run_load(machine, store, path, job, settings=settings))
             await backend.connect()
             await wait_for_state(world.store, vbd.frontend, lambda s: s >= 5, 10)
             await world.store.write(f"{vbd.backend}/state", "6")

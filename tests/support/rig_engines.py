@@ -74,6 +74,12 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "stats": lambda where: Stats(MemoryEngine(SIZE)),
     "log": lambda where: Log(MemoryEngine(SIZE), emit=nothing),
     "delay": lambda where: Delay(MemoryEngine(SIZE), read_s=1, write_s=1, sleep=nothing),
+    "delay, compiled": lambda where: Delay(
+        MemoryEngine(SIZE), read_s=1e-4, write_s=2e-4, flush_s=1e-4, discard_s=1e-4
+    ),
+    "delay of an image": lambda where: Delay(
+        FileEngine(str(image(where))), read_s=1e-4, write_s=2e-4
+    ),
     "error, never": lambda where: Error(MemoryEngine(SIZE), operations=()),
     "stats on file": lambda where: Stats(FileEngine(str(image(where)))),
 }

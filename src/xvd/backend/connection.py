@@ -137,7 +137,9 @@ class Connection:
         self._on_exit = on_exit
         for link in self.links:
             try:
-                link.thread = QueueThread(link.queue, link.name, self._ends(link))
+                link.thread = QueueThread(
+                    link.queue, link.name, self._ends(link), poll_s=self.plan.settings.poll_us / 1e6
+                )
             except OSError as error:
                 if link is self.links[0]:
                     raise

@@ -21,6 +21,7 @@ RANGES: Final[dict[str, tuple[int, int]]] = {
     "max_buffer_pages": (0, 1 << 24),
     "buffer_squeeze_duration_ms": (0, 60_000),
     "log_stats": (0, 1),
+    "poll_us": (0, 10_000),
 }
 """What may be set by name, and from where to where."""
 
@@ -53,7 +54,8 @@ class Settings:
     max_buffer_pages: bounce pages that each ring keeps between requests, with grant copy;
     buffer_squeeze_duration_ms: how long none are kept when memory becomes short.
     max_indirect_segments (a constant there): 11 and less offer no indirect requests.
-    log_stats: a line of figures for each disk every ten seconds.
+    log_stats: a line of figures for each disk every ten seconds. poll_us (not blkback's): for how
+    long at most a ring's thread looks for more before it sleeps.
     """
 
     copying: bool = False
@@ -68,6 +70,7 @@ class Settings:
     max_buffer_pages: int = 1024
     buffer_squeeze_duration_ms: int = 10
     log_stats: int = 0
+    poll_us: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

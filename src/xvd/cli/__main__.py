@@ -11,7 +11,21 @@ from collections.abc import Callable
 import typer
 
 from xvd import __version__
-from xvd.cli import attach, backend, bench, doctor, host, nbd, resize, serve, sim, stats, top, tune
+from xvd.cli import (
+    attach,
+    backend,
+    bench,
+    doctor,
+    host,
+    load,
+    nbd,
+    resize,
+    serve,
+    sim,
+    stats,
+    top,
+    tune,
+)
 from xvd.errors import ConfigError, XvdError
 
 app = typer.Typer(
@@ -34,6 +48,7 @@ VERBS: dict[str, Callable[..., int]] = {
     "nbd": nbd.nbd,
     "stats": stats.stats,
     "top": top.top,
+    "load": load.load,
     "bench": bench.bench,
     "sim": sim.sim,
     "doctor": doctor.doctor,

@@ -4,152 +4,85 @@
 Every figure of a run is taken in that run; only ratios mean anything on another day.
 """
 
-import asyncio
-import json as json_format
-import os
-import platform
-import shutil
-import statistics
-import subprocess
+import contextlib
 import sys
-from typing import Annotated, Any
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
 
 import typer
-from rich.progress import track
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from xvd.backend.server import Server
-from xvd.backend.settings import Settings
-from xvd.blkif.nodes import BackendAssignment
+from xvd.bench import page
+from xvd.bench.experiments import EXPERIMENTS
+from xvd.bench.peers import NotInstalled
+from xvd.bench.report import Report, as_json, as_text, machine
+from xvd.bench.run import Run
 from xvd.cli import common
-from xvd.engines.interface import Engine
-from xvd.engines.uri import open_engine, parse_size
-from xvd.frontend.load import LoadResult, run_load
-from xvd.frontend.settings import Settings as FrontendSettings
-from xvd.machine.emulated.service import EmulatedHost
-from xvd.toolstack.vbd import attach, create_guest, detach
-from xvd.toolstack.xldisk import XlDisk
-from xvd.types import Domid
+from xvd.errors import ConfigError
 
-GUEST = Domid(1)
-SPAN = 256 << 20
+TINY = 0.005
+"""Of the full length, for a look that proves nothing but that all of it works."""
 
 
 def bench(
-    engine: Annotated[
-        list[str], typer.Option("--engine", help="Storage to measure; may be given several times.")
-    ] = ["null:256M", "memory:256M"],  # noqa: B006  typer needs a literal
-    depth: Annotated[int, typer.Option("--depth", min=1, max=1024)] = 32,
-    size: Annotated[str, typer.Option("--size", help="Of one operation.")] = "4K",
-    operations: Annotated[int, typer.Option("--operations", min=1)] = 200_000,
+    experiments: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"Any of {', '.join(EXPERIMENTS)}; none: all."),
+    ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Medians are of so many.")] = 5,
-    writes: Annotated[int, typer.Option("--writes", min=0, max=100, help="Per cent.")] = 0,
-    peer: Annotated[
-        bool, typer.Option(help="Measure fio over NBD to nbdkit memory beside it, if it is there.")
-    ] = True,
+    tiny: Annotated[bool, typer.Option("--tiny", help="One short round of everything.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write a page with plots: a file NAME.md.")
+    ] = None,
+    disk: Annotated[
+        Path, typer.Option("--disk", help="Directory on a real file system, for images.")
+    ] = Path("/var/tmp"),
     seed: Annotated[int, typer.Option("--seed", min=1)] = 1,
     json: common.Json = False,
 ) -> int:
-    """Measure random access through the ring: mapping and grant copy, one queue, event-driven."""
-    job = {
-        "depth": depth,
-        "size": parse_size(size),
-        "operations": operations,
-        "write_percent": writes,
-        "seed": seed,
-    }
-    rows: list[dict[str, Any]] = []
-    cases = [(uri, copying) for uri in engine for copying in (False, True)]
-    for uri, copying in track(cases, "measuring", transient=True, console=common.stderr()):
-        results = [asyncio.run(_measure(uri, copying, job)) for _ in range(runs)]
-        rows.append(_row(uri, "grant copy" if copying else "mapping", results))
-    if peer and writes == 0 and shutil.which("fio") and shutil.which("nbdkit"):
-        figures = [_fio_over_nbdkit(depth, int(job["size"])) for _ in range(runs)]
-        name = "fio over NBD to nbdkit memory"
-        rows.append({"what": name, "mode": "", "iops": statistics.median(figures), "runs": figures})
-    report = {"machine": _machine(), "job": job, "results": rows}
+    """Measure the data path: the experiments, or some of them. `xvd load` is a load of your own."""
+    wanted = experiments or list(EXPERIMENTS)
+    unknown = [name for name in wanted if name not in EXPERIMENTS]
+    if unknown:
+        raise ConfigError(f"there is no experiment {unknown[0]!r}; there are "
+                          f"{', '.join(EXPERIMENTS)}")  # fmt: skip
+    rounds = 1 if tiny else runs
+    with tempfile.TemporaryDirectory(prefix="xvd-bench-") as directory, _progress() as show:
+        run = Run(
+            rounds, TINY if tiny else 1.0, Path(directory), disk, seed,
+            lambda name: show.update(show.task_ids[0], advance=1, case=name),
+        )  # fmt: skip
+        reports = _measure(wanted, run, show)
+    if out is not None:
+        page.write(reports, out, rounds=rounds)
     if json:
-        common.print_json(report)
+        common.print_json({"machine": machine(), "experiments": [as_json(r) for r in reports]})
     else:
-        _print(report)
+        sys.stdout.write("\n".join(as_text(report) for report in reports))
     return 0
 
 
-async def _measure(uri: str, copying: bool, job: dict[str, Any]) -> LoadResult:
-    """One run on a machine of its own."""
-    storage = open_engine(uri)
-
-    async def opener(assignment: BackendAssignment) -> Engine:
-        return storage
-
-    async with EmulatedHost() as host:
-        back = host.machine(Domid(0))
-        store = await back.xenstore()
-        host.create_domain(GUEST)
-        await create_guest(store, GUEST, "guest")
-        server = Server(back, store, opener, settings=Settings(copying=copying))
-        await server.start()
-        vbd = await attach(store, GUEST, XlDisk(target=uri, vdev="xvda"))
-        front = host.machine(GUEST)
-        guest_store = await front.xenstore()
-        span = min(SPAN, storage.info.size)
-        path = f"device/vbd/{vbd.vdev}"
-        # First the disk is filled, or the reads would be of nothing and their checksum no proof; by
-        # one queue, or which of two writes to a block is the last would be left to chance.
-        fill = job | {"write_percent": 100, "operations": span // job["size"]}
-        one = FrontendSettings(max_queues=1)
-        await run_load(front, guest_store, path, span=span, settings=one, **fill)
-        result = await run_load(front, guest_store, path, span=span, **job)
-        await detach(store, vbd)
-        await server.close()
-        await guest_store.close()
-        await store.close()
-    return result
+def _measure(wanted: Sequence[str], run: Run, show: Progress) -> list[Report]:
+    reports = []
+    for name in wanted:
+        show.update(show.task_ids[0], description=name)
+        try:
+            reports.append(EXPERIMENTS[name](run))
+        except NotInstalled as error:
+            if len(wanted) == 1:
+                raise
+            sys.stderr.write(f"xvd: {name} is left out: {error}\n")
+    return reports
 
 
-def _row(uri: str, mode: str, results: list[LoadResult]) -> dict[str, Any]:
-    figures = [round(result.iops) for result in results]
-    return {
-        "what": uri,
-        "mode": mode,
-        "iops": statistics.median(figures),
-        "runs": figures,
-        "errors": sum(result.errors for result in results),
-        "checksum": f"{results[0].checksum:016x}",
-    }
-
-
-def _fio_over_nbdkit(depth: int, size: int) -> int:
-    """IOPS of fio's NBD engine on nbdkit's memory plugin, 2 seconds."""
-    fio = (
-        "fio --name=x --ioengine=nbd --uri=$uri --rw=randread --time_based --runtime=2 "
-        f"--bs={size} --iodepth={depth} --size={SPAN} --output-format=json --output=/dev/fd/3 "
-        "3>&1 >/dev/null 2>/dev/null"
-    )
-    command = ["nbdkit", "-U", "-", "memory", str(SPAN), "--run", fio]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    iops: float = json_format.loads(text[text.index("{") :])["jobs"][0]["read"]["iops"]
-    return round(iops)
-
-
-def _machine() -> dict[str, object]:
-    return {
-        "cpus": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
-
-
-def _print(report: dict[str, Any]) -> None:
-    job = report["job"]
-    sys.stdout.write(
-        f"{job['size']} bytes, random, {job['write_percent']}% writes, depth {job['depth']}, "
-        f"seed {job['seed']}; {report['machine']['cpus']} CPUs\n"
-    )
-    best = report["results"][-1]["iops"]
-    for row in report["results"]:
-        ratio = f"{row['iops'] / best:6.2f}" if best else ""
-        sys.stdout.write(
-            f"{row['what']:<32}{row['mode']:<12}{row['iops']:>10,.0f} IOPS {ratio}"
-            f"  {row.get('checksum', '')}\n"
-        )
-    sys.stdout.write("(the last column but one: against the last row)\n")
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}: {task.fields[case]}"),
+        TextColumn("{task.completed:.0f}"), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=common.stderr(), transient=True) as show:
+        show.add_task("", total=None, case="")
+        yield show

@@ -4,12 +4,18 @@
 
 `depth` operations of one size are always under way; each one that ends starts the next at a place
 drawn by a small generator of known sequence (xorshift64*), so that a seed means the same load on
-every machine.
+every machine, or at the next place.
+
+With `verify` what is written is a function of its place alone, whatever the order of the writes,
+and what is read has to be that.
 """
 
+from libc.errno cimport EILSEQ
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 
 from xvd.dataplane.abi cimport BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_SECTOR_SIZE
+from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.front cimport (FrontQueue, append, front_io, front_may_sleep, front_queue,
                                   front_step)
 from xvd.dataplane.ports cimport STEP_DRAINED, STEP_WORKED, stepper_ports, wrap
@@ -25,10 +31,16 @@ cdef struct load:
     uint32_t sectors             # of one operation
     uint64_t places              # how many such fit the disk
     uint32_t write_percent
+    uint32_t sequential
+    uint32_t verify
+    uint64_t pattern             # of the data, with `verify`
+    uint64_t next_place
     uint64_t random
     uint64_t wanted              # operations to start altogether
     uint64_t started, ended, errors
     uint64_t checksum            # of the first bytes of what was read
+    uint64_t begun_ns, ended_ns  # of the first step and the last
+    uint64_t cpu_ns              # of the thread, between the two
 
 
 cdef uint64_t draw(load *l) noexcept nogil:
@@ -38,12 +50,48 @@ cdef uint64_t draw(load *l) noexcept nogil:
     return l.random * <uint64_t>0x2545F4914F6CDD1D
 
 
+cdef uint64_t cpu_now() noexcept nogil:
+    cdef timespec at
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &at)
+    return <uint64_t>at.tv_sec * 1000000000 + at.tv_nsec
+
+
+cdef inline uint64_t word(const load *l, uint64_t at) noexcept nogil:
+    """What the eight bytes at `at` (bytes, from the disk's beginning) hold."""
+    return (at ^ l.pattern) * <uint64_t>0x9E3779B97F4A7C15
+
+
+cdef void fill(load *l, front_io *io) noexcept nogil:
+    cdef uint64_t *words = <uint64_t *>io.buffer
+    cdef uint64_t first = io.sector_number * BLKIF_SECTOR_SIZE, i
+    for i in range(io.nr_sectors * (BLKIF_SECTOR_SIZE // 8)):
+        words[i] = word(l, first + i * 8)
+
+
+cdef void verify(load *l, front_io *io) noexcept nogil:
+    cdef const uint64_t *words = <const uint64_t *>io.buffer
+    cdef uint64_t first = io.sector_number * BLKIF_SECTOR_SIZE, i
+    for i in range(io.nr_sectors * (BLKIF_SECTOR_SIZE // 8)):
+        if words[i] != word(l, first + i * 8):
+            io.error = -EILSEQ
+            return
+
+
+cdef uint64_t next_place(load *l) noexcept nogil:
+    if not l.sequential:
+        return (draw(l) >> 11) % l.places
+    l.next_place += 1
+    return (l.next_place - 1) % l.places
+
+
 cdef void start(load *l, front_io *io) noexcept nogil:
     io.operation = BLKIF_OP_WRITE if (draw(l) >> 32) % 100 < l.write_percent else BLKIF_OP_READ
-    io.sector_number = (draw(l) >> 11) % l.places * l.sectors
+    io.sector_number = next_place(l) * l.sectors
     io.issued = 0
     io.started = 0
     io.error = 0
+    if l.verify and io.operation == BLKIF_OP_WRITE:
+        fill(l, io)
     append(&l.queue.queued, io)
     l.started += 1
 
@@ -56,6 +104,8 @@ cdef void go_on(load *l) noexcept nogil:
     while io != NULL:
         following = io.next
         l.ended += 1
+        if l.verify and io.operation == BLKIF_OP_READ and io.error == 0:
+            verify(l, io)
         l.errors += io.error != 0
         l.checksum += (<uint64_t *>io.buffer)[0]
         if l.started < l.wanted:
@@ -65,8 +115,15 @@ cdef void go_on(load *l) noexcept nogil:
 
 cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     cdef load *l = <load *>ctx
-    cdef uint32_t flags = front_step(l.queue, budget)
+    cdef uint32_t flags
+    if l.begun_ns == 0:
+        l.begun_ns = monotonic_ns()
+        l.cpu_ns = cpu_now()
+    flags = front_step(l.queue, budget)
     go_on(l)
+    if l.ended == l.wanted and l.ended_ns == 0:
+        l.ended_ns = monotonic_ns()
+        l.cpu_ns = cpu_now() - l.cpu_ns
     if l.ended == l.wanted:
         return flags | STEP_DRAINED
     return flags
@@ -79,8 +136,11 @@ cdef int may_sleep(void *ctx) noexcept nogil:
 cdef class Load:
     """Run by a `Loop` in place of the queue: `Loop(Load(queue, ...)).run()` returns at the end.
 
-    size: bytes of one operation, a multiple of 512. span: bytes of the disk it may touch. What it
-    writes is drawn from the seed too, so that the checksum of a later read tells that data moved.
+    size: bytes of one operation, a multiple of 512. span: bytes of the disk it may touch.
+    write_percent: 0 to 100. sequential: one place after the other, from `first` (bytes, a multiple of
+    `size`) on, and round again. What it writes is drawn from the seed too, so that the checksum of
+    a later read tells that data moved; with verify (the number of a pattern, not 0) it is what the
+    pattern says of its place, and what is read and is not that counts as an error.
     """
 
     cdef load l
@@ -88,7 +148,8 @@ cdef class Load:
     cdef FrontQueue queue
 
     def __init__(self, FrontQueue queue, *, uint32_t depth, uint32_t size, uint64_t span,
-                 uint64_t operations, uint32_t write_percent=0, uint64_t seed=1):
+                 uint64_t operations, uint32_t write_percent=0, uint64_t seed=1,
+                 bint sequential=False, uint64_t first=0, uint64_t verify=0):
         cdef uint32_t i
         if size == 0 or size % BLKIF_SECTOR_SIZE or span < size or depth == 0 or operations == 0:
             raise LocalProtocolError(f"no load of {operations} x {size} bytes, {depth} deep, "
@@ -103,6 +164,10 @@ cdef class Load:
         self.l.write_percent = write_percent
         self.l.random = seed or 1
         self.l.wanted = operations
+        self.l.sequential = sequential
+        self.l.next_place = first // size
+        self.l.verify = verify != 0
+        self.l.pattern = verify * <uint64_t>0xD1B54A32D192ED03
         # Lent to the queue: it may come to an end with operations of ours on its lists.
         memory = bytearray(<size_t>depth * (sizeof(front_io) + size))
         queue.lend(memory)
@@ -135,3 +200,8 @@ cdef class Load:
     def result(self):
         """(operations ended, errors, checksum of what was read)."""
         return self.l.ended, self.l.errors, self.l.checksum
+
+    @property
+    def times(self):
+        """(first step, last step, CPU between them): nanoseconds, the first two monotonic."""
+        return self.l.begun_ns, self.l.ended_ns, self.l.cpu_ns

@@ -23,17 +23,22 @@ class Queue(Protocol):
 class QueueThread:
     """Runs a queue until it is drained or broken, then calls `on_exit` in the event loop's thread.
 
-    `on_exit` gets the exception that ended the loop, or None. Made and used in the event loop's
-    thread.
+    `on_exit` gets the exception that ended the loop, or None. poll_s: as for `Loop`. Made and used
+    in the event loop's thread.
     """
 
     def __init__(
-        self, queue: Queue, name: str, on_exit: Callable[[Exception | None], None]
+        self,
+        queue: Queue,
+        name: str,
+        on_exit: Callable[[Exception | None], None],
+        *,
+        poll_s: float = 0.0,
     ) -> None:
         self._queue = queue
         self._on_exit = on_exit
         self._events = asyncio.get_running_loop()
-        self.loop = Loop(queue)
+        self.loop = Loop(queue, poll_s=poll_s)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 

@@ -26,6 +26,8 @@ cdef struct loop_state:
     uint32_t worked              # something was done since the last one was
     uint32_t idle_events         # in a row that led to nothing
     uint64_t event_due_ns        # when it is to be acknowledged; 0: not decided
+    uint64_t poll_max_ns, poll_ns  # how long to look before a sleep: at most, and as of now
+    uint64_t idle_since_ns       # nothing was to be done since then; 0: something was
     uint64_t sleeps, wakeups, watchdogs, spurious
 
 

@@ -164,7 +164,8 @@ class Connection:
             for number, queue in enumerate(steppers):
                 ended = partial(self._ended, self.queues[number])
                 name = f"{self._name}-{number}" if len(self.queues) > 1 else self._name
-                self._threads.append(QueueThread(queue, name, ended))
+                poll_s = self._settings.poll_us / 1e6
+                self._threads.append(QueueThread(queue, name, ended, poll_s=poll_s))
                 self._running += 1
                 self._idle.clear()
         except BaseException:

@@ -2,8 +2,8 @@
 """A measured load on a disk: the compiled generator in the place of the queue's own stepping."""
 
 import asyncio
-import time
-from collections.abc import Sequence
+import errno
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xvd.blkif.nodes import BackendFeatures
@@ -18,13 +18,48 @@ from xvd.machine.xs.client import XenstoreClient
 
 
 @dataclass(frozen=True, slots=True)
+class Job:
+    """What a load does; the same job is the same load on as many queues.
+
+    size: bytes of one operation, a multiple of 512. depth: operations under way, over all queues.
+    span: bytes of the disk, from its beginning, that it may touch. write_percent: 0 to 100.
+    sequential: each queue goes through a part of the span of its own, instead of at random. verify:
+    what is written is a function of its place and the seed, and what is read has to be that: the
+    span must have been written by such a job before.
+    """
+
+    size: int = 4096
+    depth: int = 32
+    span: int = 256 << 20
+    operations: int = 100_000
+    write_percent: int = 0
+    sequential: bool = False
+    verify: bool = False
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What was measured. checksum: of the data read, which proves that it moved."""
+    """What was measured.
+
+    errors: operations that failed or, with verify, read what was not written. begun_ns, ended_ns:
+    the first step of any queue and the last, by the system's monotonic clock. cpu_s: of the queues'
+    threads meanwhile. checksum: of the data read, which proves that it moved. counters: the
+    queues', added up.
+    """
 
     operations: int
     errors: int
-    seconds: float
+    begun_ns: int
+    ended_ns: int
+    cpu_s: float
     checksum: int
+    counters: dict[str, int]
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return (self.ended_ns - self.begun_ns) / 1e9
 
     @property
     def iops(self) -> float:
@@ -33,21 +68,24 @@ class LoadResult:
 
 
 class _User:
-    """Waits for the load's thread to end; it starts when the disk is connected."""
+    """Waits for the load's threads to end; they start when the disk is connected."""
 
     def __init__(self) -> None:
-        self.done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self._begun = 0.0
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.counters: dict[str, int] = {}
+        self._connection: Connection | None = None
 
     def connected(self, connection: Connection, features: BackendFeatures) -> None:
-        self._begun = time.monotonic()
+        self._connection = connection
 
     def resized(self, features: BackendFeatures) -> None:
         """The load keeps to the span it was given."""
 
     def disconnected(self) -> None:
+        assert self._connection is not None
+        self.counters = self._connection.statistics().total()
         if not self.done.done():
-            self.done.set_result(time.monotonic() - self._begun)
+            self.done.set_result(None)
 
     def ended(self, error: OSError | XvdError) -> None:
         if not self.done.done():
@@ -58,50 +96,65 @@ async def run_load(
     machine: Machine,
     store: XenstoreClient,
     path: str,
+    job: Job,
     *,
-    depth: int,
-    size: int,
-    span: int,
-    operations: int,
-    write_percent: int = 0,
-    seed: int = 1,
     settings: Settings | None = None,
+    on_end: Callable[[], None] | None = None,
 ) -> LoadResult:
-    """Connect to a disk, run `operations` of `size` bytes, `depth` at a time; close it again.
+    """Connect to a disk, do the job, close the disk again.
 
-    The same seed is the same load on as many queues.
+    on_end: called when the last operation has ended, before the disk is closed.
 
-    Raises as `Disk.open` does.
+    Raises as `Disk.open` does, `LocalProtocolError` for a job that is none, and OSError (ENODEV)
+    for a backend that leaves before the end.
     """
     loads: list[Load] = []
 
     def stepper(queues: Sequence[FrontQueue]) -> list[Load]:
-        """The load in equal shares; a queue too many for it stands idle."""
-        shares = min(len(queues), depth, operations)
-        for number, queue in enumerate(queues[:shares]):
-            loads.append(
-                Load(
-                    queue,
-                    depth=share(depth, shares, number),
-                    size=size,
-                    span=span,
-                    operations=share(operations, shares, number),
-                    write_percent=write_percent,
-                    seed=seed + number,
-                )
-            )
+        shares = min(len(queues), job.depth, job.operations)
+        loads.extend(_share(queue, job, shares, i) for i, queue in enumerate(queues[:shares]))
         return loads
 
     user = _User()
     device = Device(machine, store, path, user, settings=settings, stepper=stepper)
     running = asyncio.create_task(device.run())
     try:
-        seconds = await user.done
+        await user.done
+        if on_end is not None:
+            on_end()
     finally:
         device.close()
         await asyncio.gather(running, return_exceptions=True)
     ended, errors, checksums = zip(*(load.result for load in loads), strict=True)
-    return LoadResult(sum(ended), sum(errors), seconds, sum(checksums) % (1 << 64))
+    if sum(ended) < job.operations:
+        raise OSError(errno.ENODEV, f"the backend left after {sum(ended)} operations")
+    begun_ns, ended_ns, cpu_ns = zip(*(load.times for load in loads), strict=True)
+    return LoadResult(
+        operations=sum(ended),
+        errors=sum(errors),
+        begun_ns=min(begun_ns),
+        ended_ns=max(ended_ns),
+        cpu_s=sum(cpu_ns) / 1e9,
+        checksum=sum(checksums) % (1 << 64),
+        counters=user.counters,
+    )
+
+
+def _share(queue: FrontQueue, job: Job, shares: int, number: int) -> Load:
+    """One queue's part of a job; a queue too many for it stands idle."""
+    places = job.span // job.size
+    return Load(
+        queue,
+        depth=share(job.depth, shares, number),
+        size=job.size,
+        span=job.span,
+        operations=share(job.operations, shares, number),
+        write_percent=job.write_percent,
+        seed=job.seed + number,
+        sequential=job.sequential,
+        first=places * number // shares * job.size,
+        verify=job.seed if job.verify else 0,
+    )
 
 
 def share(total: int, shares: int, number: int) -> int:

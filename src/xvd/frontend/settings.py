@@ -24,6 +24,7 @@ RANGES: Final[Mapping[str, tuple[int, int]]] = {
     "pool_pages": (MAX_SEGMENTS_PER_REQUEST, 1 << 20),
     "page_size": (PAGE_SIZE, 16 * PAGE_SIZE),
     "answer_timeout": (0, 86400),
+    "poll_us": (0, 10_000),
 }
 """Each setting's smallest and largest value."""
 _PAGE_SIZES: Final = (PAGE_SIZE, 4 * PAGE_SIZE, 16 * PAGE_SIZE)
@@ -44,6 +45,7 @@ class Settings:
     most pages of one queue; requests wait when they are all in use. page_size: the guest's page by
     which requests are cut, 4096, 16384 or 65536 bytes. answer_timeout: seconds for which a backend
     may leave requests unanswered, all of them, before the disk is given up; 0: for ever, as Linux.
+    poll_us: for how long at most a queue's thread looks for more before it sleeps.
 
     Raises `ConfigError` for what is out of range.
     """
@@ -56,6 +58,7 @@ class Settings:
     pool_pages: int = POOL_PAGES
     page_size: int = PAGE_SIZE
     answer_timeout: float = 120
+    poll_us: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

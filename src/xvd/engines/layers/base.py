@@ -5,7 +5,9 @@ from xvd.engines.interface import Engine, EngineInfo
 
 
 class Layer(Engine):
-    """Passes everything to `lower`. A layer is called in Python, whatever is behind it."""
+    """Passes everything to `lower`. A layer is called in Python, whatever is behind it,
+    unless it has a compiled channel of its own.
+    """
 
     def __init__(self, lower: Engine) -> None:
         self.lower = lower

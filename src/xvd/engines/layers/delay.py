@@ -4,12 +4,17 @@
 import time
 from collections.abc import Callable
 
-from xvd.engines.interface import Engine
+from xvd.engines.delayed import DelayedChannel, can_delay
+from xvd.engines.interface import Channel, Engine
 from xvd.engines.layers.base import Layer
 
 
 class Delay(Layer):
-    """Waits before each operation. Times in seconds; `sleep` is replaced by tests and simulator."""
+    """Waits before each operation. Times in seconds; `sleep` is replaced by tests and simulator.
+
+    A queue's operations wait side by side in front of compiled storage, as in a device that works
+    on many at once, and one after the other in front of any other.
+    """
 
     def __init__(
         self,
@@ -50,3 +55,13 @@ class Delay(Layer):
         """Wait, then erase."""
         self._sleep(self._discard_s)
         self.lower.secure_discard(offset, length)
+
+    def open_channel(self) -> Channel:
+        """A compiled channel where the engine behind has one."""
+        if self._sleep is time.sleep:
+            channel = self.lower.open_channel()
+            if can_delay(channel):
+                times = (self._read_s, self._write_s, self._flush_s, self._discard_s)
+                return DelayedChannel(channel, times)
+            channel.close()
+        return super().open_channel()

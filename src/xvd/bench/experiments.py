@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All experiments by name."""
+
+from collections.abc import Callable
+from typing import Final
+
+from xvd.bench import limit, published, scale
+from xvd.bench.report import Report
+from xvd.bench.run import Run
+
+EXPERIMENTS: Final[dict[str, Callable[[Run], Report]]] = {
+    "limit": limit.limit,
+    "storage": limit.storage,
+    "nbd": limit.nbd,
+    "scale": scale.scale,
+    "persistent": published.persistent,
+    "indirect": published.indirect,
+    "ring-pages": published.ring_pages,
+    "queues": published.queues,
+    "pressure": scale.pressure,
+    "guest-pages": published.guest_pages,
+}

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beside what cannot be beaten, and beside what one could use instead."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from xvd.bench import peers
+from xvd.bench.report import Plot, Report, Table
+from xvd.bench.ring import ONE_QUEUE, PERSISTENT, Setup, case
+from xvd.bench.run import Run, cpu, iops, mib
+from xvd.bench.sample import Case, ratio
+from xvd.frontend.load import Job
+
+IMAGE_SIZE = 256 << 20
+
+
+def limit(run: Run) -> Report:
+    """The data path against the C probe: the same ring, copies and notifications, and no more."""
+    probe = peers.build_probe(run.directory)
+    job = Job(operations=run.operations(300_000), seed=run.seed)
+    alone = replace(job, depth=1, operations=run.operations(40_000))
+    jobs = {
+        "read": job,
+        "write": replace(job, write_percent=100),
+        "read, depth 1": alone,
+    }
+    cases: list[Case] = []
+    for what, one in jobs.items():
+        polled = replace(PERSISTENT, poll_us=1000), replace(ONE_QUEUE, poll_us=1000)
+        setup = Setup("memory:256M", job=one, filled=True)
+        cases += [
+            peers.probe(f"probe, events: {what}", probe, one),
+            case(f"xvd, events: {what}", setup),
+            peers.probe(f"probe, polled: {what}", probe, one, "-p"),
+            case(f"xvd, polled: {what}", replace(setup, back=polled[0], front=polled[1])),
+        ]
+    cases += [
+        peers.probe("probe, null storage", probe, job, "-z"),
+        case("xvd, null storage", Setup("null:256M", job=job)),
+    ]
+    rounds = run.measure(cases)
+    rows, ratios = [], {}
+    for name, samples in rounds.items():
+        row: list[str | float] = [name, iops(samples), cpu(samples, "front"), cpu(samples, "back")]
+        if name.startswith("xvd"):
+            against = ratio(rounds, name, name.replace("xvd", "probe"))
+            ratios[f"{name}, against the probe"] = against
+            row.append(against)
+        else:
+            row.append("1")
+        rows.append(row)
+    bars = {
+        who: [
+            (f"{what}, {how}", ratio(rounds, f"{who}, {how}: {what}", f"probe, {how}: {what}"))
+            for what in jobs
+            for how in ("events", "polled")
+        ]
+        for who in ("probe", "xvd")
+    }
+    columns = ("4 KiB, random, one queue", "IOPS", "front ns/op", "back ns/op", "of the probe")
+    return Report(
+        "limit",
+        "The limit: a C program that only does the work",
+        "Memory storage of 256 MiB, persistent grants, depth 32 unless said; the probe has the "
+        "same ring, the same two copies and the same events, between two threads.",
+        [Table(columns, rows)],
+        Plot("", "IOPS, the probe being 1", bars),
+        ratios=ratios,
+    )
+
+
+def storage(run: Run) -> Report:
+    """The file engine against fio by io_uring on the same file."""
+    if peers.missing("fio"):
+        raise peers.NotInstalled("fio")
+    images = {"tmpfs": _image(Path("/dev/shm")), "disk, O_DIRECT": _image(run.disk)}
+    small = Job(operations=run.operations(100_000), seed=run.seed)
+    large = Job(
+        size=128 << 10, depth=8, sequential=True, operations=run.operations(8000), seed=run.seed
+    )
+    jobs = {
+        "4 KiB random read": small,
+        "4 KiB random write": replace(small, write_percent=100),
+        "128 KiB sequential read": large,
+        "128 KiB sequential write": replace(large, write_percent=100),
+    }
+    cases: list[Case] = []
+    try:
+        for where, image in images.items():
+            for what, job in jobs.items():
+                direct = where != "tmpfs"
+                seconds = run.seconds(2)
+                name = f"{what}, {where}"
+                cases += [
+                    peers.fio_file(f"fio: {name}", image, job, seconds, direct=direct),
+                    case(f"xvd: {name}", Setup(f"file:{image}", job=job)),
+                ]
+        rounds = run.measure(cases)
+    finally:
+        for image in images.values():
+            image.unlink()
+    rows, ratios = [], {}
+    for where in images:
+        for what in jobs:
+            ours, theirs = f"xvd: {what}, {where}", f"fio: {what}, {where}"
+            ratios[f"{what}, {where}, against fio"] = ratio(rounds, ours, theirs)
+            rows.append(
+                (f"{what}, {where}", iops(rounds[theirs]), iops(rounds[ours]), mib(rounds[ours]),
+                 ratio(rounds, ours, theirs))
+            )  # fmt: skip
+    columns = ("", "fio IOPS", "xvd IOPS", "xvd MiB/s", "of fio")
+    return Report(
+        "storage",
+        "The storage below: fio straight on the same file",
+        "An image of 256 MiB; fio by io_uring, one job, depth 32 for 4 KiB and 8 for 128 KiB.",
+        [Table(columns, rows)],
+        Plot("", "IOPS, fio being 1", {"xvd": list(ratios.items())}),
+        ratios=ratios,
+    )
+
+
+def nbd(run: Run) -> Report:
+    """The NBD export through the ring against servers that have the image at hand."""
+    lacking = peers.missing("fio", "nbdkit", "qemu-nbd")
+    if lacking:
+        raise peers.NotInstalled(*lacking)
+    image = _image(Path("/dev/shm"))
+    seconds = run.seconds(3)
+    jobs = {
+        "4 KiB random read": Job(span=IMAGE_SIZE),
+        "4 KiB random write": Job(span=IMAGE_SIZE, write_percent=100),
+        "256 KiB sequential read": Job(size=256 << 10, depth=8, sequential=True),
+    }
+    try:
+        rounds = run.measure(
+            [
+                peers.fio_nbd(f"{server}: {what}", server, image, job, seconds)
+                for what, job in jobs.items()
+                for server in peers.SERVERS
+            ]
+        )
+    finally:
+        image.unlink()
+    rows: list[tuple[str | float, ...]] = []
+    ratios = {}
+    for what in jobs:
+        others = [f"{server}: {what}" for server in peers.SERVERS if server != "xvd serve"]
+        ours = f"xvd serve: {what}"
+        found = [ratio(rounds, ours, other) for other in others]
+        for other, value in zip(others, found, strict=True):
+            ratios[f"{ours}, against {other.partition(':')[0]}"] = value
+        figures = [iops(rounds[name]) for name in (*others, ours)]
+        rows.append((what, *figures, *found))
+    bars = {
+        server: [(what, iops(rounds[f"{server}: {what}"])) for what in jobs]
+        for server in peers.SERVERS
+    }
+    columns = ("", "nbdkit file IOPS", "qemu-nbd IOPS", "xvd serve IOPS", "of nbdkit",
+               "of qemu-nbd")  # fmt: skip
+    return Report(
+        "nbd",
+        "The NBD export through the ring",
+        "fio's NBD engine, depth 32 for 4 KiB and 8 for 256 KiB, on an image of 256 MiB in tmpfs. "
+        "The others read the file; xvd goes through the frontend, the ring and the backend first.",
+        [Table(columns, rows)],
+        Plot("", "IOPS", bars),
+        ratios=ratios,
+    )
+
+
+def _image(directory: Path) -> Path:
+    """An image with something in it."""
+    path = directory / "xvd-bench.img"
+    piece = bytes(range(256)) * 4096
+    with path.open("wb") as file:
+        for _ in range(IMAGE_SIZE // len(piece)):
+            file.write(piece)
+    return path

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""docs/benchmarks.md: the reports of one run as a page with pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from xvd.bench.plot import draw
+from xvd.bench.report import Report, as_markdown, machine
+
+_HEAD = """# Benchmarks
+
+Written by `make bench`, which measures all of it. What is said of a figure here holds for the
+machine below on that day; on another only the ratios mean anything, and they are what to compare.
+
+| | |
+|---|---|
+{facts}
+
+**Method.** The cases of an experiment are measured in turn, {rounds} rounds of them; a figure is
+the median over the rounds, a ratio the median of the rounds' ratios. Both ends of the ring are
+native threads of one process unless said otherwise; times are of the monotonic clock between the
+first operation and the last, CPU times are the threads' own. The checksum of what was read is
+compared between rounds, and what is verified is said.
+
+**What they do not say.** The guests are emulated: there is no hypervisor in these figures, and no
+cost of its calls; docs/xen.md has what real Xen shows. The machine is shared and has {cpus} CPUs,
+so that two threads that never sleep take all of it. fio, where it measures beside us, takes one.
+"""
+
+
+def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
+    """Write the page, and each plot as an SVG into a folder of the page's name beside it."""
+    pictures = path.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    facts = machine()
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    parts = [_HEAD.format(facts=table, rounds=rounds, cpus=facts["cpus"])]
+    for report in reports:
+        picture = ""
+        if report.plot is not None:
+            draw(report, pictures / f"{report.name}.svg")
+            picture = f"{pictures.name}/{report.name}.svg"
+        parts.append(as_markdown(report, picture))
+    path.write_text("\n".join(parts))

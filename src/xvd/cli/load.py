@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``xvd load``: the compiled load generator as a frontend of its own, on any disk."""
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xvd.bench.report import machine as describe_machine
+from xvd.bench.ring import COPYING, MAPPING, PERSISTENT, Setup, filling, measure, sample_of
+from xvd.bench.sample import Sample, median
+from xvd.cli import common
+from xvd.engines.uri import parse_size
+from xvd.errors import ConfigError
+from xvd.frontend.load import Job, run_load
+from xvd.frontend.settings import Settings, parse_settings
+from xvd.types import Domid
+
+MODES = {"persistent": PERSISTENT, "mapping": MAPPING, "copy": COPYING}
+
+
+def load(
+    guest: Annotated[
+        int | None, typer.Argument(min=0, help="A guest, whose disk it is; none: one of our own.")
+    ] = None,
+    vdev: Annotated[str, typer.Argument(help="The disk: xvda, 51712.")] = "xvda",
+    host: common.HostOrXen = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="Of a disk of our own: the storage.")
+    ] = "memory:256M",
+    layer: common.Layers = [],  # noqa: B006  typer needs a literal
+    mode: Annotated[
+        str, typer.Option("--mode", help="Of a disk of our own: persistent, mapping or copy.")
+    ] = "persistent",
+    depth: Annotated[int, typer.Option("--depth", min=1, max=2048)] = 32,
+    size: Annotated[str, typer.Option("--size", help="Of one operation.")] = "4K",
+    span: Annotated[str, typer.Option("--span", help="Of the disk, from its beginning.")] = "256M",
+    operations: Annotated[int, typer.Option("--operations", min=1)] = 200_000,
+    writes: Annotated[int, typer.Option("--writes", min=0, max=100, help="Per cent.")] = 0,
+    sequential: Annotated[bool, typer.Option("--sequential", help="Not at random.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Write the span first; compare all that is read.")
+    ] = False,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Medians are of so many.")] = 1,
+    setting: Annotated[
+        list[str], typer.Option("--set", metavar="NAME=VALUE", help="As of xvd nbd.")
+    ] = ["max_queues=1"],  # noqa: B006  typer needs a literal
+    seed: Annotated[int, typer.Option("--seed", min=1)] = 1,
+    json: common.Json = False,
+) -> int:
+    """Do operations on a disk as fast as it goes, and say how fast that was.
+
+    The disk is one of our own, on an emulated host of this process, or a guest's: then this is its
+    frontend, as `xvd nbd` is. What the guest's disk holds within the span is lost with --writes and
+    --verify. The status is 1 if an operation failed, or read what had not been written.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
+    job = Job(
+        parse_size(size), depth, parse_size(span), operations, writes, sequential, verify, seed
+    )
+    settings = parse_settings(setting)
+    own = Setup(engine, tuple(layer), MODES[mode], settings, job, filled=True)
+
+    def once() -> Awaitable[Sample]:
+        if guest is None:
+            return measure(own)
+        return _on(host, Domid(guest), common.vdev_number(vdev), job, settings)
+
+    samples = asyncio.run(_repeat(once, runs))
+    what = engine if guest is None else f"{guest}/{vdev}"
+    (_print_json if json else _print)(what, job, samples)
+    return 1 if any(sample.errors for sample in samples) else 0
+
+
+async def _repeat(once: Callable[[], Awaitable[Sample]], runs: int) -> list[Sample]:
+    return [await once() for _ in range(runs)]
+
+
+async def _on(host: Path | None, guest: Domid, vdev: int, job: Job, settings: Settings) -> Sample:
+    """The job on a guest's disk, by its frontend."""
+    machine, _ = await common.open_machine(host, guest)
+    store = await machine.xenstore()
+    path = f"device/vbd/{vdev}"
+    try:
+        if job.verify:
+            await run_load(machine, store, path, filling(job), settings=settings)
+        result = await run_load(machine, store, path, job, settings=settings)
+    finally:
+        await store.close()
+        machine.close()
+    return replace(sample_of(job, result, 0.0, {}), back_ns=None)
+
+
+def _name(job: Job) -> str:
+    order = "sequential" if job.sequential else "random"
+    return f"{job.size} bytes, {order}, depth {job.depth}, {job.write_percent}% writes"
+
+
+def _print_json(what: str, job: Job, samples: list[Sample]) -> None:
+    writing = job.write_percent == 100
+    jobs = [sample.as_fio(f"{what}: {_name(job)}", writing=writing) for sample in samples]
+    more = [
+        {"checksum": s.checksum, "front_ns": s.front_ns, "back_ns": s.back_ns, **s.counts}
+        for s in samples
+    ]
+    common.print_json({"machine": describe_machine(), "jobs": jobs, "xvd": more})
+
+
+def _print(what: str, job: Job, samples: list[Sample]) -> None:
+    cpu = [f"front {median(samples, lambda s: s.front_ns or 0):,.0f} ns/op"]
+    if samples[0].back_ns is not None:
+        cpu.append(f"back {median(samples, lambda s: s.back_ns or 0):,.0f} ns/op")
+    sys.stdout.write(
+        f"{what}, {_name(job)}: {median(samples, lambda s: s.iops):,.0f} IOPS, "
+        f"{median(samples, lambda s: s.mib_per_s):,.0f} MiB/s, {', '.join(cpu)}, "
+        f"errors {sum(s.errors for s in samples)}, checksum {samples[0].checksum or '-'}\n"
+    )

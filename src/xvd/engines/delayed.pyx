@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
+"""The delaying channel: each operation is passed on a fixed time later, any number at once.
+
+One time for each kind of operation makes one line for each, in which nothing overtakes; a timer of
+the system is set to the head that is due first.
+"""
+
+from libc.errno cimport errno
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport strerror
+from posix.time cimport itimerspec
+from posix.unistd cimport close
+
+from xvd.dataplane.c cimport monotonic_ns
+from xvd.dataplane.ports cimport (ENGINE_DISCARD, engine_io, engine_of, engine_ports, wrap)
+cdef extern from "sys/timerfd.h" nogil:
+    int timerfd_create(int clock, int flags)
+    int timerfd_settime(int fd, int flags, const itimerspec *new, itimerspec *old)
+    enum:
+        TFD_CLOEXEC
+        TFD_NONBLOCK
+        TFD_TIMER_ABSTIME
+
+cdef extern from "time.h" nogil:
+    enum:
+        CLOCK_MONOTONIC
+
+cdef enum:
+    KINDS = ENGINE_DISCARD + 1
+    PLACES = 2048                # requests of the largest ring: a queue has no more in flight
+
+
+cdef struct line:
+    uint64_t delay_ns
+    engine_io **ios              # PLACES of them, round and round
+    uint64_t *due_ns
+    uint32_t first, count
+
+cdef struct delayed:
+    engine_ports *lower
+    int timer_fd
+    uint64_t set_to_ns           # 0: the timer is not set
+    line lines[KINDS]
+    engine_io *batch[PLACES]
+
+
+cdef void set_timer(delayed *d) noexcept nogil:
+    """To the first that is due, if there is one and the timer does not go off before anyway."""
+    cdef uint64_t first = 0, due
+    cdef uint32_t kind
+    cdef itimerspec at
+    for kind in range(<uint32_t>KINDS):
+        if d.lines[kind].count:
+            due = d.lines[kind].due_ns[d.lines[kind].first]
+            first = min(first, due) if first else due
+    if first == 0 or (d.set_to_ns and d.set_to_ns <= first):
+        return
+    d.set_to_ns = first
+    at.it_interval.tv_sec = at.it_interval.tv_nsec = 0
+    at.it_value.tv_sec = first // 1000000000
+    at.it_value.tv_nsec = first % 1000000000
+    timerfd_settime(d.timer_fd, TFD_TIMER_ABSTIME, &at, NULL)
+
+
+cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
+    cdef delayed *d = <delayed *>ctx
+    cdef uint64_t now = monotonic_ns()
+    cdef uint32_t i, at
+    cdef line *l
+    for i in range(n):
+        l = &d.lines[ios[i].op]
+        if l.delay_ns == 0 or l.count == PLACES:
+            d.lower.submit(d.lower.ctx, &ios[i], 1)
+            continue
+        at = (l.first + l.count) % PLACES
+        l.ios[at] = ios[i]
+        l.due_ns[at] = now + l.delay_ns
+        l.count += 1
+    set_timer(d)
+
+
+cdef void pass_on(delayed *d) noexcept nogil:
+    """What is due."""
+    cdef uint64_t now = monotonic_ns()
+    cdef uint32_t kind, n
+    cdef line *l
+    if d.set_to_ns and d.set_to_ns <= now:
+        d.set_to_ns = 0
+    for kind in range(<uint32_t>KINDS):
+        l = &d.lines[kind]
+        n = 0
+        while l.count and l.due_ns[l.first] <= now:
+            d.batch[n] = l.ios[l.first]
+            l.first = (l.first + 1) % PLACES
+            l.count -= 1
+            n += 1
+        if n:
+            d.lower.submit(d.lower.ctx, d.batch, n)
+    set_timer(d)
+
+
+cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
+    cdef delayed *d = <delayed *>ctx
+    pass_on(d)
+    return d.lower.reap(d.lower.ctx, out, room)
+
+
+cdef void attach(void *ctx, void *io_uring) noexcept nogil:
+    cdef delayed *d = <delayed *>ctx
+    d.lower.attach(d.lower.ctx, io_uring)
+
+
+cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
+    cdef delayed *d = <delayed *>ctx
+    d.lower.complete(d.lower.ctx, io, res)
+
+
+def can_delay(channel):
+    """Whether a channel may lie behind one of ours: it must not need a descriptor of its own."""
+    return engine_of(channel).fd < 0
+
+
+cdef class DelayedChannel:
+    """`Channel` in front of another, for which `can_delay` holds.
+
+    delays_s: seconds by kind of operation, 0 and more, in the order of ports.pxd: read, write,
+    flush, discard.
+    """
+
+    cdef delayed d
+    cdef engine_ports table
+    cdef object lower
+
+    def __cinit__(self):
+        self.d.timer_fd = -1
+
+    def __init__(self, lower, delays_s):
+        cdef uint32_t kind
+        if self.d.timer_fd >= 0:
+            raise ValueError("a channel is made once")
+        self.lower = lower
+        self.d.lower = engine_of(lower)
+        for kind in range(<uint32_t>KINDS):
+            self.d.lines[kind].delay_ns = <uint64_t>(delays_s[kind] * 1e9)
+            self.d.lines[kind].ios = <engine_io **>calloc(PLACES, sizeof(void *))
+            self.d.lines[kind].due_ns = <uint64_t *>calloc(PLACES, sizeof(uint64_t))
+            if not self.d.lines[kind].ios or not self.d.lines[kind].due_ns:
+                raise MemoryError("no memory for delayed operations")
+        self.d.timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK)
+        if self.d.timer_fd < 0:
+            raise OSError(errno, f"no timer is to be had: {strerror(errno).decode()}")
+        self.table.ctx = &self.d
+        self.table.fd = self.d.timer_fd
+        self.table.submit = submit
+        self.table.reap = reap
+        self.table.attach = attach
+        self.table.complete = complete
+
+    def __dealloc__(self):
+        cdef uint32_t kind
+        for kind in range(<uint32_t>KINDS):
+            free(self.d.lines[kind].ios)
+            free(self.d.lines[kind].due_ns)
+        if self.d.timer_fd >= 0:
+            close(self.d.timer_fd)
+
+    @property
+    def ports(self):
+        """Capsule ``xvd.engine_ports``."""
+        return wrap(&self.table, "xvd.engine_ports")
+
+    def close(self):
+        """Close the channel behind."""
+        self.lower.close()
