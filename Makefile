@@ -14,7 +14,8 @@ help:
 	@echo 'make check     format, lint, types, stubs, generated files, layout'
 	@echo 'make sim       the simulator: SEED=n replays one, otherwise SEEDS=n new ones, and'
 	@echo '               then both ends against each other in every combination of features'
-	@echo 'make bench     the data path beside fio over NBD'
+	@echo 'make bench     the data path beside the limit, the storage and the peers, and the'
+	@echo '               published experiments; writes docs/benchmarks.md'
 	@echo 'make sanitize  the data plane under ASan and UBSan'
 	@echo 'make fuzz      long runs of the property tests'
 	@echo 'make xen       the tests on real Xen, in software emulation, of two generations;'
@@ -49,7 +50,7 @@ endif
 
 bench:
 	@tools/setup release
-	@build/venv-release/bin/xvd bench
+	@build/venv-release/bin/xvd bench --out docs/benchmarks.md
 
 sanitize:
 	@tools/setup sanitize
