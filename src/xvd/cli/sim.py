@@ -37,7 +37,8 @@ def sim(
         summary = run_seed(seed, steps)
         sys.stdout.write(
             f"passed: {summary.finished} operations, {summary.failed} failed as they should, "
-            f"{summary.deaths} deaths, {summary.virtual_s:.3f} s of virtual time, "
+            f"{summary.deaths} deaths, {summary.replacements} replacements, "
+            f"{summary.resizes} resizes, {summary.virtual_s:.3f} s of virtual time, "
             f"digest {summary.digest}\n"
         )
         return 0

@@ -4,13 +4,18 @@
 `ModelDisk` knows for each sector what a read may return. A write that is acknowledged leaves one
 possibility; one that failed, or whose frontend died, leaves two; a discard leaves the old one and
 zeros. A read may return what was possible at any moment between its start and its end.
+
+It knows as well what may come back when the power is lost: whatever was possible when the last
+flush began that was acknowledged, and everything since. A flush holds for all queues.
 """
 
-from collections.abc import Iterable
+import sys
 from dataclasses import dataclass, field
 
 SECTOR = 512
 _ZERO = 0
+_NOTHING: frozenset[int] = frozenset()
+_ZEROS = frozenset((_ZERO,))
 
 
 class CheckFailed(AssertionError):
@@ -31,18 +36,34 @@ def tag_of(data: bytes, sector: int) -> int | None:
 
 
 @dataclass(slots=True)
-class _Read:
+class _Span:
+    """A read or a write under way. possible: what a read may return, for each of its sectors."""
+
     first: int
-    possible: list[set[int]] = field(default_factory=list)
+    count: int
+    possible: list[frozenset[int]] = field(default_factory=list)
+    cut: int = sys.maxsize
+    """The shortest that the disk has been meanwhile, sectors."""
+
+    def common(self, first: int, count: int) -> range:
+        """The sectors that are also in another range."""
+        return range(max(first, self.first), min(first + count, self.first + self.count))
 
 
 class ModelDisk:
-    """What the disk may hold. Writes in flight never overlap: the workload sees to that."""
+    """What the disk may hold. Changes in flight never overlap: the workload sees to that.
 
-    def __init__(self, sectors: int) -> None:
+    sectors: its size now; sectors_max: the largest that it will have.
+    """
+
+    def __init__(self, sectors: int, sectors_max: int = 0) -> None:
         self.sectors = sectors
-        self._possible: list[set[int]] = [{_ZERO} for _ in range(sectors)]
-        self._reads: dict[int, _Read] = {}
+        self._possible = [_ZEROS] * max(sectors, sectors_max)
+        self._older: dict[int, frozenset[int]] = {}
+        """What a loss of power may bring back, of each sector that no flush covers."""
+        self._reads: dict[int, _Span] = {}
+        self._writes: dict[int, _Span] = {}
+        self._flushes: dict[int, list[frozenset[int]]] = {}
         self._tags = 0
 
     def new_tag(self) -> int:
@@ -50,24 +71,39 @@ class ModelDisk:
         self._tags += 1
         return self._tags
 
+    # ---- Writes ----
+
     def begin_write(self, tag: int, first: int, count: int) -> None:
-        """From now on a read may see it."""
-        for sector in range(first, first + count):
-            self._possible[sector] = self._possible[sector] | {tag}
-        for read in self._reads.values():
-            for sector in self._common(read, first, count):
-                read.possible[sector - read.first].add(tag)
+        """From now on a read may see it; the tag 0 is a discard's."""
+        if tag:
+            self._writes[tag] = _Span(first, count)
+        self._allow(first, count, frozenset((tag,)))
 
     def end_write(self, tag: int, first: int, count: int, *, acknowledged: bool) -> None:
         """Acknowledged, it is what is there; otherwise it may be."""
-        if acknowledged:
-            for sector in range(first, first + count):
-                self._possible[sector] = {tag}
+        write = self._writes.pop(tag)
+        if not acknowledged:
+            return
+        for sector in range(first, min(first + count, write.cut)):
+            older = self._older.get(sector, _NOTHING) | self._possible[sector]
+            self._older[sector] = older - {tag}
+            self._possible[sector] = frozenset((tag,))
+
+    def _allow(self, first: int, count: int, tags: frozenset[int]) -> None:
+        """Sectors may hold these too, and whoever looks at them now may see them."""
+        for sector in range(first, first + count):
+            self._possible[sector] |= tags
+            for flushed in self._flushes.values():
+                flushed[sector] |= tags
+        for read in self._reads.values():
+            for sector in read.common(first, count):
+                read.possible[sector - read.first] |= tags
+
+    # ---- Reads ----
 
     def begin_read(self, key: int, first: int, count: int) -> None:
         """Remember what is possible now."""
-        possible = [set(self._possible[s]) for s in range(first, first + count)]
-        self._reads[key] = _Read(first, possible)
+        self._reads[key] = _Span(first, count, self._possible[first : first + count])
 
     def end_read(self, key: int, data: bytes | None) -> None:
         """Check what came; None for a read that failed."""
@@ -82,13 +118,58 @@ class ModelDisk:
                     f"sector {sector} reads as write {tag}; possible were {sorted(possible)}"
                 )
 
-    def forget_reads(self) -> None:
-        """Their frontend died."""
-        self._reads.clear()
+    # ---- Flushes ----
 
-    @staticmethod
-    def _common(read: _Read, first: int, count: int) -> Iterable[int]:
-        return range(max(first, read.first), min(first + count, read.first + len(read.possible)))
+    def begin_flush(self, key: int) -> None:
+        """Remember what is there: that is what it has to make durable."""
+        self._flushes[key] = list(self._possible)
+
+    def end_flush(self, key: int, *, acknowledged: bool) -> None:
+        """Acknowledged, nothing older comes back any more."""
+        flushed = self._flushes.pop(key)
+        if not acknowledged:
+            return
+        for sector, older in list(self._older.items()):
+            self._set_older(sector, older & flushed[sector])
+
+    def settle(self, first: int, count: int) -> None:
+        """What is possible there is durable: a barrier's own data, once it is acknowledged."""
+        for sector in range(first, first + count):
+            self._older.pop(sector, None)
+
+    def _set_older(self, sector: int, older: frozenset[int]) -> None:
+        older -= self._possible[sector]
+        if older:
+            self._older[sector] = older
+        else:
+            self._older.pop(sector, None)
+
+    # ---- What happens to the disk ----
+
+    def resize(self, sectors: int) -> None:
+        """Its end is cut off, or zeros are appended; what is under way there may come after it."""
+        low, high = sorted((self.sectors, sectors))
+        for sector in range(low, high):
+            self._older.pop(sector, None)
+            self._possible[sector] = _NOTHING
+        self._allow(low, high - low, _ZEROS)
+        for tag, write in self._writes.items():
+            write.cut = min(write.cut, low)
+            common = write.common(low, high - low)
+            self._allow(common.start, len(common), frozenset((tag,)))
+        self.sectors = sectors
+
+    def forget_users(self) -> None:
+        """Whoever waited for anything died: writes and discards may have happened or not."""
+        self._reads.clear()
+        self._writes.clear()
+        self._flushes.clear()
+
+    def power_lost(self) -> None:
+        """After `forget_users`: what no flush covers is there, or what was there before it."""
+        for sector, older in self._older.items():
+            self._possible[sector] |= older
+        self._older.clear()
 
 
 def check_balanced(books: dict[str, int]) -> None:

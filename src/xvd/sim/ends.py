@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ends of a simulated disk: the shipped queues, with a sleep that the scheduler can see.
 
-An end that has found nothing to do, and has asked for an event, sleeps until its event is
+A queue that has found nothing to do, and has asked for an event, sleeps until its event is
 delivered, something completes, or its watchdog ends. That is what `dataplane/uring` does in a
-thread; here the scheduler decides when.
+thread of each queue's own; here the scheduler decides when, for each of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, Op, nr_ents
@@ -15,6 +16,7 @@ from xvd.dataplane.ring import FrontRing
 from xvd.engines.bridge import BridgeChannel
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.sim.clock import Clock
+from xvd.sim.storage import SimStorage
 from xvd.types import Domid
 
 WORKED, BROKEN, DRAINED = 1, 2, 4
@@ -23,13 +25,15 @@ WATCHDOG_NS = 5_000_000_000
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What both ends of a disk have agreed on. pages: of the frontend's pool, at least.
+    """What both ends of a disk have agreed on. pages: of each queue's pool, at least.
 
-    persistent_max: how many grants the backend keeps mapped, of those that it might. max_pages: how
-    many pages to copy through it keeps while nobody uses them.
+    persistent_max: how many grants the backend keeps mapped for a queue, of those that it might.
+    max_pages: how many pages to copy through it keeps while nobody uses them. flush, barrier,
+    discard: whether the backend offers them.
     """
 
     abi: Abi
+    queues: int = 1
     ring_pages: int = 1
     segments_max: int = MAX_SEGMENTS_PER_REQUEST
     page_grants: int = 1
@@ -37,17 +41,22 @@ class Shape:
     persistent: bool = False
     persistent_max: int = 1056
     max_pages: int = 1024
+    flush: bool = True
+    barrier: bool = True
+    discard: bool = True
 
     @property
     def entries(self) -> int:
-        """Slots of the ring."""
+        """Slots of one ring."""
         return nr_ents(self.ring_pages, self.abi)
 
     @property
     def offered(self) -> int:
         """The operations that the backend takes, as bits."""
-        known = (Op.READ, Op.WRITE, Op.WRITE_BARRIER, Op.FLUSH_DISKCACHE, Op.DISCARD)
-        return sum(1 << op for op in known) | bool(self.indirect_max) << Op.INDIRECT
+        bits = 1 << Op.READ | 1 << Op.WRITE
+        bits |= self.flush << Op.FLUSH_DISKCACHE | self.barrier << Op.WRITE_BARRIER
+        bits |= self.discard << Op.DISCARD
+        return bits | bool(self.indirect_max) << Op.INDIRECT
 
     @property
     def indirect_max(self) -> int:
@@ -55,31 +64,32 @@ class Shape:
         return self.segments_max if self.segments_max > MAX_SEGMENTS_PER_REQUEST else 0
 
 
-class _End:
-    """Common to both: asleep or awake, and the event that is under way to it."""
+class _Link:
+    """One queue of an end: asleep or awake, and the event that is under way to it."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self.awake = True
+        self.drained = False
         self.deadline_ns = 0
 
     def wake(self) -> None:
         """Something happened that ends the sleep."""
         self.awake = True
 
-    def _rest(self, worked: bool, may_sleep: bool) -> None:
-        self.awake = worked or not may_sleep
+    def _rest(self, flags: int, may_sleep: bool) -> int:
+        self.drained = bool(flags & DRAINED)
+        self.awake = bool(flags & WORKED) or not may_sleep
         if not self.awake:
             self.deadline_ns = self._clock.now_ns + WATCHDOG_NS
+        return flags
 
 
-class SimFrontend(_End):
-    """A frontend process: ring, pages, port and queue, in a session of its own."""
+class FrontLink(_Link):
+    """A ring of the frontend's, with its pages, its port and its queue."""
 
     def __init__(self, machine: EmulatedMachine, clock: Clock, peer: Domid, shape: Shape) -> None:
         super().__init__(clock)
-        self.machine = machine
-        self.shape = shape
         self.ring = machine.grants.share(peer, shape.ring_pages)
         FrontRing(self.ring.view, shape.entries, shape.abi.number).init()
         needed = FrontQueue.pages_needed(shape.segments_max, shape.page_grants)
@@ -98,23 +108,36 @@ class SimFrontend(_End):
 
     def step(self, budget: int) -> int:
         """One step, then sleep if there is nothing to do; STEP_* flags."""
-        flags = self.queue.step(budget)
-        self._rest(bool(flags & WORKED), self.queue.may_sleep())
-        return flags
+        return self._rest(self.queue.step(budget), self.queue.may_sleep())
+
+
+class SimFrontend:
+    """A frontend process with its queues, in a session of its own."""
+
+    def __init__(self, machine: EmulatedMachine, clock: Clock, peer: Domid, shape: Shape) -> None:
+        self.machine = machine
+        self.shape = shape
+        self.links = [FrontLink(machine, clock, peer, shape) for _ in range(shape.queues)]
+
+    def wake(self) -> None:
+        """Every queue has something to look at."""
+        for link in self.links:
+            link.wake()
 
     def die(self) -> None:
         """As SIGKILL does: the session is over; pages that are mapped are freed later."""
         self.machine.close()
 
 
-class SimBackend(_End):
-    """A backend process: a mapped ring, a bound port and queue, in a session of its own."""
+class BackLink(_Link):
+    """A ring that the backend has mapped, a bound port and a queue."""
 
     def __init__(
         self,
         machine: EmulatedMachine,
         clock: Clock,
         frontend: SimFrontend,
+        number: int,
         storage: BridgeChannel,
         *,
         capacity: int,
@@ -122,12 +145,10 @@ class SimBackend(_End):
         journal: bytearray,
     ) -> None:
         super().__init__(clock)
-        self.machine = machine
-        self.grants = machine.grants.foreign(frontend.machine.domid)
-        self.mapping = self.grants.map(frontend.ring.grefs)
-        self.channel = machine.event_channels.bind_interdomain(
-            frontend.machine.domid, frontend.channel.port
-        )
+        peer, other = frontend.machine.domid, frontend.links[number]
+        self.grants = machine.grants.foreign(peer)
+        self.mapping = self.grants.map(other.ring.grefs)
+        self.channel = machine.event_channels.bind_interdomain(peer, other.channel.port)
         shape = frontend.shape
         self.queue = BackendQueue(
             self.mapping.view,
@@ -150,18 +171,75 @@ class SimBackend(_End):
     def step(self, budget: int) -> int:
         """One step, then sleep if there is nothing to do; STEP_* flags."""
         self.queue.set_time(self._clock.now_ns)
-        flags = self.queue.step(budget)
-        self._rest(bool(flags & WORKED), self.queue.may_sleep())
-        return flags
+        return self._rest(self.queue.step(budget), self.queue.may_sleep())
 
     def release(self) -> None:
         """Give everything back, as a backend that has drained does."""
         self.queue.release()
         self.mapping.close()
         self.grants.close()
+
+
+class SimBackend:
+    """A backend process that serves all queues of a frontend, in a session of its own.
+
+    journals: one for each queue.
+    """
+
+    def __init__(
+        self,
+        machine: EmulatedMachine,
+        clock: Clock,
+        frontend: SimFrontend,
+        storage: SimStorage,
+        *,
+        copying: bool,
+        journals: Sequence[bytearray],
+    ) -> None:
+        self.machine = machine
+        self.links = [
+            BackLink(
+                machine,
+                clock,
+                frontend,
+                number,
+                storage.open_channel(),
+                capacity=storage.sectors,
+                copying=copying,
+                journal=journal,
+            )
+            for number, journal in enumerate(journals)
+        ]
+
+    @property
+    def drained(self) -> bool:
+        """Whether every queue has finished what it took, and takes no more."""
+        return all(link.drained for link in self.links)
+
+    def wake(self) -> None:
+        """Every queue has something to look at."""
+        for link in self.links:
+            link.wake()
+
+    def stop(self) -> None:
+        """Take nothing more, on any queue."""
+        for link in self.links:
+            link.queue.stop()
+        self.wake()
+
+    def set_capacity(self, sectors: int) -> None:
+        """What is out of range from the next request on."""
+        for link in self.links:
+            link.queue.set_capacity(sectors)
+
+    def release(self) -> None:
+        """Give everything back, as a backend that has drained does."""
+        for link in self.links:
+            link.release()
         self.machine.close()
 
     def die(self) -> None:
         """As SIGKILL does: nothing more is answered, the system takes the mappings away."""
-        self.queue.abandon()
+        for link in self.links:
+            link.queue.abandon()
         self.release()

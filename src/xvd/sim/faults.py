@@ -4,7 +4,9 @@
 The fault model: storage answers late, in any order, or with an error (a failed write may have
 changed any part of its range); an event is lost (a watchdog finds the work seconds later) or comes
 for nothing; either end dies at any moment with requests in flight, and a successor comes. What an
-end had done when it died stays done. Not modelled here: a medium that lies about flush.
+end had done when it died stays done. A backend may be replaced by one that offers less, or more,
+and what is in flight goes there, as after a migration. The power fails: both ends are gone, and so
+may be what no flush has covered. The disk gets another size while it is used.
 """
 
 from dataclasses import dataclass
@@ -22,6 +24,14 @@ class Faults:
     backend_death: int = 0
     frontend_death: int = 0
     bad_grant: int = 0
+    replacement: int = 0
+    power_loss: int = 0
+    resize: int = 0
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether an operation may end with an error."""
+        return bool(self.storage_error or self.bad_grant or self.resize)
 
     @classmethod
     def draw(cls, prng: Prng) -> "Faults":
@@ -37,4 +47,7 @@ class Faults:
             backend_death=maybe(200, 500),
             frontend_death=maybe(300, 800),
             bad_grant=maybe(20, 100),
+            replacement=maybe(100, 300),
+            power_loss=maybe(200, 500),
+            resize=maybe(20, 100),
         )

@@ -14,11 +14,13 @@ def describe(options: Options) -> str:
     """The options of a run in one line, the seed first."""
     faults = ", ".join(f"{name} 1/{n}" for name, n in asdict(options.faults).items() if n)
     shape = options.shape
+    offers = ", ".join(name for name in ("flush", "barrier", "discard") if getattr(shape, name))
     mode = "copy" if options.copying else "map"
     if shape.persistent:
         mode = f"persistent, {shape.persistent_max} kept"
     return (
-        f"seed {options.seed}: {shape.abi.protocol}, {shape.ring_pages} ring pages, "
+        f"seed {options.seed}: {shape.abi.protocol}, {shape.queues} queues of {shape.ring_pages} "
+        f"ring pages, {offers}, "
         f"{shape.segments_max} segments, {shape.page_grants} grants to a page, "
         f"{shape.pages} pages, {mode}, {options.sectors} sectors, "
         f"depth {options.depth}, up to {options.sectors_max} sectors, "

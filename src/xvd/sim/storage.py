@@ -1,31 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage under the scheduler's hand: what is submitted waits until its outcome is drawn."""
+"""Storage under the scheduler's hand: what is submitted waits until its outcome is drawn.
+
+What was written lies in a cache until a flush has ended: `power_lost` takes any of it back, sector
+by sector. The disk grows and shrinks; what is cut off is zero when it comes back.
+"""
 
 import errno
 
 from xvd.engines.bridge import BridgeChannel, Operation
 from xvd.engines.memory import MemoryEngine
+from xvd.sim.checkers import SECTOR
 from xvd.sim.prng import Prng
 
 
 class SimStorage:
-    """A memory engine behind a bridge; operations end in any order, now and then with an error."""
+    """A memory engine behind bridges; operations end in any order, now and then with an error.
 
-    def __init__(self, prng: Prng, size: int) -> None:
+    sectors: its size now; sectors_max: the largest that it will have.
+    """
+
+    def __init__(self, prng: Prng, sectors: int, sectors_max: int) -> None:
+        self.sectors = sectors
         self._prng = prng
-        self._engine = MemoryEngine(size)
-        self.channel = BridgeChannel()
+        self._engine = MemoryEngine(sectors_max * SECTOR)
+        self._channels: list[BridgeChannel] = []
         self._held: list[Operation] = []
+        self._on_medium: dict[int, bytes] = {}
+        """Of each sector that the cache holds another content of."""
+
+    def open_channel(self) -> BridgeChannel:
+        """A queue's way in."""
+        self._channels.append(BridgeChannel())
+        return self._channels[-1]
 
     @property
     def held(self) -> int:
         """Operations submitted and not ended, after a look at what is new."""
-        self._held += self.channel.take()
+        for channel in self._channels:
+            self._held += channel.take()
         return len(self._held)
 
     def finish_one(self, error_one_in: int) -> str:
         """End one of the held operations; what was done, for the trace."""
         operation = self._held.pop(self._prng.below(len(self._held)))
+        if not self._inside(operation):
+            operation.complete(errno.EINVAL)
+            return f"{operation.kind} refused"
         if self._prng.chance(error_one_in):
             self._apply(operation, partly=True)
             operation.complete(errno.EIO)
@@ -37,15 +57,41 @@ class SimStorage:
     def perform(self, operation: Operation) -> None:
         """Do all of an operation."""
         self._apply(operation, partly=False)
+        if operation.kind == "flush":
+            self._on_medium.clear()
+
+    def resize(self, sectors: int) -> None:
+        """Cut off the end, or append zeros."""
+        low, high = sorted((self.sectors, sectors))
+        self._engine.discard(low * SECTOR, (high - low) * SECTOR)
+        for sector in range(low, high):
+            self._on_medium.pop(sector, None)
+        self.sectors = sectors
 
     def backend_died(self) -> None:
         """What was under way happens, or does not, or in part; a successor begins after that."""
-        self._held += self.channel.take()
-        for operation in self._held:
-            if self._prng.chance(2):
+        for operation in self._held if self.held else ():
+            if self._inside(operation) and self._prng.chance(2):
                 self._apply(operation, partly=self._prng.chance(2))
         self._held.clear()
-        self.channel = BridgeChannel()
+        self._channels.clear()
+
+    def power_lost(self) -> None:
+        """After `backend_died`: of what no flush covers, each sector is as it was, or is not."""
+        for sector, data in self._on_medium.items():
+            if self._prng.chance(2):
+                self._engine.write(memoryview(data), sector * SECTOR)
+        self._on_medium.clear()
+
+    def _inside(self, operation: Operation) -> bool:
+        return operation.offset + operation.length <= self.sectors * SECTOR
+
+    def _remember(self, operation: Operation) -> None:
+        first = operation.offset // SECTOR
+        for sector in range(first, first + operation.length // SECTOR):
+            if sector not in self._on_medium:
+                at = sector * SECTOR
+                self._on_medium[sector] = bytes(self._engine.view[at : at + SECTOR])
 
     def _apply(self, operation: Operation, *, partly: bool) -> None:
         """Do an operation, or a part of it: whole sectors in any number."""
@@ -53,10 +99,14 @@ class SimStorage:
             return
         if operation.kind == "discard":
             if operation.length:
+                self._remember(operation)
                 self._engine.discard(operation.offset, operation.length)
             return
+        if operation.kind == "write":
+            self._remember(operation)
         at = operation.offset
-        left = self._prng.below(operation.length // 512 + 1) * 512 if partly else operation.length
+        sectors = operation.length // SECTOR
+        left = self._prng.below(sectors + 1) * SECTOR if partly else operation.length
         for buffer in operation.buffers():
             part = buffer[:left]
             if operation.kind == "read":
