@@ -3,7 +3,12 @@ from typing_extensions import disjoint_base
 @disjoint_base
 class FileChannel:
     def __init__(
-        self, direct_fd: int, cached_fd: int, memory_align: int, offset_align: int
+        self,
+        direct_fd: int,
+        cached_fd: int,
+        memory_align: int,
+        offset_align: int,
+        discards: object = None,
     ) -> None: ...
     @property
     def ports(self) -> object: ...

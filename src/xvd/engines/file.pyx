@@ -21,7 +21,7 @@ from xvd.dataplane.liburing cimport (
     io_uring_queue_init, io_uring_sqe,
     io_uring_sqe_set_data64, io_uring_submit)
 from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE,
-                                  engine_io, engine_ports, wrap)
+                                  engine_io, engine_of, engine_ports, wrap)
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 cdef extern from "fcntl.h" nogil:
@@ -41,6 +41,7 @@ cdef struct file_state:
     uint64_t offset_mask
     io_uring *ring
     done_list done
+    engine_ports *discards       # who performs discards; NULL: a file's are holes, by io_uring
     uint64_t direct, cached      # operations by each way
 
 
@@ -84,13 +85,21 @@ cdef void prepare(file_state *f, engine_io *io) noexcept nogil:
 
 
 cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
+    cdef file_state *f = <file_state *>ctx
     cdef uint32_t i
     for i in range(n):
-        prepare(<file_state *>ctx, ios[i])
+        if ios[i].op == ENGINE_DISCARD and f.discards != NULL:
+            f.discards.submit(f.discards.ctx, &ios[i], 1)
+        else:
+            prepare(f, ios[i])
 
 
 cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
-    return reap_list(&(<file_state *>ctx).done, out, room)
+    cdef file_state *f = <file_state *>ctx
+    cdef uint32_t n = reap_list(&f.done, out, room)
+    if f.discards != NULL:
+        n += f.discards.reap(f.discards.ctx, out + n, room - n)
+    return n
 
 
 cdef void attach(void *ctx, void *ring) noexcept nogil:
@@ -138,18 +147,25 @@ cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
 
 
 cdef class FileChannel:
-    """`Channel` of `image.FileEngine`, which owns the descriptors."""
+    """`Channel` of `image.FileEngine`, which owns the descriptors.
+
+    discards: a channel that performs them instead of io_uring, closed with this one, or None.
+    """
 
     cdef file_state f
     cdef engine_ports table
+    cdef object worker
 
-    def __init__(self, int direct_fd, int cached_fd, uint32_t memory_align, uint32_t offset_align):
+    def __init__(self, int direct_fd, int cached_fd, uint32_t memory_align, uint32_t offset_align,
+                 discards=None):
+        self.worker = discards
+        self.f.discards = NULL if discards is None else engine_of(discards)
         self.f.direct_fd = direct_fd
         self.f.cached_fd = cached_fd
         self.f.memory_mask = memory_align - 1
         self.f.offset_mask = offset_align - 1
         self.table.ctx = &self.f
-        self.table.fd = -1
+        self.table.fd = -1 if self.f.discards == NULL else self.f.discards.fd
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
@@ -166,7 +182,9 @@ cdef class FileChannel:
         return self.f.direct, self.f.cached
 
     def close(self):
-        """The descriptors are the engine's."""
+        """The descriptors are the engine's; nothing may be in flight."""
+        if self.worker is not None:
+            self.worker.close()
 
 
 cdef extern from *:

@@ -9,13 +9,13 @@ import stat
 import struct
 import time
 
+from xvd.engines import block
+from xvd.engines.bridge import ThreadedChannel
 from xvd.engines.file import FileChannel, direct_alignment, punch_hole
 from xvd.engines.interface import Channel, Engine, EngineInfo, ThreadModel
 from xvd.errors import EngineError
 
 _F_OFD_SETLK = 37
-_BLKSSZGET = 0x1268
-_BLKPBSZGET = 0x127B
 _RETRY_S = 0.05
 _NOT_STORAGE = "neither a file nor a block device; nothing can be kept in it"
 
@@ -61,26 +61,25 @@ def _lock(fd: int, byte: int, read_only: bool, path: str, patience_s: float) -> 
             time.sleep(_RETRY_S)
 
 
-def _ioctl_int(fd: int, request: int, default: int) -> int:
-    buffer = bytearray(4)
-    try:
-        fcntl.ioctl(fd, request, buffer)
-    except OSError:
-        return default
-    return int(struct.unpack("i", buffer)[0]) or default
-
-
 class FileEngine(Engine):
     """``file:PATH``: a raw image, or a block device.
 
     direct: False keeps everything in the page cache. patience_s: how long to wait for a lock that
-    a dying predecessor still holds. Raises `EngineError` that names the path and the remedy.
+    a dying predecessor still holds. ioctl: how a device is told to discard. Raises `EngineError`
+    that names the path and the remedy.
     """
 
     def __init__(
-        self, path: str, *, read_only: bool = False, direct: bool = True, patience_s: float = 0.0
+        self,
+        path: str,
+        *,
+        read_only: bool = False,
+        direct: bool = True,
+        patience_s: float = 0.0,
+        ioctl: block.Ioctl = fcntl.ioctl,
     ) -> None:
         self.path = path
+        self._ioctl = ioctl
         self._direct_fd = -1
         self._align = (0, 0)
         flags = os.O_RDONLY if read_only else os.O_RDWR
@@ -127,15 +126,34 @@ class FileEngine(Engine):
                 f"truncate -s {-(-size // 512) * 512} {self.path}",
                 self.path,
             )
-        device = stat.S_ISBLK(os.fstat(self._cached_fd).st_mode)
-        block = os.fstat(self._cached_fd).st_blksize
-        physical = _ioctl_int(self._cached_fd, _BLKPBSZGET, 512) if device else min(block, 4096)
+        if self._is_device:
+            return self._measure_device(size, read_only)
+        unit = os.fstat(self._cached_fd).st_blksize
         return EngineInfo(
             size=size,
-            physical_block_size=max(512, physical),
+            physical_block_size=max(512, min(unit, 4096)),
             read_only=read_only,
             can_discard=not read_only,
-            discard_granularity=_ioctl_int(self._cached_fd, _BLKSSZGET, 512) if device else block,
+            discard_granularity=unit,
+            thread_model=ThreadModel.PARALLEL,
+        )
+
+    @property
+    def _is_device(self) -> bool:
+        return stat.S_ISBLK(os.fstat(self._cached_fd).st_mode)
+
+    def _measure_device(self, size: int, read_only: bool) -> EngineInfo:
+        fd = self._cached_fd
+        granularity, alignment = block.discard_units(fd)
+        discards = not read_only and block.takes(fd, block.BLKDISCARD, self._ioctl)
+        return EngineInfo(
+            size=size,
+            physical_block_size=max(512, block.get_int(fd, block.BLKPBSZGET, 512)),
+            read_only=read_only,
+            can_discard=discards,
+            can_secure_discard=discards and block.takes(fd, block.BLKSECDISCARD, self._ioctl),
+            discard_granularity=granularity,
+            discard_alignment=alignment,
             thread_model=ThreadModel.PARALLEL,
         )
 
@@ -169,8 +187,17 @@ class FileEngine(Engine):
         os.fdatasync(self._cached_fd)
 
     def discard(self, offset: int, length: int) -> None:
-        """Punch a hole."""
-        punch_hole(self._cached_fd, offset, length)
+        """Punch a hole in a file; discard a range of a device."""
+        if self._is_device:
+            block.discard(self._cached_fd, block.BLKDISCARD, offset, length, self._ioctl)
+        else:
+            punch_hole(self._cached_fd, offset, length)
+
+    def secure_discard(self, offset: int, length: int) -> None:
+        """Let a device erase a range; a file cannot: what it held may lie anywhere."""
+        if not self._is_device:
+            return super().secure_discard(offset, length)
+        return block.discard(self._cached_fd, block.BLKSECDISCARD, offset, length, self._ioctl)
 
     def measure(self) -> int:
         """Look how long the file or the device is; a part of a sector at its end is left out."""
@@ -180,7 +207,7 @@ class FileEngine(Engine):
 
     def resize(self, size: int) -> None:
         """Cut a file, or make it longer by a hole. A device has the size that it has."""
-        if stat.S_ISBLK(os.fstat(self._cached_fd).st_mode):
+        if self._is_device:
             raise EngineError(
                 errno.EOPNOTSUPP,
                 "a block device is resized by its own tool; then let the disk follow it",
@@ -196,5 +223,10 @@ class FileEngine(Engine):
         self._cached_fd = self._direct_fd = -1
 
     def open_channel(self) -> Channel:
-        """A compiled channel on the queue thread's io_uring."""
-        return FileChannel(self._direct_fd, self._cached_fd, *(a or 1 for a in self._align))
+        """A compiled channel on the queue thread's io_uring.
+
+        A device's discards go through a thread of the channel's own: they block.
+        """
+        discards = ThreadedChannel(self) if self._info.can_discard and self._is_device else None
+        memory, offset = (a or 1 for a in self._align)
+        return FileChannel(self._direct_fd, self._cached_fd, memory, offset, discards)
