@@ -3,7 +3,7 @@
 
 import pytest
 from rig_engines import ByHand
-from rig_queue import BROKEN, DRAINED, QueueWorld, bad_gref, rq
+from rig_queue import BROKEN, DRAINED, WORKED, QueueWorld, bad_gref, rq
 
 from xvd.blkif.abi import Op, Status
 from xvd.blkif.messages import Segment
@@ -255,7 +255,7 @@ def test_a_grant_that_is_read_only_cannot_be_kept() -> None:
 @pytest.mark.parametrize("position", range(12))
 def test_any_mapping_may_fail_and_only_its_requests_do(limit: int, position: int) -> None:
     with QueueWorld(persistent=limit) as world:
-        world.grants.inject([0] * position + [-13])
+        world.grants.inject([0] * position + [-3])
         answers = world.ask(
             *(rq(Op.READ, 8, world.segment(2 * i), world.segment(2 * i + 1), id=i)
               for i in range(6))
@@ -268,7 +268,7 @@ def test_any_mapping_may_fail_and_only_its_requests_do(limit: int, position: int
 
 def test_one_that_fails_takes_all_that_share_it_along_and_no_other() -> None:
     with QueueWorld(persistent=1056) as world:
-        world.grants.inject([-13])
+        world.grants.inject([-3])
         answers = world.ask(
             rq(Op.READ, 0, world.segment(0), id=1), rq(Op.READ, 0, world.segment(0), id=2),
             rq(Op.READ, 0, world.segment(1), id=3),
@@ -299,7 +299,7 @@ def test_indirect_pages_above_the_limit_are_copied() -> None:
 
 def test_an_indirect_page_that_cannot_be_mapped_fails_its_request() -> None:
     with QueueWorld(persistent=1056, indirect_max=32) as world:
-        world.grants.inject([-13])
+        world.grants.inject([-3])
         [answer] = world.ask(world.indirect(Op.READ, 0, [world.segment(0)] * 12))
         assert answer.status == Status.ERROR
         assert figures(world)[2] == 0
@@ -315,6 +315,83 @@ def test_more_grants_than_one_call_maps() -> None:
         world.queue.set_time(1 << 62)
         world.settle()
         assert figures(world)[2] == 0
+
+
+# ---- Where there is no room to map -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [-13, -7])
+@pytest.mark.parametrize("persistent", [None, 0, 1056])
+def test_what_there_is_no_room_to_map_is_copied(persistent: int | None, status: int) -> None:
+    with QueueWorld(persistent=persistent) as world:
+        world.data(0)[:] = b"w" * 4096
+        world.grants.inject([status])
+        [answer] = world.ask(rq(Op.WRITE, 0, world.segment(0)))
+        assert answer.status == Status.OKAY
+        world.grants.inject([status])
+        [answer] = world.ask(rq(Op.READ, 0, world.segment(1)))
+        assert (answer.status, bytes(world.data(1))) == (Status.OKAY, b"w" * 4096)
+        assert world.queue.counters()["copied"] == 2
+        assert world.queue.counters()["starved"] == 0
+
+
+def test_descriptors_that_there_is_no_room_to_map_are_copied() -> None:
+    with QueueWorld(persistent=1056, indirect_max=32) as world:
+        world.grants.inject([-13])
+        [answer] = world.ask(world.indirect(Op.READ, 0, [world.segment(0)] * 12))
+        assert answer.status == Status.OKAY
+        assert world.queue.counters()["copied"] == 1
+
+
+def test_without_room_to_copy_either_the_queue_takes_nothing_for_a_millisecond() -> None:
+    """blkback sleeps for one after a request that could not be mapped."""
+    with QueueWorld() as world:
+        world.queue.set_time(1000)
+        world.grants.inject([-13, -13])
+        world.send(rq(Op.WRITE, 0, world.segment(0), id=1))
+        world.queue.step()
+        world.send(rq(Op.READ, 0, world.segment(0), id=2))
+        for now, answered in ((1000, [(1, Status.ERROR)]), (1_000_999, []), (1_001_000, [2])):
+            world.queue.set_time(now)
+            flags = world.queue.step()
+            found = [(a.id, a.status) if a.status else a.id for a in world.responses()]
+            assert found == answered
+            assert bool(flags & WORKED) == (answered == [2])
+        assert world.queue.due_ns == 0
+        assert world.queue.counters()["starved"] == 1
+
+
+def test_a_queue_that_pauses_may_sleep_and_is_due_at_its_end() -> None:
+    with QueueWorld() as world:
+        world.queue.set_time(1000)
+        world.grants.inject([-13, -13])
+        world.send(rq(Op.WRITE, 0, world.segment(0), id=1))
+        world.queue.step()
+        world.send(rq(Op.READ, 0, world.segment(0), id=2))
+        assert world.queue.may_sleep()
+        assert world.queue.due_ns == 1_001_000
+
+
+@pytest.mark.parametrize("operation", [Op.READ, Op.WRITE])
+def test_the_thread_wakes_by_itself_when_the_pause_is_over(operation: Op) -> None:
+    with QueueWorld() as world:
+        world.grants.inject([-13, -13])
+        with world.running():
+            answers = []
+            for number in (1, 2):
+                world.send(rq(operation, 0, world.segment(0), id=number))
+                world.port.notify()
+                answers += world.collect(1)
+        assert [answer.status for answer in answers] == [Status.ERROR, Status.OKAY]
+        assert world.queue.counters()["starved"] == 1
+
+
+def test_a_bad_grant_does_not_make_the_queue_pause() -> None:
+    with QueueWorld() as world:
+        world.grants.inject([-3])
+        [answer] = world.ask(rq(Op.READ, 0, world.segment(0)))
+        assert answer.status == Status.ERROR
+        assert world.queue.counters()["starved"] == 0
 
 
 # ---- Where unmapping takes its time: Linux's gntdev ------------------------------------------
@@ -349,7 +426,7 @@ def test_what_cannot_be_mapped_is_copied(position: int) -> None:
     with QueueWorld(persistent=1056, unmaps_at_once=False) as world:
         for page in range(4):
             world.data(page)[:] = bytes([page + 1]) * 4096
-        world.grants.inject([0] * position + [-13])
+        world.grants.inject([0] * position + [-3])
         world.ask(rq(Op.WRITE, 0, *(world.segment(page) for page in range(4))))
         world.ask(rq(Op.READ, 0, *(world.segment(page) for page in range(10, 14))))
         assert [world.data(page)[0] for page in range(10, 14)] == [1, 2, 3, 4]

@@ -59,7 +59,7 @@ def test_a_write_from_a_page_granted_read_only_is_what_they_are_for(copying: boo
 @pytest.mark.parametrize("position", range(12))
 def test_any_mapping_may_fail_and_only_its_request_does(position: int) -> None:
     with QueueWorld() as world:
-        world.grants.inject([0] * position + [-13])
+        world.grants.inject([0] * position + [-3])
         answers = world.ask(
             *(rq(Op.READ, 8, world.segment(2 * i), world.segment(2 * i + 1), id=i)
               for i in range(6))

@@ -37,8 +37,7 @@ cdef inline void answer(backend_queue *q, pending *p, int16_t status) noexcept n
     if q.barrier == p:
         q.barrier = NULL
     q.unpushed += 1
-    if q.bouncing:
-        let_lie(q, p.room)
+    let_lie(q, p.room)
     if p.room != p.own:
         give_space(&q.large, p.room)
         use_space(p, p.own)

@@ -9,9 +9,9 @@ from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZ
                                 REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport refuse
 from xvd.dataplane.buffers cimport touch
-from xvd.dataplane.pending cimport COPIES, backend_queue, pending
+from xvd.dataplane.pending cimport COPIES, PAUSE_NS, backend_queue, pending
 from xvd.dataplane.persistent cimport NOBODY, find, hold, keep, let_go, persistent_grant
-from xvd.dataplane.ports cimport grant_copy
+from xvd.dataplane.ports cimport grant_copy, is_shortage
 
 
 cdef inline void add_data(pending *p, uint8_t *at, size_t size) noexcept nogil:
@@ -44,8 +44,9 @@ cdef inline void map_fresh(backend_queue *q) noexcept nogil:
         q.count.map_calls += 1
         q.grants.map(q.grants.ctx, q.sets, q.nr_fresh)
     for i in range(q.nr_fresh):
-        if q.sets[i].status == 0:
-            g = &q.kept.grants[q.fresh[i]]
+        g = &q.kept.grants[q.fresh[i]]
+        g.status = q.sets[i].status
+        if g.status == 0:
             g.page, g.handle = q.sets[i].base, q.sets[i].handle
             q.count.mapped += 1
     q.nr_fresh = 0
@@ -116,6 +117,7 @@ cdef inline void map_passing(backend_queue *q) noexcept nogil:
             q.count.mapped += p.mapping.count
         else:
             p.failed = 1
+            p.starved |= is_shortage(p.mapping.status)
 
 
 cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
@@ -125,6 +127,8 @@ cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
     for j in range(p.rq.nr_segments):
         if p.holding and p.room.held[j] != NOBODY:
             page = q.kept.grants[p.room.held[j]].page
+            if page == NULL:
+                p.starved |= is_shortage(q.kept.grants[p.room.held[j]].status)
         else:
             page = p.mapping.base + passing * BLKIF_PAGE_SIZE
             passing += 1
@@ -138,7 +142,10 @@ cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
 
 cdef inline void copy_instead(pending *p) noexcept nogil:
     """What could not be mapped may still be copied: it may be this process that has no room, for
-    Linux allows it 65530 mappings (vm.max_map_count) and each grant that is kept is one."""
+    Linux allows it 65530 mappings (vm.max_map_count) and each grant that is kept is one.
+
+    Linux's gntdev does not tell what was wrong, so with it that is tried whatever it was.
+    """
     p.failed = 0
     p.copying = 1
     p.io.iovcnt = 0
@@ -166,7 +173,7 @@ cdef inline void map_batch(backend_queue *q) noexcept nogil:
         p = q.batch[i]
         if not p.failed and not p.copying:
             find_data(q, p)
-        if p.failed and q.bouncing:
+        if p.failed and (p.starved or not q.grants.unmaps_at_once):
             copy_instead(p)
 
 
@@ -202,6 +209,7 @@ cdef inline void run_copies(backend_queue *q, uint32_t n) noexcept nogil:
     for i in range(n):
         if q.copies[i].status != 0:
             q.owners[i].failed = 1
+            q.owners[i].starved |= is_shortage(q.copies[i].status)
 
 
 cdef inline grant_copy *next_copy(backend_queue *q, pending *p, uint32_t *n) noexcept nogil:
@@ -256,17 +264,25 @@ cdef inline void copy_reads_out(backend_queue *q, uint32_t finished) noexcept no
 
 # ---- Both ------------------------------------------------------------------------------------
 
+cdef inline void pause(backend_queue *q) noexcept nogil:
+    """Take nothing for a millisecond: what was short may be there then, and a frontend that sends
+    the same again at once would make it no longer (blkback sleeps there)."""
+    q.resume_ns = q.now_ns + PAUSE_NS
+    q.count.starved += 1
+
+
 cdef inline void gather(backend_queue *q) noexcept nogil:
     """Find the data of the batch; those whose grants could not be had leave it."""
     cdef uint32_t i, kept = 0
     cdef pending *p
     if not q.copying:
         map_batch(q)
-    if q.bouncing:
-        copy_batch(q)
+    copy_batch(q)
     for i in range(q.nr_batch):
         p = q.batch[i]
         if p.failed:
+            if p.starved:
+                pause(q)
             unmap(q, &p, 1)
             refuse(q, p, REFUSAL_BAD_GRANT)
         else:
@@ -277,7 +293,6 @@ cdef inline void gather(backend_queue *q) noexcept nogil:
 
 cdef inline void give_back(backend_queue *q, uint32_t finished) noexcept nogil:
     """Data of reads goes out; the first `finished` of the batch let go of their pages."""
-    if q.bouncing:
-        copy_reads_out(q, finished)
+    copy_reads_out(q, finished)
     if not q.copying:
         unmap(q, q.batch, finished)

@@ -7,7 +7,7 @@ a few kilobytes cost less than mapping a page and shooting it down again. Where 
 they are read from those: the pages come from the same pool as the data's, as in blkback.
 """
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint8_t, uint32_t
 
 from xvd.dataplane.abi cimport (BLKIF_PAGE_SIZE, BLKIF_SEGMENTS_PER_INDIRECT_PAGE,
                                 REFUSAL_BAD_GRANT, REFUSAL_NONE)
@@ -16,7 +16,7 @@ from xvd.dataplane.c cimport xvd_copy_slot
 from xvd.dataplane.gather cimport hold_grant, map_fresh, next_copy, run_copies
 from xvd.dataplane.pending cimport backend_queue, pending
 from xvd.dataplane.persistent cimport NOBODY, let_go
-from xvd.dataplane.ports cimport grant_copy
+from xvd.dataplane.ports cimport grant_copy, is_shortage
 from xvd.dataplane.request cimport check_data, parse_segments, request
 
 
@@ -32,15 +32,19 @@ cdef inline void hold_descriptors(backend_queue *q, pending *p) noexcept nogil:
         p.room.held[page] = hold_grant(q, p.rq.indirect_grefs[page])
 
 
-cdef inline void read_kept(backend_queue *q, pending *p, uint32_t page,
+cdef inline bint read_kept(backend_queue *q, pending *p, uint32_t page,
                            uint32_t size) noexcept nogil:
-    """Copy the descriptors of a page that is mapped, and let it go."""
+    """Copy the descriptors of a page that is mapped, and let it go; False if there was no room to
+    map it in: a grant copy may do (see `copy_instead`)."""
     cdef uint32_t number = p.room.held[page]
-    if q.kept.grants[number].page == NULL:
+    cdef uint8_t *at = q.kept.grants[number].page
+    cdef bint may_copy = not q.grants.unmaps_at_once or is_shortage(q.kept.grants[number].status)
+    if at != NULL:
+        xvd_copy_slot(p.room.descriptors + page * BLKIF_PAGE_SIZE, at, size)
+    elif not may_copy:
         p.failed = 1
-    else:
-        xvd_copy_slot(p.room.descriptors + page * BLKIF_PAGE_SIZE, q.kept.grants[number].page, size)
     let_go(&q.kept, number, q.now_ns)
+    return at != NULL or p.failed
 
 
 cdef inline void read_descriptors(backend_queue *q, pending *p, uint32_t *n) noexcept nogil:
@@ -50,8 +54,7 @@ cdef inline void read_descriptors(backend_queue *q, pending *p, uint32_t *n) noe
     for page in range(pages_of(&p.rq)):
         size = min(left, <uint32_t>BLKIF_PAGE_SIZE)
         left -= size
-        if q.persistent and p.room.held[page] != NOBODY:
-            read_kept(q, p, page, size)
+        if q.persistent and p.room.held[page] != NOBODY and read_kept(q, p, page, size):
             continue
         op = next_copy(q, p, n)
         op.local = p.room.descriptors + page * BLKIF_PAGE_SIZE

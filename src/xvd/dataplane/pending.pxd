@@ -18,6 +18,7 @@ cdef enum:
     COPIES = 1024                # grant copies of one call; more are several calls
     SETS = 256                   # sets of one mapping or unmapping, at least
     GRANTS_PER_REQUEST = 33      # Linux's frontend: 32 segments and an indirect page
+    PAUSE_NS = 1000000           # blkback's msleep(1) after a request that could not be mapped
 
 cdef enum recovery:
     RECOVERED = 0
@@ -34,7 +35,7 @@ cdef struct queue_counters:
     uint64_t map_calls, unmap_calls, copy_calls
     uint64_t buffer_pages_released
     uint64_t persistent_hits, persistent_misses, persistent_purged
-    uint64_t notified, suppressed, steps, recovered
+    uint64_t notified, suppressed, steps, recovered, starved
     uint64_t refusals[REFUSAL_COUNT]
 
 # What a request still has to do at the storage, in this order.
@@ -54,6 +55,7 @@ cdef struct pending:
     uint32_t passing             # how many of its references are mapped for it only
     uint32_t copying             # 1: its data goes through pages of our own
     uint32_t failed              # 1: a grant could not be had
+    uint32_t starved             # 1: for want of room or memory of our own
     space *own                   # for a direct request's segments
     space *room                  # where this request's segments are: `own`, or a large one
     engine_io io
@@ -66,11 +68,11 @@ cdef struct backend_queue:
     event_ports *events
     engine_ports *engine
     uint32_t copying             # 1: grant copy for all; 0: mapping
-    uint32_t bouncing            # 1: there are pages to copy through
     uint32_t persistent          # 1: keep what is mapped, as far as `kept` allows
     uint32_t stopping
     uint32_t broken
     uint32_t withdrawn           # bits of `limits.offered` that the storage turned out not to do
+    uint64_t resume_ns           # nothing is taken before; 0: no pause
     uint32_t stalled             # 1: the next request waits for something that is in flight
     pending *barrier             # in flight, and alone; NULL when there is none
     uint32_t in_flight           # taken and not yet answered

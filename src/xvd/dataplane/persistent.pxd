@@ -11,7 +11,7 @@ form a list by last use, so that what is purged is always at one end. No step ta
 larger book, and none allocates.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from xvd.dataplane.c cimport DEBUG_ASSERT
@@ -27,6 +27,7 @@ cdef struct persistent_grant:
     uint64_t handle              # what unmapping needs
     uint64_t used_ns             # when the last request let it go
     uint32_t gref
+    int32_t status               # of mapping it
     uint32_t users               # requests that use it now, once for each segment
     uint32_t older, newer        # neighbours among those without users
 

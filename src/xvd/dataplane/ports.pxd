@@ -14,6 +14,15 @@ from posix.uio cimport iovec
 
 # ---- Grants of one peer, as the mapping side sees them ---------------------------------------
 
+# What a machine says that has no room, or no memory, for one more mapping or copy.
+cdef enum:
+    GNTST_NO_DEVICE_SPACE = -7
+    GNTST_NO_SPACE = -13
+
+cdef inline bint is_shortage(int32_t status) noexcept nogil:
+    return status == GNTST_NO_SPACE or status == GNTST_NO_DEVICE_SPACE
+
+
 cdef struct grant_mapping:
     const uint32_t *grefs        # in: `count` references of the peer
     uint32_t count               # in: 1..; the pages become virtually contiguous
@@ -114,6 +123,8 @@ cdef struct stepper_ports:
     int (*may_sleep)(void *ctx) noexcept nogil
     event_ports *events
     engine_ports *engine         # NULL when there is none
+    # When to step again though nothing happens, by the monotonic clock; 0: never. NULL: never.
+    const uint64_t *due_ns
 
 
 # ---- Capsules: how a table travels through Python --------------------------------------------

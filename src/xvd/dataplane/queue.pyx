@@ -118,12 +118,11 @@ cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
     """Into the batch with a request, or refuse it."""
     q.in_flight += 1
     p.begun_ns = q.now_ns
-    p.mapped = p.holding = p.failed = 0
+    p.mapped = p.holding = p.failed = p.starved = 0
     p.copying = q.copying
     if p.rq.indirect and refusal == REFUSAL_NONE:
         use_space(p, take_space(&q.large))
-    if q.bouncing:
-        take_up(q, p.room)
+    take_up(q, p.room)
     if refusal != REFUSAL_NONE:
         refuse(q, p, refusal)
         return
@@ -233,6 +232,16 @@ cdef void admit(backend_queue *q) noexcept nogil:
 
 # ---- The step --------------------------------------------------------------------------------
 
+cdef uint32_t take_new(backend_queue *q, uint32_t budget) noexcept nogil:
+    """Into the batch with what a predecessor left, and after that with what is new. How many."""
+    q.resume_ns = 0
+    if q.recovering:
+        recover(q)
+        if q.recovering:
+            return q.nr_batch
+    return q.nr_batch + take(q, budget)
+
+
 cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     """One bounded round; STEP_* flags."""
     cdef backend_queue *q = <backend_queue *>ctx
@@ -242,19 +251,15 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
         q.now_ns = monotonic_ns()
     if not q.stopping and not q.broken:
         q.nr_batch = 0
-        if q.recovering:
-            recover(q)
-        moved = q.nr_batch
-        if not q.recovering:
-            moved += take(q, budget)
+        if q.now_ns >= q.resume_ns:
+            moved = take_new(q, budget)
         fetch_indirect(q)
         admit(q)
         gather(q)
         start(q)
     moved += collect(q)
     publish_responses(q)
-    if q.bouncing:
-        shrink(q)
+    shrink(q)
     if (q.stopping or q.broken) and q.in_flight == 0:
         if q.persistent:
             purge_all(q)
@@ -266,6 +271,8 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
 
 cdef int may_sleep(void *ctx) noexcept nogil:
     cdef backend_queue *q = <backend_queue *>ctx
+    if q.resume_ns and not q.stopping and not q.broken:
+        return True              # until then, and what is answered meanwhile wakes the thread
     if q.stopping or q.broken or q.stalled:
         return q.in_flight > 0
     return not back_final_check(&q.ring)
@@ -324,7 +331,6 @@ cdef class BackendQueue:
         self.q.limits.indirect_max = indirect_max
         self.q.persistent = persistent and not copying
         self.q.copying = copying or not (persistent or self.q.grants.unmaps_at_once)
-        self.q.bouncing = self.q.copying or not self.q.grants.unmaps_at_once
         self.q.max_pages = max_pages
         self.set_persistent(persistent_max, persistent_idle_s)
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -335,6 +341,7 @@ cdef class BackendQueue:
         self.table.may_sleep = may_sleep
         self.table.events = self.q.events
         self.table.engine = self.q.engine
+        self.table.due_ns = &self.q.resume_ns
 
     cdef bint open_journal(self, object journal, uint32_t nr_ents) except -1:
         """Take the journal's memory; whether a predecessor's requests are in it."""
@@ -389,8 +396,8 @@ cdef class BackendQueue:
         q.copies = <grant_copy *>calloc(COPIES, sizeof(grant_copy))
         q.ios = <engine_io **>calloc(nr_ents, sizeof(void *))
         if not (q.pendings and q.free_list and q.batch and q.sets and q.fresh and q.owners
-                and q.copies and q.ios and (not q.persistent or self.open_kept()) and open_pool(&q.small, nr_ents, NR_SEGMENTS, q.bouncing)
-                and open_pool(&q.large, large, indirect_max, q.bouncing)):
+                and q.copies and q.ios and (not q.persistent or self.open_kept()) and open_pool(&q.small, nr_ents, NR_SEGMENTS)
+                and open_pool(&q.large, large, indirect_max)):
             raise MemoryError(f"no memory for a queue of {nr_ents} requests")
         for i in range(nr_ents):
             q.free_list[i] = &q.pendings[i]
@@ -497,6 +504,11 @@ cdef class BackendQueue:
     def copying(self):
         """Whether all data is copied: asked for, or all that this machine can do safely."""
         return bool(self.q.copying)
+
+    @property
+    def due_ns(self):
+        """When to step again though nothing happens, as `set_time` counts; 0 if there is no need."""
+        return self.q.resume_ns
 
     @property
     def in_flight(self):

@@ -32,7 +32,7 @@ cdef struct space:
     uint32_t *passing            # the references that are mapped for this request only
     uint8_t *first_sect
     uint8_t *last_sect
-    uint8_t *bounce              # a page for each segment; NULL when the grants are mapped
+    uint8_t *bounce              # a page for each segment, for what is not mapped
     uint32_t touched             # of those, how many are in memory
 
 cdef struct space_pool:
@@ -64,12 +64,11 @@ cdef inline void carve(space_pool *pool, uint32_t number) noexcept nogil:
     at += every * 12
     s.first_sect = at + first
     s.last_sect = at + every + first
-    s.bounce = NULL if pool.bounce == NULL else pool.bounce + first * BLKIF_PAGE_SIZE
+    s.bounce = pool.bounce + first * BLKIF_PAGE_SIZE
     pool.free_list[number] = s
 
 
-cdef inline bint open_pool(space_pool *pool, uint32_t count, uint32_t size,
-                           bint bouncing) noexcept nogil:
+cdef inline bint open_pool(space_pool *pool, uint32_t count, uint32_t size) noexcept nogil:
     """Take the memory of `count` spaces of `size` segments; False if there is none."""
     cdef uint32_t i
     cdef void *at
@@ -81,12 +80,11 @@ cdef inline bint open_pool(space_pool *pool, uint32_t count, uint32_t size,
     pool.memory = <uint8_t *>calloc(<size_t>count * size, SEGMENT_BYTES)
     if not (pool.spaces and pool.free_list and pool.memory):
         return False
-    if bouncing:
-        at = mmap(NULL, bounce_bytes(pool), PROT_READ | PROT_WRITE,
-                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if at == MAP_FAILED:
-            return False
-        pool.bounce = <uint8_t *>at
+    at = mmap(NULL, bounce_bytes(pool), PROT_READ | PROT_WRITE,
+              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if at == MAP_FAILED:
+        return False
+    pool.bounce = <uint8_t *>at
     for i in range(count):
         carve(pool, i)
     pool.nr_free = count

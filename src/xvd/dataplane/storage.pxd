@@ -9,7 +9,7 @@ from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_EOPNOTS
                                 BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport answer, refuse
 from xvd.dataplane.c cimport monotonic_ns
-from xvd.dataplane.gather cimport give_back
+from xvd.dataplane.gather cimport give_back, pause
 from xvd.dataplane.latency cimport count_latency
 from xvd.dataplane.pending cimport STAGE_WRITE, backend_queue, pending
 from xvd.dataplane.ports cimport ENGINE_FLUSH, ENGINE_SECURE, ENGINE_WRITE, engine_io
@@ -88,6 +88,8 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
         p = q.batch[i]
         count_latency(&q.latency, p.rq.operation, q.now_ns - p.begun_ns)
         if p.failed:
+            if p.starved:
+                pause(q)
             refuse(q, p, REFUSAL_BAD_GRANT)
         elif p.io.result == 0:
             answer(q, p, BLKIF_RSP_OKAY)

@@ -142,6 +142,8 @@ cdef int sleep(loop_state *s) noexcept nogil:
     cdef long long ns = s.watchdog_ns
     if s.event:
         ns = min(ns, max(<long long>(s.event_due_ns - monotonic_ns()), <long long>0))
+    if s.stepper.due_ns != NULL and s.stepper.due_ns[0]:
+        ns = min(ns, max(<long long>(s.stepper.due_ns[0] - monotonic_ns()), <long long>0))
     ts.tv_sec = ns // 1000000000
     ts.tv_nsec = ns % 1000000000
     s.sleeps += 1

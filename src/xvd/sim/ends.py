@@ -171,7 +171,10 @@ class BackLink(_Link):
     def step(self, budget: int) -> int:
         """One step, then sleep if there is nothing to do; STEP_* flags."""
         self.queue.set_time(self._clock.now_ns)
-        return self._rest(self.queue.step(budget), self.queue.may_sleep())
+        flags = self._rest(self.queue.step(budget), self.queue.may_sleep())
+        if self.queue.due_ns:
+            self.deadline_ns = self.queue.due_ns
+        return flags
 
     def release(self) -> None:
         """Give everything back, as a backend that has drained does."""

@@ -31,6 +31,8 @@ BACK, FRONT = Domid(0), Domid(1)
 _LIMITS = Limits(pages=8192, grefs=8192, tracks=4096, ports=64)
 _DRAIN_STEPS = 50_000
 _SECTORS_MIN, _SECTORS_MAX = 64, 3072
+_GRANTS_FAIL = ([-1], [-13], [-13, -13], [-7] * 12)
+"""A bad grant; no room to map; nor to copy."""
 Link = TypeVar("Link", BackLink, FrontLink)
 
 
@@ -275,7 +277,7 @@ class World:
         assert self._back is not None
         link = self._prng.choose(_awake(self._back.links))
         if self._prng.chance(self.faults.bad_grant):
-            link.grants.inject([0] * self._prng.below(8) + [-1])
+            link.grants.inject([0] * self._prng.below(8) + self._prng.choose(_GRANTS_FAIL))
         flags = link.step(self._prng.between(1, self.options.budget_max))
         if flags & BROKEN:
             raise CheckFailed("an honest frontend was found lying")
