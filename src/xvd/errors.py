@@ -65,5 +65,13 @@ class EngineError(XvdError, OSError):
         OSError.__init__(self, errno, text or os.strerror(errno), filename)
 
 
+class BudgetError(XvdError):
+    """This host has no room for what was asked; `resource` is what it is short of."""
+
+    def __init__(self, text: str, resource: str) -> None:
+        super().__init__(text)
+        self.resource = resource
+
+
 class ConfigError(XvdError):
     """The user asked for something impossible: a usage error whose text names the remedy."""

@@ -190,6 +190,14 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert json.loads(result.stdout)["fit"] is True
 
 
+def test_doctor_says_how_many_disks_there_is_room_for_and_what_ends_first() -> None:
+    disks = json.loads(run_xvd("doctor", "--json").stdout)["disks"]
+
+    assert set(disks["backend"]) == {"mappings", "grants", "memory", "descriptors"}
+    assert disks["backend"][disks["limited_by"]] == min(disks["backend"].values())
+    assert disks["frontend"]["xenstore nodes"] > 0
+
+
 def test_sim_prints_seed_and_options_first() -> None:
     result = run_xvd("sim", "--seed", "5")
 

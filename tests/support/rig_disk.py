@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from rig_queue import NOTHING, SMALL
 
+from xvd.backend.budget import Budget
 from xvd.backend.device import StorageOpener
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
@@ -75,10 +76,15 @@ class World:
         self.undo: list[Callable[[], Awaitable[None]]] = []
         self.journals = tempfile.TemporaryDirectory(prefix="xvd-journals-")
 
-    async def serve(self, open_storage: StorageOpener, settings: Settings | None = None) -> Server:
+    async def serve(
+        self,
+        open_storage: StorageOpener,
+        settings: Settings | None = None,
+        budget: Budget | None = None,
+    ) -> Server:
         """A backend in domain 0; its journals are there for the next one."""
         settings = replace(settings or Settings(), state_dir=Path(self.journals.name))
-        self.server = Server(self.dom0, self.store, open_storage, settings=settings)
+        self.server = Server(self.dom0, self.store, open_storage, settings=settings, budget=budget)
         await self.server.start()
         return self.server
 
@@ -125,6 +131,7 @@ async def disk_world(
     *layers: str,
     open_storage: StorageOpener | None = None,
     settings: Settings | None = None,
+    budget: Budget | None = None,
     limits: Limits = SMALL,
     serve: bool = True,
 ) -> AsyncIterator[World]:
@@ -133,7 +140,7 @@ async def disk_world(
         dom0 = host.machine(Domid(0))
         world = World(host, dom0, await dom0.xenstore())
         if serve:
-            await world.serve(open_storage or opener(*layers), settings)
+            await world.serve(open_storage or opener(*layers), settings, budget)
         try:
             yield world
         finally:

@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from xvd.backend.budget import Lease
 from xvd.backend.counters import merge_counters
 from xvd.backend.features import offered_operations
 from xvd.backend.journal import Journal
@@ -27,7 +28,8 @@ from xvd.types import RING_SECTOR_SIZE, Domid
 class Plan:
     """What all queues of a connection have in common.
 
-    resume: the rings are live, and were served by a predecessor.
+    settings: as far as there is room for them. lease: what the connection has taken of the host's
+    budget; it gives that back. resume: the rings are live, and were served by a predecessor.
     """
 
     machine: Machine
@@ -36,6 +38,7 @@ class Plan:
     features: BackendFeatures
     engine: Engine
     settings: Settings
+    lease: Lease
     resume: bool = False
 
     @property
@@ -116,10 +119,10 @@ class Connection:
         self.links: list[Link] = []
         self._failure: Exception | None = None
         self._on_exit: Callable[[Exception | None], None] = lambda _: None
-        if not plan.resume:
-            Journal.forget(plan.settings.state_dir, name)
         several = len(plan.config.queues) > 1
         try:
+            if not plan.resume:
+                Journal.forget(plan.settings.state_dir, name)
             for number, nodes in enumerate(plan.config.queues):
                 self.links.append(Link(plan, nodes, f"{name}-{number}" if several else name))
         except BaseException:
@@ -256,3 +259,4 @@ class Connection:
         """Unmap and unbind; only after the threads have ended."""
         for link in reversed(self.links):
             link.release()
+        self.plan.lease.close()

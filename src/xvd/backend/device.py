@@ -14,9 +14,17 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
 from typing import Any
 
+from xvd.backend.budget import AGREED, LIVE, NEGOTIABLE, Budget, Claim, Lease
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.counters import merge_counters, without_now
-from xvd.backend.features import check_units, features_of, promised, without
+from xvd.backend.features import (
+    check_units,
+    claim_of,
+    features_of,
+    promised,
+    within,
+    without,
+)
 from xvd.backend.inbox import Inbox
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Abi, XenbusState
@@ -34,6 +42,7 @@ from xvd.blkif.nodes import (
     NODES,
     BackendAssignment,
     BackendFeatures,
+    FrontendConfig,
     NodeChanges,
     Side,
     format_backend,
@@ -45,7 +54,14 @@ from xvd.blkif.nodes import (
     stale_frontend_nodes,
 )
 from xvd.engines.interface import Engine
-from xvd.errors import ConfigError, PeerClosed, PeerProtocolError, XenstoreError, XvdError
+from xvd.errors import (
+    BudgetError,
+    ConfigError,
+    PeerClosed,
+    PeerProtocolError,
+    XenstoreError,
+    XvdError,
+)
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
@@ -75,7 +91,8 @@ class _DeviceLog(logging.LoggerAdapter[logging.Logger]):
 class Device:
     """One disk of this backend domain; `run` returns when it is gone or `stop` has ended it.
 
-    path: its directory, relative to this domain (``backend/vbd/1/51712``).
+    path: its directory, relative to this domain (``backend/vbd/1/51712``). budget: what this host
+    has for it and others; without end if there is none.
     """
 
     def __init__(
@@ -85,6 +102,8 @@ class Device:
         path: str,
         open_storage: StorageOpener,
         settings: Settings | None = None,
+        *,
+        budget: Budget | None = None,
     ) -> None:
         self.path = path
         self.state = BackendState.STARTING
@@ -96,6 +115,7 @@ class Device:
         self._store = store
         self._open_storage = open_storage
         self._settings = settings or Settings()
+        self._budget = budget or Budget()
         self._log = _DeviceLog(logging.getLogger(__name__), {"device": path})
         self._events = Inbox()
         self._sizing = asyncio.Lock()  # one look at the size, or change of it, at a time
@@ -264,8 +284,23 @@ class Device:
         assert self.engine is not None
         assert self.assignment is not None
         # Anew for each frontend: what was promised to the last one, or withdrawn, ends with it.
-        self.features = features_of(self.engine, self.assignment, self._settings)
+        self.features = self._affordable(features_of(self.engine, self.assignment, self._settings))
         await self._write(format_offer(self.features))
+
+    def _affordable(self, features: BackendFeatures) -> BackendFeatures:
+        """What of it this host has room for now; all of it if not even the least can be had, and
+        then the connection is refused, unless there is room by then."""
+        wanted = claim_of(features, self._settings)
+        try:
+            claim = self._budget.fit(wanted, NEGOTIABLE)
+        except BudgetError:
+            return features
+        self._say_less(wanted, claim)
+        return within(features, claim)
+
+    def _say_less(self, wanted: Claim, claim: Claim) -> None:
+        if claim != wanted:
+            self._log.info("this host has no room for all: %s", claim.instead_of(wanted))
 
     async def _do_publish(self) -> None:
         assert self.features is not None
@@ -310,13 +345,15 @@ class Device:
             self._released.clear()
             self._broken = False
             self._failures = 0
+            lease = self._take_room(config)
             plan = Plan(
                 self._machine,
                 self.assignment.frontend_domid,
                 config,
                 self.features,
                 self.engine,
-                self._settings,
+                self._settings.within(lease.claim),
+                lease,
                 resume=resume,
             )
             name = f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}"
@@ -338,6 +375,14 @@ class Device:
         self.put(BackendEvent.CONNECT_DONE)
         if grown:
             self.put(BackendEvent.RESIZED)  # while nobody served it; the state has to be repeated
+
+    def _take_room(self, config: FrontendConfig) -> Lease:
+        """Take what a connection keeps, or less of it; `BudgetError` says what there is none of."""
+        assert self.features is not None
+        wanted = claim_of(self.features, self._settings, config)
+        lease = self._budget.take(wanted, AGREED)
+        self._say_less(wanted, lease.claim)
+        return lease
 
     @property
     def mode(self) -> str:
@@ -420,7 +465,22 @@ class Device:
         offer on."""
         self._settings = settings
         if self.connection is not None:
-            self.connection.apply(settings)
+            self.connection.apply(self._affordable_now(self.connection, settings))
+
+    def _affordable_now(self, connection: Connection, settings: Settings) -> Settings:
+        """The settings, as far as there is room for them beside what others have taken."""
+        plan = connection.plan
+        wanted = replace(
+            plan.lease.claim,
+            kept=settings.persistent_grants_of(plan.config.ring_pages),
+            buffer_pages=settings.max_buffer_pages,
+        )
+        try:
+            claim = plan.lease.change(wanted, LIVE)
+        except BudgetError as error:
+            self._log.warning("%s: what it keeps stays as it was", error)
+            claim = plan.lease.claim
+        return settings.within(claim)
 
     def squeeze(self) -> None:
         """Give back memory that is not in use, and keep none for the time that is set."""

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
+from xvd.backend.budget import Claim
 from xvd.backend.settings import Settings
-from xvd.blkif.abi import InfoFlag, Op
+from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, InfoFlag, Op
 from xvd.blkif.nodes import BackendAssignment, BackendFeatures, FrontendConfig, parse_backend
 from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
@@ -41,6 +42,35 @@ def features_of(
         max_indirect_segments=settings.indirect_segments_offered,
         max_ring_page_order=settings.max_ring_page_order,
         max_queues=settings.queues_offered,
+    )
+
+
+def claim_of(
+    features: BackendFeatures, settings: Settings, config: FrontendConfig | None = None
+) -> Claim:
+    """What a connection would use of this host: as agreed, or the most where `config` is None."""
+    ring_pages = config.ring_pages if config else 1 << features.max_ring_page_order
+    persistent = features.persistent and (config is None or config.persistent)
+    return Claim(
+        queues=len(config.queues) if config else features.max_queues,
+        ring_pages=ring_pages,
+        segments=max(features.max_indirect_segments, MAX_SEGMENTS_PER_REQUEST),
+        persistent=persistent and not settings.copying,
+        kept=settings.persistent_grants_of(ring_pages),
+        copying=settings.copying,
+        buffer_pages=settings.max_buffer_pages,
+    )
+
+
+def within(features: BackendFeatures, claim: Claim) -> BackendFeatures:
+    """The features cut down to what a claim has room for."""
+    indirect = min(features.max_indirect_segments, claim.segments)
+    return replace(
+        features,
+        persistent=features.persistent and not claim.copying,
+        max_indirect_segments=indirect if indirect > MAX_SEGMENTS_PER_REQUEST else 0,
+        max_ring_page_order=claim.ring_pages.bit_length() - 1,
+        max_queues=claim.queues,
     )
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from xvd.backend.budget import Budget
 from xvd.backend.device import Device, StorageOpener
 from xvd.backend.settings import Settings, parse_settings
 from xvd.backend.sharing import SharedStorage
@@ -37,6 +38,7 @@ class Server:
     """Serves every disk under ``backend/<kind>`` of this domain.
 
     settings: for every disk; overrides: ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them.
+    budget: what this host has for all of them.
 
     One store connection for all, no polling. A device that fails costs itself only.
     """
@@ -50,6 +52,7 @@ class Server:
         kinds: Sequence[str] = ("vbd",),
         settings: Settings | None = None,
         overrides: Mapping[str, Sequence[str]] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.devices: dict[str, Device] = {}
         self._machine = machine
@@ -57,6 +60,7 @@ class Server:
         self._open_storage = SharedStorage(open_storage, store)
         self._kinds = kinds
         self._settings = settings or Settings()
+        self._budget = budget or Budget()
         self._overrides = {name: dict(parse_settings(t)) for name, t in (overrides or {}).items()}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._again: set[asyncio.Task[None]] = set()
@@ -168,7 +172,9 @@ class Server:
         if await self._is_over(path) or path in self._running or self._closing:
             return
         settings = self.settings_of(path)
-        device = Device(self._machine, self._store, path, self._open_storage, settings)
+        device = Device(
+            self._machine, self._store, path, self._open_storage, settings, budget=self._budget
+        )
         self.devices[path] = device
         task = asyncio.create_task(self._serve(device))
         self._running[path] = task

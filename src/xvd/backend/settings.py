@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from xvd.backend.budget import Claim
 from xvd.errors import ConfigError
 
 RANGES: Final[dict[str, tuple[int, int]]] = {
@@ -89,6 +90,16 @@ class Settings:
     def persistent_grants_of(self, ring_pages: int) -> int:
         """How many grants of a ring of so many pages stay mapped."""
         return self.max_persistent_grants * (ring_pages if self.scale_persistent_grants else 1)
+
+    def within(self, claim: Claim) -> "Settings":
+        """These settings, as far as a connection's claim has room for them."""
+        return replace(
+            self,
+            copying=claim.copying,
+            max_persistent_grants=claim.kept,
+            scale_persistent_grants=0,
+            max_buffer_pages=claim.buffer_pages,
+        )
 
     @property
     def indirect_segments_offered(self) -> int:

@@ -105,8 +105,9 @@ async def _backend(
 
         settings = replace(settings, state_dir=directory / "state" / name)
         server = Server(
-            machine, store, storage, kinds=kinds, settings=settings, overrides=overrides
-        )
+            machine, store, storage, kinds=kinds, settings=settings, overrides=overrides,
+            budget=common.budget_of(machine),
+        )  # fmt: skip
         control = ControlServer(
             {
                 "stats": lambda: [disk_figures(device) for device in server.devices.values()],

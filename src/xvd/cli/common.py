@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -17,12 +18,14 @@ import msgspec
 import typer
 from rich.console import Console
 
+from xvd.backend.budget import XEN_MAPTRACK, Budget, descriptor_limits, limits_of_host
 from xvd.blkif.nodes import BackendAssignment
 from xvd.blkif.vdev import parse_vdev
 from xvd.cli.control import ask
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.errors import ConfigError, PeerClosed
+from xvd.machine.emulated.host import Limits
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
 from xvd.machine.xen import machine as xen
@@ -117,6 +120,16 @@ async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine,
     if domid is not None and domid != here.domid:
         raise ConfigError(f"this is domain {here.domid}: run it in domain {domid}")
     return here, XEN_DIRECTORY
+
+
+def budget_of(machine: Machine) -> Budget:
+    """What this host has for the disks of a daemon on such a machine."""
+    real = isinstance(machine, xen.XenMachine)
+    _, most = descriptor_limits()
+    with contextlib.suppress(OSError, ValueError):
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return Budget(limits_of_host(XEN_MAPTRACK if real else Limits().tracks))
 
 
 def tell_service_manager(state: str) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd doctor``: what this machine can do, and what stands in the way."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -8,12 +9,28 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from xvd.backend.budget import REMEDIES, XEN_MAPTRACK, Claim, capacity, limits_of_host
+from xvd.backend.settings import Settings as BackendSettings
+from xvd.blkif.abi import Abi
+from xvd.blkif.nodes import FrontendConfig, QueueConfig, format_frontend
 from xvd.cli import common
 from xvd.cli.backend import competitor
 from xvd.engines.file import probe_io_uring
+from xvd.frontend.settings import Settings as FrontSettings
+from xvd.machine.emulated.host import Limits
 from xvd.machine.xen import xenbus
 from xvd.machine.xen.machine import available
+from xvd.types import Gref, Port
+
+NODES_QUOTA: Final = 1000
+"""Nodes that xenstored lets an unprivileged domain have."""
+FRONT_NODES: Final = 9
+"""Of a disk's frontend directory besides what the frontend writes: itself, and the toolstack's."""
+GRANTS_V1: Final = 32768
+"""Of a domain: 64 frames of 512 entries."""
+GNTALLOC_LIMIT: Final = Path("/sys/module/xen_gntalloc/parameters/limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +115,60 @@ def _xenstore() -> Finding:
     return Finding("xenstore", bool(ways), "real Xen", str(ways[0]) if ways else "", remedy)
 
 
+def _room(xen: bool) -> tuple[str, dict[str, int]]:
+    """(what limits the number of disks, how many each resource is enough for)."""
+    settings = BackendSettings()
+    claim = Claim(
+        queues=settings.queues_offered,
+        ring_pages=1 << settings.max_ring_page_order,
+        segments=settings.indirect_segments_offered,
+        persistent=True,
+        kept=settings.max_persistent_grants,
+        copying=False,
+        buffer_pages=settings.max_buffer_pages,
+    )
+    limits = limits_of_host(XEN_MAPTRACK if xen else Limits().tracks)
+    disks = capacity(claim, limits)
+    return min(disks, key=lambda name: disks[name]), disks
+
+
+def _guest_room() -> dict[str, int]:
+    """How many disks a frontend's domain has room for: nodes of its store, grants of gntalloc."""
+    front, back = FrontSettings(), BackendSettings()
+    queues = min(front.max_queues, back.queues_offered)
+    pages = 1 << min(front.max_ring_page_order, back.max_ring_page_order)
+    config = FrontendConfig(
+        Abi.native(), (QueueConfig((Gref(8),) * pages, Port(1)),) * queues, persistent=True
+    )
+    nodes = len(format_frontend(config, ()).write) + queues * (queues > 1) + FRONT_NODES
+    grants = queues * (pages + front.pool_pages)
+    room = {"xenstore nodes": NODES_QUOTA // nodes, "grants": GRANTS_V1 // grants}
+    with contextlib.suppress(OSError, ValueError):
+        room["gntalloc pages"] = int(GNTALLOC_LIMIT.read_text()) // grants
+    return room
+
+
+def _disks(xen: bool) -> Callable[[], Finding]:
+    """Whether there is room for a disk with everything, and for how many."""
+
+    def check() -> Finding:
+        least, disks = _room(xen)
+        detail = f"room for {disks[least]} of the default features; {least} end first"
+        return Finding(
+            "backend's disks", disks[least] > 0, "disks that need not do with less", detail,
+            "" if disks[least] else REMEDIES[least],
+        )  # fmt: skip
+
+    return check
+
+
+def _guests_disks() -> Finding:
+    room = _guest_room()
+    least = min(room, key=lambda name: room[name])
+    detail = f"room for {room[least]} of the default features in a guest; {least} end first"
+    return Finding("frontend's disks", room[least] > 0, "disks of one guest", detail)
+
+
 _ESSENTIAL: tuple[Callable[[], Finding], ...] = (_io_uring, _memfd, _maps, _descriptors)
 _OPTIONAL: tuple[Callable[[], Finding], ...] = (
     _tool("qemu-img", "qemu-utils", "converting and comparing images"),
@@ -123,7 +194,10 @@ _ON_XEN: tuple[Callable[[], Finding], ...] = (
 def doctor(json: common.Json = False) -> int:
     """Check what this machine can do. Fails if the emulated machine cannot run on it."""
     essential = [check() for check in _ESSENTIAL]
-    optional = [check() for check in (*_OPTIONAL, *(_ON_XEN if available() else ()))]
+    xen = available()
+    optional = [
+        check() for check in (*_OPTIONAL, _disks(xen), _guests_disks, *(_ON_XEN if xen else ()))
+    ]
     fit = all(finding.ok for finding in essential)
     if json:
         rows = [
@@ -131,7 +205,9 @@ def doctor(json: common.Json = False) -> int:
              "remedy": f.remedy, "essential": f in essential}
             for f in essential + optional
         ]  # fmt: skip
-        common.print_json({"fit": fit, "checks": rows})
+        least, disks = _room(xen)
+        room = {"limited_by": least, "backend": disks, "frontend": _guest_room()}
+        common.print_json({"fit": fit, "checks": rows, "disks": room})
         return 0 if fit else 1
     for finding in essential + optional:
         mark = "ok     " if finding.ok else ("MISSING" if finding in essential else "absent ")

@@ -89,7 +89,10 @@ async def _serve(job: _Job) -> int:
         stack.push_async_callback(store.close)
         host.create_domain(GUEST)
         await create_guest(store, GUEST, "guest")
-        backend = Server(back, store, storage, settings=Settings(copying=job.copying))
+        backend = Server(
+            back, store, storage, settings=Settings(copying=job.copying),
+            budget=common.budget_of(back),
+        )  # fmt: skip
         await backend.start()
         stack.push_async_callback(backend.close)
         vbd = await attach(store, GUEST, job.disk)

@@ -35,7 +35,7 @@ from xvd.dataplane.latency cimport latency_lists
 from xvd.dataplane.pending cimport (
     BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER,
     backend_queue, pending)
-from xvd.dataplane.persistent cimport close_book, open_book
+from xvd.dataplane.persistent cimport close_book, open_book, persistent_grant
 from xvd.dataplane.ports cimport (
     ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
     STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
@@ -43,7 +43,8 @@ from xvd.dataplane.purge cimport purge, purge_all
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
     RING_BROKEN, back_attach, back_final_check, back_peek, back_pending, check_ring)
-from xvd.dataplane.space cimport LARGE_SEGMENTS, close_pool, open_pool, take_space
+from xvd.dataplane.space cimport (LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space,
+                                  take_space)
 from xvd.dataplane.storage cimport collect, start
 
 import os
@@ -56,10 +57,28 @@ def journal_size(nr_ents):
     return sizeof(journal_header) + nr_ents * sizeof(journal_entry)
 
 
+def memory_of(uint32_t nr_ents, uint32_t indirect_max, uint32_t persistent_max):
+    """Bytes that a queue takes when it is made; without the pages that data is copied through."""
+    cdef uint32_t large = large_spaces(nr_ents, indirect_max), sets = max(nr_ents, <uint32_t>SETS)
+    cdef size_t kept = max(persistent_max, GRANTS_PER_REQUEST * nr_ents) if persistent_max else 0
+    kept *= sizeof(persistent_grant) + 5 * sizeof(uint32_t)
+    return (nr_ents * (sizeof(pending) + 4 * sizeof(void *) + NR_SEGMENTS * SEGMENT_BYTES)
+            + large * (sizeof(space) + indirect_max * SEGMENT_BYTES) + kept
+            + sets * (sizeof(grant_mapping) + sizeof(uint32_t)) + COPIES * sizeof(grant_copy)
+            + journal_size(nr_ents))
+
+
 def unanswered(const uint8_t[::1] ring):
     """Requests on a ring that have no response yet, by its shared indices."""
     cdef uint32_t req_prod = xvd_load_acquire(&ring[SRING_REQ_PROD])
     return <uint32_t>(req_prod - xvd_load_acquire(&ring[SRING_RSP_PROD]))
+
+
+cdef uint32_t large_spaces(uint32_t nr_ents, uint32_t indirect_max) noexcept nogil:
+    """How many indirect requests may be in flight."""
+    if indirect_max == 0:
+        return 0
+    return min(nr_ents, max(<uint32_t>1, <uint32_t>LARGE_SEGMENTS // indirect_max))
 
 
 # ---- Taking ----------------------------------------------------------------------------------
@@ -383,9 +402,8 @@ cdef class BackendQueue:
 
     cdef allocate(self, uint32_t nr_ents):
         cdef backend_queue *q = &self.q
-        cdef uint32_t i, indirect_max = q.limits.indirect_max, large = 0
-        if indirect_max:
-            large = min(nr_ents, max(1, <uint32_t>LARGE_SEGMENTS // indirect_max))
+        cdef uint32_t i, indirect_max = q.limits.indirect_max
+        cdef uint32_t large = large_spaces(nr_ents, indirect_max)
         q.pendings = <pending *>calloc(nr_ents, sizeof(pending))
         q.free_list = <pending **>calloc(nr_ents, sizeof(void *))
         q.batch = <pending **>calloc(nr_ents, sizeof(void *))

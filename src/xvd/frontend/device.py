@@ -49,6 +49,9 @@ RESET_STEP_S = 5.0
 RETURN_S = 30.0
 """How long a backend that has closed may take to offer the disk again before its user is told."""
 
+TRIES_MAX = 5
+"""Connections that a backend may refuse in a row; one that cannot would be asked for ever."""
+
 
 class _Look:
     """In the queue of events: the backend's state may be another."""
@@ -110,6 +113,7 @@ class Device:
         )
         self._written: XenbusState | None = None
         self._closing = False
+        self._tries = 0
         self._failure: XvdError | None = None
 
     # ---- The actor ----
@@ -162,6 +166,11 @@ class Device:
         """CLOSED is where a way is chosen: away for good, or back for the next backend."""
         if self.state is not FrontendState.CLOSED:
             return
+        if self._tries >= TRIES_MAX and not self._failure:
+            self._failure = PeerClosed(
+                f"{self.path}: the backend has refused {self._tries} connections in a row; its log "
+                f"and its error node say why"
+            )
         if not self._closing and not self._failure and await self._online():
             self._await_return()
             await self._take(frontend_step(self.state, FrontendEvent.REOPEN))
@@ -304,6 +313,7 @@ class Device:
 
     async def _do_publish(self) -> None:
         assert self.assignment is not None
+        self._tries += 1
         nodes = await read_directory(self._store, self.assignment.backend, _backends_node)
         order, queues = parse_offer(
             nodes,
@@ -368,6 +378,7 @@ class Device:
     async def _do_start_io(self) -> None:
         assert self.connection is not None
         assert self.features is not None
+        self._tries = 0
         self._patience.stop()
         self._patience.start()
         self._stop_waiting()
