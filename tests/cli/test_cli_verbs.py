@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from xvd_process import Daemon, FourProcesses, run_xvd
 
 from xvd.cli.__main__ import VERBS
+from xvd.cli.serve import split_ends
 
 pytestmark = pytest.mark.slow
 
@@ -221,6 +223,38 @@ def test_serve_and_compare(image: Path, tmp_path: Path, requires_tool) -> None:
     differs = run_xvd("serve", str(image), "--run", f"{qemu_img} compare -f raw $uri {other}")
 
     assert (same.returncode, differs.returncode) == (0, 1)
+
+
+def test_serve_with_settings_of_both_ends(image: Path) -> None:
+    options = ("--set", "max_queues=2", "--set", "max_ring_page_order=2",
+               "--set", "back:feature_persistent=N", "--set", "front:page_size=65536")  # fmt: skip
+
+    result = run_xvd("serve", "-v", *options, str(image), "--run", "true")
+
+    assert result.returncode == 0
+    assert re.search(r"connected \(.*, mapping, queues: 2, ring pages: 4\)", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("texts", "back", "front"),
+    [
+        (["max_queues=2"], ["max_queues=2"], ["max_queues=2"]),
+        (["back:max_queues=2", "page_size=65536"], ["max_queues=2"], ["page_size=65536"]),
+        (["front:max_queues=2", "log_stats=Y"], ["log_stats=Y"], ["max_queues=2"]),
+    ],
+)
+def test_a_setting_is_of_the_ends_that_have_it(
+    texts: list[str], back: list[str], front: list[str]
+) -> None:
+    assert split_ends(texts) == (back, front)
+
+
+@pytest.mark.parametrize("text", ["max_queue=2", "middle:max_queues=2", "page_size"])
+def test_a_setting_of_neither_end_is_a_mistake(image: Path, text: str) -> None:
+    result = run_xvd("serve", "--set", text, str(image), "--run", "true")
+
+    assert result.returncode == 2, result.stderr
+    assert text in result.stderr
 
 
 def test_serve_a_block_device(image: Path, requires_tool) -> None:

@@ -4,6 +4,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,15 +12,19 @@ from typing import Annotated
 import typer
 
 from xvd.backend.server import Server
-from xvd.backend.settings import Settings
+from xvd.backend.settings import RANGES, Settings, parse_settings
 from xvd.blkif.nodes import BackendAssignment
 from xvd.cli import common
 from xvd.cli.control import ControlServer
 from xvd.cli.report import account, disk_figures
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
+from xvd.errors import ConfigError
 from xvd.export.nbd import NbdServer
 from xvd.frontend.disk import Disk
+from xvd.frontend.settings import RANGES as FRONT_RANGES
+from xvd.frontend.settings import Settings as FrontSettings
+from xvd.frontend.settings import parse_settings as parse_front_settings
 from xvd.machine.emulated.service import EmulatedHost
 from xvd.toolstack.vbd import attach, create_guest, detach
 from xvd.toolstack.xldisk import XlDisk
@@ -38,7 +43,8 @@ class _Job:
     command: str
     socket: Path
     tcp: tuple[str, int] | None
-    copying: bool
+    settings: Settings
+    front: FrontSettings
     report: bool
 
 
@@ -55,6 +61,16 @@ def serve(
     tcp: Annotated[str, typer.Option("--tcp", help="Export on TCP as well: [HOST:]PORT.")] = "",
     vdev: Annotated[str, typer.Option("--vdev", help="The disk's name in the guest.")] = "xvda",
     copy: Annotated[bool, typer.Option("--copy", help="Grant copy instead of mapping.")] = False,
+    setting: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="[END:]NAME=VALUE",
+            help="A setting of both ends under the name of Linux's parameter: max_queues=4; "
+            "back:max_persistent_grants=0 or front:page_size=65536 sets that of one end. May be "
+            "given several times.",
+        ),
+    ] = [],  # noqa: B006  typer needs a literal
     layer: common.Layers = [],  # noqa: B006  typer needs a literal
     report: Annotated[
         bool, typer.Option("--report", help="Print an account of what happened at the end.")
@@ -68,13 +84,39 @@ def serve(
     common.start_logging(verbose)
     disk = XlDisk(target=image, vdev=vdev, writable=not read_only)
     address = common.parse_tcp(tcp) if tcp else None
+    back, front = split_ends(setting)
+    settings = Settings(copying=copy).changed(parse_settings(back))
+    front_settings = parse_front_settings(front)
     engine = open_engine(image, read_only=read_only, layers=layer)
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
         directory = stack.enter_context(common.private_directory())
         where = socket or directory / "nbd.sock"
-        job = _Job(disk, engine, directory, run, where, address, copy, report)
+        job = _Job(disk, engine, directory, run, where, address, settings, front_settings, report)
         return common.run(_serve(job))
+
+
+def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(settings of the backend, settings of the frontend); `ConfigError` for one of neither.
+
+    Without an end it is of each that has a setting of that name.
+    """
+    ends: dict[str, tuple[Mapping[str, object], list[str]]] = {
+        "back": (RANGES, []),
+        "front": (FRONT_RANGES, []),
+    }
+    for text in settings:
+        end, colon, plain = text.rpartition(":")
+        name = plain.partition("=")[0].strip()
+        if colon and end not in ends:
+            raise ConfigError(f"{text!r}: there are the ends {' and '.join(ends)}, and no {end!r}")
+        of = [end] if colon else [one for one, (names, _) in ends.items() if name in names]
+        if not of:
+            known = ", ".join(sorted({*RANGES, *FRONT_RANGES}))
+            raise ConfigError(f"{text!r} sets nothing; write NAME=VALUE with one of {known}")
+        for one in of:
+            ends[one][1].append(plain)
+    return ends["back"][1], ends["front"][1]
 
 
 async def _serve(job: _Job) -> int:
@@ -90,7 +132,7 @@ async def _serve(job: _Job) -> int:
         host.create_domain(GUEST)
         await create_guest(store, GUEST, "guest")
         backend = Server(
-            back, store, storage, settings=Settings(copying=job.copying),
+            back, store, storage, settings=job.settings,
             budget=common.budget_of(back),
         )  # fmt: skip
         await backend.start()
@@ -100,7 +142,7 @@ async def _serve(job: _Job) -> int:
         guest_store = await front.xenstore()
         stack.push_async_callback(guest_store.close)
         path = f"device/vbd/{vbd.vdev}"
-        async with await Disk.open(front, guest_store, path) as opened:
+        async with await Disk.open(front, guest_store, path, settings=job.front) as opened:
             export = NbdServer(opened)
             stack.push_async_callback(export.close)
             await export.listen_unix(job.socket)
