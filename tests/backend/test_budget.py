@@ -182,7 +182,7 @@ def test_a_disk_without_any_room_is_refused_with_the_reason_and_the_others_go_on
                 machine, store = await world.guest(2)
                 frontend = RawFrontend(machine, store, vbd)
                 await frontend.publish()
-                await backend_reaches(world, vbd, 5)
+                await backend_reaches(world, vbd, 6)
                 text = await backend_error(world, vbd)
                 assert "needs 12 descriptors at the least, and 0 are left; raise" in text
                 await disk.write(0, b"on")

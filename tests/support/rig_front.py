@@ -40,6 +40,7 @@ class FrontWorld:
         persistent: bool = False,
         keeping: bool = False,
         block_sectors: int = 1,
+        wire_sector: int = 1,
         page_grants: int = 1,
         trusted: bool = True,
         limits: Limits = SMALL,
@@ -56,7 +57,7 @@ class FrontWorld:
         self.queue = FrontQueue(
             self.ring_pages.view, self.entries, abi.number, self.pages, self.port,
             handle=0xCA00, segments_max=segments_max, block_sectors=block_sectors,
-            page_grants=page_grants, persistent=persistent,
+            wire_sector=wire_sector, page_grants=page_grants, persistent=persistent,
             trusted=trusted,
         )  # fmt: skip
         self.grants = self.backend.grants.foreign(GUEST)

@@ -77,6 +77,7 @@ class QueueWorld:
         copying: bool = False,
         read_only: bool = False,
         logical_sectors: int = 1,
+        unit: int = 1,
         data_pages: int = 32,
         poison: int | None = None,
         persistent: int | None = None,
@@ -104,6 +105,7 @@ class QueueWorld:
         self.copying = copying
         self.read_only = read_only
         self.logical_sectors = logical_sectors
+        self.unit = unit
         self.offered = offered | (1 << Op.INDIRECT if indirect_max else 0)
         self.indirect_max = indirect_max
         self.persistent = persistent
@@ -121,6 +123,7 @@ class QueueWorld:
             self.channel,
             capacity=self.engine.info.size // 512,
             logical_sectors=self.logical_sectors,
+            unit=self.unit,
             read_only=self.read_only,
             offered=self.offered,
             indirect_max=self.indirect_max,

@@ -90,6 +90,7 @@ class Link:
             storage,
             capacity=features.sectors,
             logical_sectors=features.sector_size // RING_SECTOR_SIZE,
+            unit=features.unit,
             read_only=plan.engine.info.read_only,
             offered=offered_operations(features),
             indirect_max=features.max_indirect_segments,

@@ -18,7 +18,7 @@ from xvd.backend.budget import AGREED, LIVE, NEGOTIABLE, Budget, Claim, Lease
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.counters import merge_counters, without_now
 from xvd.backend.features import (
-    check_units,
+    agreed_unit,
     claim_of,
     features_of,
     promised,
@@ -308,7 +308,7 @@ class Device:
 
     async def _do_publish_size(self) -> None:
         assert self.features is not None
-        await self._write(format_size(self.features.sectors), always=True)
+        await self._write(format_size(self.features.sectors, self.features.unit), always=True)
 
     async def _do_report_error(self) -> None:
         # The reason first: the toolstack that sees the state looks for it at once.
@@ -329,11 +329,11 @@ class Device:
         assert self.engine is not None
         assert self.features is not None
         try:
-            grown = False
+            published = None
             if resume:
                 own = await read_directory(self._store, self.path, _own_node)
                 self.features = promised(self.features, own)
-                grown = own.get("sectors") != str(self.features.sectors)
+                published = own.get("sectors")
             nodes = await read_directory(self._store, self.assignment.frontend, _frontends_node)
             config = parse_frontend(
                 nodes,
@@ -341,7 +341,9 @@ class Device:
                 max_ring_page_order=self.features.max_ring_page_order,
                 max_queues=self.features.max_queues,
             )
-            check_units(config, self.features)
+            unit = agreed_unit(config, self.features, self._settings)
+            self.features = replace(self.features, unit=unit)
+            grown = resume and published != str(self.features.sectors // unit)
             self._released.clear()
             self._broken = False
             self._failures = 0

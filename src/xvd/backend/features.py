@@ -8,7 +8,13 @@ from typing import Final
 from xvd.backend.budget import Claim
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, InfoFlag, Op
-from xvd.blkif.nodes import BackendAssignment, BackendFeatures, FrontendConfig, parse_backend
+from xvd.blkif.nodes import (
+    BackendAssignment,
+    BackendFeatures,
+    FrontendConfig,
+    parse_backend,
+    unit_of,
+)
 from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
 from xvd.types import RING_SECTOR_SIZE
@@ -105,19 +111,24 @@ def offered_operations(features: BackendFeatures) -> int:
     return bits | (_SECURE_DISCARD if features.discard_secure else 0)
 
 
-def check_units(config: FrontendConfig, features: BackendFeatures) -> None:
-    """Refuse a frontend that means another sector than we do; `PeerProtocolError`.
+def agreed_unit(config: FrontendConfig, features: BackendFeatures, settings: Settings) -> int:
+    """How many 512-byte sectors count as one; `PeerProtocolError` where the frontend means others.
 
     Sectors on the ring are of 512 bytes whatever ``sector-size`` says (Xen 221f2748e8). Drivers
     that write ``feature-large-sector-size`` meant ``sector-size`` units: what they write would lie
-    where another driver does not look, and over what it has there.
+    where another driver does not look, and over what it has there. Only the administrator knows
+    that no other driver uses the disk.
     """
-    if config.large_sector_size and features.sector_size != RING_SECTOR_SIZE:
+    if not config.large_sector_size or features.sector_size == RING_SECTOR_SIZE:
+        return 1
+    if not settings.large_sectors:
         raise PeerProtocolError(
             f"frontend node feature-large-sector-size is 1: it counts sectors of "
-            f"{features.sector_size} bytes where blkif counts 512; update the driver, or serve "
-            f"the disk from storage of 512-byte blocks"
+            f"{features.sector_size} bytes where blkif counts 512; update the driver, serve the "
+            f"disk from storage of 512-byte blocks, or, if no other driver has written to it, set "
+            f"large_sectors=1"
         )
+    return unit_of(features.sector_size)
 
 
 def without(features: BackendFeatures, bits: int) -> BackendFeatures:

@@ -23,6 +23,7 @@ RANGES: Final[dict[str, tuple[int, int]]] = {
     "buffer_squeeze_duration_ms": (0, 60_000),
     "log_stats": (0, 1),
     "poll_us": (0, 10_000),
+    "large_sectors": (0, 1),
 }
 """What may be set by name, and from where to where."""
 
@@ -57,6 +58,8 @@ class Settings:
     max_indirect_segments (a constant there): 11 and less offer no indirect requests.
     log_stats: a line of figures for each disk every ten seconds. poll_us (not blkback's): for how
     long at most a ring's thread looks for more before it sleeps.
+    large_sectors (not blkback's): count in ``sector-size`` units for frontends that ask for it,
+    instead of refusing them.
     """
 
     copying: bool = False
@@ -72,6 +75,7 @@ class Settings:
     buffer_squeeze_duration_ms: int = 10
     log_stats: int = 0
     poll_us: int = 0
+    large_sectors: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():

@@ -24,7 +24,7 @@ from xvd.blkif.abi import (
     XenbusState,
 )
 from xvd.errors import ConfigError, PeerProtocolError
-from xvd.types import RING_SECTOR_SIZE, Domid, Gref, Port
+from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid, Gref, Port
 
 __all__ = [
     "MAX_RING_PAGE_ORDER",
@@ -237,8 +237,8 @@ class QueueConfig:
 class FrontendConfig:
     """All that a frontend publishes. Every queue has the same power of two of ring pages.
 
-    `large_sector_size` is the key of old Windows drivers that count in ``sector-size`` units;
-    it changes nothing while ``sector-size`` is 512.
+    `large_sector_size` is the key of old Windows drivers that count in ``sector-size`` units, as
+    QEMU does; it changes nothing while ``sector-size`` is 512.
     """
 
     abi: Abi
@@ -345,6 +345,8 @@ def format_frontend(config: FrontendConfig, present: Iterable[str] = ()) -> Node
         "protocol": config.abi.protocol,
         "feature-persistent": str(int(config.persistent)),
     }
+    if config.large_sector_size:
+        write["feature-large-sector-size"] = "1"
     if len(config.queues) > 1:
         write["multi-queue-num-queues"] = str(len(config.queues))
     if config.ring_pages > 1:
@@ -365,6 +367,8 @@ _NO_INFO: Final = InfoFlag(0)
 class BackendFeatures:
     """All that a backend publishes. `sectors` counts 512 bytes; the sizes are in bytes.
 
+    `unit` is how many of those sectors both ends count as one, in ``sectors`` and on the ring: 1,
+    but for the dialect that ``feature-large-sector-size`` asks for.
     `max_indirect_segments` is 0 where indirect requests are of no use (11 or fewer).
     """
 
@@ -382,6 +386,16 @@ class BackendFeatures:
     max_indirect_segments: int = 0
     max_ring_page_order: int = 0
     max_queues: int = 1
+    unit: int = 1
+
+
+def unit_of(sector_size: int) -> int:
+    """512-byte sectors to one of ``sector-size``; PeerProtocolError for one larger than a page."""
+    if sector_size > PAGE_SIZE:
+        raise PeerProtocolError(
+            f"feature-large-sector-size is 1 and sector-size {sector_size}: no page holds a sector"
+        )
+    return sector_size // RING_SECTOR_SIZE
 
 
 def parse_offer(
@@ -399,9 +413,10 @@ def parse_offer(
     return min(order, max_ring_page_order), max(1, min(queues, max_queues))
 
 
-def parse_backend(nodes: Mapping[str, str]) -> BackendFeatures:
+def parse_backend(nodes: Mapping[str, str], *, large_sectors: bool = False) -> BackendFeatures:
     """What a connected backend published; read anew at every connection, as it may shrink.
 
+    large_sectors: we have written ``feature-large-sector-size``, for one that goes by it.
     ``sectors``, ``info`` and ``sector-size`` are mandatory. PeerProtocolError, naming the node
     and its value, for what is missing or out of range; hints that make no sense are corrected
     (a physical sector smaller than the logical one, more than 4096 indirect segments).
@@ -421,8 +436,9 @@ def parse_backend(nodes: Mapping[str, str]) -> BackendFeatures:
     indirect = min(read("feature-max-indirect-segments"), MAX_INDIRECT_SEGMENTS)
     order, queues = parse_offer(nodes, max_ring_page_order=U32_MAX, max_queues=U32_MAX)
     discard = read("feature-discard") != 0
+    unit = unit_of(sector_size) if large_sectors else 1
     return BackendFeatures(
-        sectors=read("sectors"),
+        sectors=read("sectors") * unit,
         info=InfoFlag(read("info") & 7),
         sector_size=sector_size,
         physical_sector_size=physical,
@@ -436,6 +452,7 @@ def parse_backend(nodes: Mapping[str, str]) -> BackendFeatures:
         max_indirect_segments=indirect if indirect > MAX_SEGMENTS_PER_REQUEST else 0,
         max_ring_page_order=order,
         max_queues=queues,
+        unit=unit,
     )
 
 
@@ -460,7 +477,7 @@ def format_backend(features: BackendFeatures) -> NodeChanges:
     would override the order in FreeBSD's frontend.
     """
     write = dict(format_offer(features).write) | {
-        "sectors": str(features.sectors),
+        "sectors": str(features.sectors // features.unit),
         "info": str(int(features.info)),
         "sector-size": str(features.sector_size),
         "physical-sector-size": str(features.physical_sector_size),
@@ -478,12 +495,13 @@ def format_backend(features: BackendFeatures) -> NodeChanges:
     return NodeChanges(write, ("max-ring-pages",))
 
 
-def format_size(sectors: int) -> NodeChanges:
-    """The nodes of a live resize; ``state`` is repeated so that the frontend's watch fires.
+def format_size(sectors: int, unit: int = 1) -> NodeChanges:
+    """The nodes of a live resize, to so many 512-byte sectors, of which `unit` count as one.
 
+    ``state`` is repeated so that the frontend's watch fires.
     Only for a backend that is Connected.
     """
-    return NodeChanges({"sectors": str(sectors), "state": str(int(XenbusState.CONNECTED))})
+    return NodeChanges({"sectors": str(sectors // unit), "state": str(int(XenbusState.CONNECTED))})
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ cdef struct front_queue:
     event_ports *events
     uint16_t handle
     uint32_t sectors_max         # in one request, whole blocks; above 88 by indirect descriptors
+    uint32_t wire_sector         # what the backend counts in: 512-byte sectors to one of its own
     uint32_t unit_sectors        # in what goes on the ring at once, whole guest pages
     uint32_t wipe                # what is not data in a page is zero when the backend sees it
     uint32_t broken              # BREACH_*

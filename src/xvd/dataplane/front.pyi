@@ -15,6 +15,7 @@ class FrontQueue:
         handle: int = 0,
         segments_max: int = 11,
         block_sectors: int = 1,
+        wire_sector: int = 1,
         page_grants: int = 1,
         persistent: bool = False,
         trusted: bool = True,

@@ -102,7 +102,8 @@ cdef class FrontQueue:
     needs. handle: low 16 bits of the vdev. segments_max: pages of data in one request, 1 to 4096;
     more than 11 only if the backend offers so many indirect segments. block_sectors: the backend's
     logical block in 512-byte sectors, a power of two; operations are whole blocks, and requests
-    then are too. persistent: both ends have said that grants are to be kept. page_grants: grants in
+    then are too. wire_sector: how many of those the backend counts as one: 1, or `block_sectors` where
+    it speaks the dialect of before Xen 221f2748e8. persistent: both ends have said that grants are to be kept. page_grants: grants in
     one of our own pages: 1, 4 or 16 for pages of 4, 16 or 64 KiB; requests are then whole ones, and
     where a request has less than one, several go on the ring together. `FrontQueue.pages_needed`
     says how many pages a queue must have. trusted: False clears every byte that is not data before
@@ -111,7 +112,7 @@ cdef class FrontQueue:
 
     def __init__(self, ring, uint32_t nr_ents, int abi, pages, events, *, uint16_t handle=0,
                  uint32_t segments_max=BLKIF_MAX_SEGMENTS_PER_REQUEST, uint32_t block_sectors=1,
-                 uint32_t page_grants=1, bint persistent=False, bint trusted=True):
+                 uint32_t wire_sector=1, uint32_t page_grants=1, bint persistent=False, bint trusted=True):
         cdef uint8_t[::1] page = ring
         cdef uint32_t i
         if self.q.shadows != NULL:
@@ -119,6 +120,10 @@ cdef class FrontQueue:
         check_ring(page.shape[0], nr_ents, abi)
         self.keep = (ring, pages, events)
         self.set_limits(granter_of(pages).count, segments_max, block_sectors, page_grants)
+        if wire_sector not in (1, block_sectors) or wire_sector > BLKIF_SECTORS_PER_PAGE:
+            raise LocalProtocolError(f"sectors on the ring are of 512 bytes or a block, and at most "
+                                     f"a page, not {wire_sector * 512} bytes")
+        self.q.wire_sector = wire_sector
         self.q.events = events_of(events)
         self.q.handle = handle
         self.q.wipe = not trusted

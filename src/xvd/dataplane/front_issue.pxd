@@ -26,11 +26,15 @@ from xvd.dataplane.ring cimport front_free, front_next_slot
 
 cdef enum:
     SEGMENTS_PER_PAGE = 512      # descriptors in one indirect page
-    LAST_SECT = 7                # of a page
 
 
 cdef inline uint32_t pages_for(uint64_t sectors) noexcept nogil:
     return <uint32_t>((sectors + BLKIF_SECTORS_PER_PAGE - 1) // BLKIF_SECTORS_PER_PAGE)
+
+
+cdef inline uint32_t last_sect_of(const front_queue *q, uint64_t sectors) noexcept nogil:
+    """The last sector of so many in their last page, as the backend counts them."""
+    return <uint32_t>(((sectors - 1) % BLKIF_SECTORS_PER_PAGE + 1) // q.wire_sector - 1)
 
 
 cdef inline uint32_t indirect_pages(uint32_t segments) noexcept nogil:
@@ -126,11 +130,11 @@ cdef inline uint32_t put_segments(front_queue *q, uint8_t *segment, uint32_t pag
                                   uint32_t last_sect) noexcept nogil:
     """Describe `count` pages of a chain, the last up to `last_sect`; the page after them."""
     cdef const blkif_layout *at = q.ring.layout
-    cdef uint32_t i
+    cdef uint32_t i, whole = last_sect_of(q, BLKIF_SECTORS_PER_PAGE)
     for i in range(count):
         memset(segment, 0, at.segment_size)
         xvd_put32(segment + at.segment_gref, q.pool.ports.grefs[page])
-        segment[at.segment_last_sect] = <uint8_t>last_sect if i + 1 == count else LAST_SECT
+        segment[at.segment_last_sect] = <uint8_t>(last_sect if i + 1 == count else whole)
         segment += at.segment_size
         page = q.pool.next[page]
     return page
@@ -165,7 +169,7 @@ cdef inline void put_indirect(front_queue *q, uint8_t *slot, uint32_t id, uint64
         left -= here
         xvd_put32(slot + at.indirect_grefs + 4 * i, q.pool.ports.grefs[page])
         data = put_segments(q, page_data(&q.pool, page), data, here,
-                            LAST_SECT if left else last_sect)
+                            last_sect_of(q, BLKIF_SECTORS_PER_PAGE) if left else last_sect)
         if q.wipe:
             wipe_page(q, page, here * at.segment_size)
         page = q.pool.next[page]
@@ -178,6 +182,8 @@ cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
     cdef shadow *s = &q.shadows[id]
     cdef uint64_t sector_number = s.io.sector_number + s.io.issued
     cdef bint writes = s.operation != BLKIF_OP_READ
+    cdef uint32_t last_sect = last_sect_of(q, sectors)
+    sector_number //= q.wire_sector
     claim(q, s, sectors)
     s.nr_pages = <uint16_t>pages_for(sectors)
     s.nr_indirect = <uint8_t>indirect_pages(s.nr_pages)
@@ -190,9 +196,9 @@ cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
     else:
         q.count.rd_sect += sectors
     if s.nr_indirect:
-        put_indirect(q, slot, id, sector_number, <uint32_t>(sectors - 1) % BLKIF_SECTORS_PER_PAGE)
+        put_indirect(q, slot, id, sector_number, last_sect)
     else:
-        put_direct(q, slot, id, sector_number, <uint32_t>(sectors - 1) % BLKIF_SECTORS_PER_PAGE)
+        put_direct(q, slot, id, sector_number, last_sect)
 
 
 cdef inline void put_bare(front_queue *q, uint8_t *slot, uint32_t id, front_io *io) noexcept nogil:
@@ -204,8 +210,8 @@ cdef inline void put_bare(front_queue *q, uint8_t *slot, uint32_t id, front_io *
         slot[at.discard_flag] = io.flag
         xvd_put16(slot + at.discard_handle, q.handle)
         xvd_put64(slot + at.discard_id, id)
-        xvd_put64(slot + at.discard_sector_number, io.sector_number)
-        xvd_put64(slot + at.discard_nr_sectors, io.nr_sectors)
+        xvd_put64(slot + at.discard_sector_number, io.sector_number // q.wire_sector)
+        xvd_put64(slot + at.discard_nr_sectors, io.nr_sectors // q.wire_sector)
     else:
         xvd_put16(slot + at.rw_handle, q.handle)
         xvd_put64(slot + at.rw_id, id)

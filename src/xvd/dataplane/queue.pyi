@@ -19,6 +19,7 @@ class BackendQueue:
         *,
         capacity: int,
         logical_sectors: int = 1,
+        unit: int = 1,
         read_only: bool = False,
         offered: int = 0x3,
         indirect_max: int = 0,

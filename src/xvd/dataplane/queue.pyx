@@ -311,7 +311,7 @@ cdef class BackendQueue:
 
     ring: writable buffer over the mapped ring pages. abi: number of `blkif.abi.Abi`. grants,
     events, engine: objects with the tables' capsules as ``ports``; they are kept alive. capacity:
-    512-byte sectors. offered: bit ``1 << operation`` for each operation advertised, bit 16 for
+    512-byte sectors. unit: how many of those this frontend counts as one, 1 to 8. offered: bit ``1 << operation`` for each operation advertised, bit 16 for
     secure discard. indirect_max: segments of an indirect request as advertised, 0 (none) to 4096.
     copying: grant copy instead of mapping; what would be mapped for one request is copied also where
     the grants' table says that unmapping takes its time. persistent: both ends offered persistent grants; with
@@ -325,7 +325,7 @@ cdef class BackendQueue:
     """
 
     def __init__(self, ring, uint32_t nr_ents, int abi, grants, events, engine, *,
-                 uint64_t capacity, uint32_t logical_sectors=1, bint read_only=False,
+                 uint64_t capacity, uint32_t logical_sectors=1, uint32_t unit=1, bint read_only=False,
                  uint32_t offered=0x3, uint32_t indirect_max=0, bint copying=False,
                  bint persistent=False, uint32_t persistent_max=1056, double persistent_idle_s=60,
                  uint32_t max_pages=1024, journal=None):
@@ -345,6 +345,7 @@ cdef class BackendQueue:
         self.q.engine = engine_of(engine)
         self.q.limits.capacity = capacity
         self.q.limits.logical_sectors = logical_sectors
+        self.q.limits.unit = unit
         self.q.limits.read_only = read_only
         self.q.limits.offered = offered
         self.q.limits.indirect_max = indirect_max

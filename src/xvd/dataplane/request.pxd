@@ -38,6 +38,7 @@ cdef struct request:
 cdef struct request_limits:
     uint64_t capacity            # 512-byte sectors
     uint32_t logical_sectors     # logical block size / 512
+    uint32_t unit                # what this frontend counts in: 512-byte sectors to one of its own
     uint32_t read_only
     uint32_t offered             # bit 1 << operation for each that the backend advertised
     uint32_t indirect_max        # segments of an indirect request
@@ -93,16 +94,35 @@ cdef inline void parse(const uint8_t *slot, const blkif_layout *at, request *rq)
         rq.id = xvd_get64(slot + at.other_id)
 
 
-cdef inline int check_segments(request *rq) noexcept nogil:
-    """Order and page bound of each, and their sum; alignment is judged after the range."""
+cdef inline int check_segments(request *rq, uint32_t unit) noexcept nogil:
+    """Order and page bound of each, and their sum; alignment is judged after the range.
+
+    From here on they are in sectors of 512 bytes.
+    """
     cdef uint32_t i
     for i in range(rq.nr_segments):
         if rq.first_sect[i] > rq.last_sect[i]:
             return REFUSAL_SEGMENT_ORDER
-        if rq.last_sect[i] >= BLKIF_SECTORS_PER_PAGE:
+        if rq.last_sect[i] >= BLKIF_SECTORS_PER_PAGE // unit:
             return REFUSAL_SEGMENT_PAST_PAGE
+        if unit > 1:
+            rq.first_sect[i] = <uint8_t>(rq.first_sect[i] * unit)
+            rq.last_sect[i] = <uint8_t>((rq.last_sect[i] + 1) * unit - 1)
         rq.nr_sectors += rq.last_sect[i] - rq.first_sect[i] + 1
     return REFUSAL_NONE
+
+
+cdef inline bint count_in_512(request *rq, const request_limits *limits) noexcept nogil:
+    """Turn a range that the frontend counts in larger units into sectors of 512 bytes; False if it
+    ends behind the disk in any case, for then the product could wrap."""
+    cdef uint64_t most = limits.capacity // limits.unit
+    cdef bint discards = rq.operation == BLKIF_OP_DISCARD
+    if rq.sector_number > most or discards and rq.nr_sectors > most:
+        return False
+    rq.sector_number *= limits.unit
+    if discards:
+        rq.nr_sectors *= limits.unit
+    return True
 
 
 cdef inline bint misaligned(const request *rq, const request_limits *limits) noexcept nogil:
@@ -143,13 +163,15 @@ cdef inline int check_slot(const request *rq, const request_limits *limits) noex
 cdef inline int check_data(request *rq, const request_limits *limits) noexcept nogil:
     """What the segments tell, of an indirect request once they are copied: checks 8 to 10.
 
-    Fills in `nr_sectors`.
+    Fills in `nr_sectors`. To be called once for a request that was parsed.
     """
-    cdef int refusal = check_segments(rq)
+    cdef int refusal = check_segments(rq, limits.unit)
     if refusal != REFUSAL_NONE:
         return refusal
     if rq.operation != BLKIF_OP_DISCARD and rq.nr_segments == 0:
         return REFUSAL_NONE
+    if limits.unit > 1 and not count_in_512(rq, limits):
+        return REFUSAL_OUT_OF_RANGE
     # By subtraction: a sum could wrap past 2^64 and look small.
     if rq.sector_number > limits.capacity or rq.nr_sectors > limits.capacity - rq.sector_number:
         return REFUSAL_OUT_OF_RANGE

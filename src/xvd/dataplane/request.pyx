@@ -11,7 +11,7 @@ from xvd.dataplane.abi cimport (
 from xvd.errors import LocalProtocolError
 
 
-def judge(const uint8_t[::1] slot, int abi, *, uint64_t capacity, uint32_t logical_sectors=1,
+def judge(const uint8_t[::1] slot, int abi, *, uint64_t capacity, uint32_t logical_sectors=1, uint32_t unit=1,
           bint read_only=False, uint32_t offered=0x3, uint32_t indirect_max=0,
           const uint8_t[::1] pages=None):
     """Parse a slot and judge it: (refusal, operation of the answer, id).
@@ -32,6 +32,7 @@ def judge(const uint8_t[::1] slot, int abi, *, uint64_t capacity, uint32_t logic
     memset(copy, 0, BLKIF_MAX_ENTRY_SIZE)
     memcpy(copy, &slot[0], slot.shape[0])
     limits.capacity, limits.logical_sectors = capacity, logical_sectors
+    limits.unit = unit
     limits.read_only, limits.offered, limits.indirect_max = read_only, offered, indirect_max
     rq.grefs, rq.first_sect, rq.last_sect = grefs, first_sect, last_sect
     parse(copy, &blkif_layouts[abi], &rq)

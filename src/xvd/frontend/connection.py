@@ -79,7 +79,9 @@ class Connection:
         self.persistent = False
         self._take_rings(abi, queues, ring_page_order)
         published = (QueueConfig(tuple(ring.grefs), channel.port) for ring, channel in self._rings)
-        self.config = FrontendConfig(abi, tuple(published), settings.feature_persistent)
+        self.config = FrontendConfig(
+            abi, tuple(published), settings.feature_persistent, settings.large_sectors
+        )
 
     # ---- Coming about ----
 
@@ -130,6 +132,7 @@ class Connection:
                     segments_max=segments, persistent=self.persistent, trusted=self._trusted,
                     page_grants=self._settings.page_size // PAGE_SIZE,
                     block_sectors=features.sector_size // RING_SECTOR_SIZE,
+                    wire_sector=features.unit,
                 )
             )  # fmt: skip
         self._ends = [-1] * len(self.queues)

@@ -373,7 +373,7 @@ class Device:
     async def _backend_features(self) -> BackendFeatures:
         assert self.assignment is not None
         nodes = await read_directory(self._store, self.assignment.backend, _backends_node)
-        return parse_backend(nodes)
+        return parse_backend(nodes, large_sectors=self._settings.large_sectors)
 
     async def _do_start_io(self) -> None:
         assert self.connection is not None

@@ -25,6 +25,7 @@ RANGES: Final[Mapping[str, tuple[int, int]]] = {
     "page_size": (PAGE_SIZE, 16 * PAGE_SIZE),
     "answer_timeout": (0, 86400),
     "poll_us": (0, 10_000),
+    "large_sectors": (0, 1),
 }
 """Each setting's smallest and largest value."""
 _PAGE_SIZES: Final = (PAGE_SIZE, 4 * PAGE_SIZE, 16 * PAGE_SIZE)
@@ -46,6 +47,8 @@ class Settings:
     which requests are cut, 4096, 16384 or 65536 bytes. answer_timeout: seconds for which a backend
     may leave requests unanswered, all of them, before the disk is given up; 0: for ever, as Linux.
     poll_us: for how long at most a queue's thread looks for more before it sleeps.
+    large_sectors: ask the backend to count in its ``sector-size``, as QEMU insists on; with one
+    that takes no notice, as Linux's, data is written to where it does not belong.
 
     Raises `ConfigError` for what is out of range.
     """
@@ -59,6 +62,7 @@ class Settings:
     page_size: int = PAGE_SIZE
     answer_timeout: float = 120
     poll_us: int = 0
+    large_sectors: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
