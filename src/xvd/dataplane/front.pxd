@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One frontend queue: what it holds (front.pyx)."""
 
-from cpython.buffer cimport Py_buffer
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from xvd.dataplane.abi cimport (BLKIF_MAX_ENTRY_SIZE, BLKIF_OP_READ, BLKIF_OP_WRITE,
                                 BLKIF_OP_WRITE_BARRIER)
 from xvd.dataplane.front_pool cimport page_pool
 from xvd.dataplane.latency cimport latencies
-from xvd.dataplane.ports cimport event_ports, stepper_ports
+from xvd.dataplane.ports cimport event_ports, front_io, stepper_ports
 from xvd.dataplane.ring cimport front_ring
 
 cdef extern from "<pthread.h>" nogil:
@@ -17,25 +16,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_lock(pthread_mutex_t *mutex)
     int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
-
-# What a caller asked for: any length, split into ring requests as slots become free. One request
-# may carry the end of one operation and the beginning of the next.
-cdef struct front_io:
-    uint8_t operation
-    uint8_t flag                 # of a discard
-    uint8_t started              # some of it has been put on the ring
-    int32_t error                # 0 or -errno, the worst of the parts
-    uint32_t outstanding         # parts on the ring
-    uint64_t sector_number
-    uint64_t nr_sectors
-    uint64_t issued              # sectors put on the ring so far
-    uint8_t *buffer
-    uint64_t token
-    front_io *next               # in whichever list it is
-    front_io *follow             # the one that the request with our last sector goes on with
-    Py_buffer view
-    uint32_t has_view
-    uint32_t borrowed            # its memory is not the queue's to free
 
 cdef struct io_list:
     front_io *first
@@ -82,6 +62,7 @@ cdef struct front_queue:
     uint32_t *free_ids
     uint32_t nr_free
     io_list queued               # the stepping thread's
+    io_list returned             # its own too: borrowed operations that are over
     pthread_mutex_t mutex        # guards the two below
     io_list incoming
     io_list done
@@ -115,6 +96,7 @@ cdef inline bint is_issued(const front_io *io) noexcept nogil:
     return io.issued == io.nr_sectors if has_data(io) else io.started
 
 
+cdef void let_go(front_queue *q) noexcept nogil
 cdef uint32_t front_step(void *ctx, uint32_t budget) noexcept nogil
 cdef int front_may_sleep(void *ctx) noexcept nogil
 
@@ -127,6 +109,5 @@ cdef class FrontQueue:
     cdef set_limits(self, uint32_t pages, uint32_t segments_max, uint32_t block_sectors,
                     uint32_t page_grants)
     cdef lend(self, object memory)
-    cdef drop(self, front_io *io)
     cdef check(self, int operation, uint64_t nr_sectors)
     cdef lock_buffer(self, front_io *io, object buffer)

@@ -24,8 +24,8 @@ from xvd.dataplane.front_answer cimport end_parts, take_responses
 from xvd.dataplane.front_issue cimport indirect_pages, issue
 from xvd.dataplane.front_pool cimport close_pool, end_idle_grants, open_pool
 from xvd.dataplane.latency cimport latency_lists
-from xvd.dataplane.ports cimport (STEP_BROKEN, STEP_DRAINED, STEP_WORKED, events_of, granter_of,
-                                  wrap)
+from xvd.dataplane.ports cimport (STEP_BROKEN, STEP_DRAINED, STEP_WORKED, events_of, front_io,
+                                  granter_of, wrap)
 from xvd.dataplane.ring cimport check_ring, front_final_check, front_push
 
 import os
@@ -91,6 +91,36 @@ cdef uint32_t front_step(void *ctx, uint32_t budget) noexcept nogil:
 cdef int front_may_sleep(void *ctx) noexcept nogil:
     cdef front_queue *q = <front_queue *>ctx
     return not front_final_check(&q.ring)
+
+
+cdef void drop(front_io *io) noexcept with gil:
+    """Give up operations of ours; what was borrowed is its owner's again."""
+    cdef front_io *following
+    while io != NULL:
+        following = io.next
+        if io.has_view:
+            PyBuffer_Release(&io.view)
+        if not io.borrowed:
+            free(io)
+        io = following
+
+
+cdef void let_go(front_queue *q) noexcept nogil:
+    """Forget every operation, when nothing steps the queue any more and nothing will.
+
+    The backend may still fill our pages; nothing is copied out of them again.
+    """
+    cdef uint32_t id
+    for id in range(q.ring.nr_ents):
+        if q.shadows[id].io != NULL:
+            end_parts(q, &q.shadows[id], 0)
+            q.shadows[id].io = NULL
+    drop(take_all(q, &q.incoming))
+    drop(take_all(q, &q.done))
+    drop(q.queued.first)
+    drop(q.returned.first)
+    q.queued.first = q.queued.last = NULL
+    q.returned.first = q.returned.last = NULL
 
 
 @no_gc_clear  # what was lent must outlive the lists that lead into it
@@ -175,30 +205,14 @@ cdef class FrontQueue:
         return (needed + page_grants - 1) // page_grants * page_grants
 
     def __dealloc__(self):
-        cdef uint32_t id
         if self.q.shadows == NULL:
             return
-        for id in range(self.q.ring.nr_ents):
-            if self.q.shadows[id].io != NULL:
-                end_parts(&self.q, &self.q.shadows[id], 0)
-        self.drop(take_all(&self.q, &self.q.incoming))
-        self.drop(take_all(&self.q, &self.q.done))
-        self.drop(self.q.queued.first)
+        let_go(&self.q)
         close(self.q.done_fd)
         pthread_mutex_destroy(&self.q.mutex)
         close_pool(&self.q.pool)
         free(self.q.shadows)
         free(self.q.free_ids)
-
-    cdef drop(self, front_io *io):
-        cdef front_io *following
-        while io != NULL:
-            following = io.next
-            if io.has_view:
-                PyBuffer_Release(&io.view)
-            if not io.borrowed:
-                free(io)
-            io = following
 
     cdef lend(self, object memory):
         """Keep the memory that borrowed operations lie in for as long as the queue may see them."""
@@ -263,7 +277,7 @@ cdef class FrontQueue:
         io.buffer = <uint8_t *>io.view.buf
         if <uint64_t>io.view.len != io.nr_sectors * BLKIF_SECTOR_SIZE:
             text = f"a buffer of {io.view.len} bytes for {io.nr_sectors} sectors"
-            self.drop(io)
+            drop(io)
             raise LocalProtocolError(text)
 
     def reap(self):
@@ -274,7 +288,7 @@ cdef class FrontQueue:
         while io != NULL:
             over.append((io.token, -io.error))
             io = io.next
-        self.drop(first)
+        drop(first)
         return over
 
     def step(self, uint32_t budget=64):

@@ -15,18 +15,25 @@ from xvd.dataplane.abi cimport (
     BREACH_UNKNOWN_ID, BREACH_WRONG_OPERATION, blkif_layout)
 from xvd.dataplane.c cimport xvd_get16, xvd_get64
 from xvd.dataplane.front cimport (
-    SHADOW_FREE, SHADOW_IN_FLIGHT, append, front_io, front_queue, is_issued, pthread_mutex_lock,
+    SHADOW_FREE, SHADOW_IN_FLIGHT, append, front_queue, is_issued, pthread_mutex_lock,
     pthread_mutex_unlock, shadow)
 from xvd.dataplane.front_issue cimport move_data
 from xvd.dataplane.front_pool cimport give_pages
 from xvd.dataplane.latency cimport count_latency
+from xvd.dataplane.ports cimport front_io
 from xvd.dataplane.ring cimport RING_BROKEN, front_copy, front_pending
 
 
 cdef inline void hand_over(front_queue *q, front_io *io) noexcept nogil:
-    """The operation is over; the first of several rings the bell for all."""
+    """The operation is over; the first of several rings the bell for all.
+
+    A borrowed one stays in this thread, whose it is: no lock, and nobody else to be told.
+    """
     cdef uint64_t one = 1
     cdef bint first
+    if io.borrowed:
+        append(&q.returned, io)
+        return
     pthread_mutex_lock(&q.mutex)
     first = q.done.first == NULL
     append(&q.done, io)

@@ -18,9 +18,10 @@ from xvd.dataplane.abi cimport (
     BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_DISCARD, BLKIF_OP_INDIRECT, BLKIF_OP_READ,
     BLKIF_OP_WRITE, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE, blkif_layout)
 from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_put16, xvd_put32, xvd_put64
-from xvd.dataplane.front cimport (SHADOW_FREE, SHADOW_IN_FLIGHT, front_io, front_queue, has_data,
-                                  is_issued, is_rw, shadow)
+from xvd.dataplane.front cimport (SHADOW_FREE, SHADOW_IN_FLIGHT, front_queue, has_data, is_issued,
+                                  is_rw, shadow)
 from xvd.dataplane.front_pool cimport page_data, page_pool, take_page
+from xvd.dataplane.ports cimport front_io
 from xvd.dataplane.ring cimport front_free, front_next_slot
 
 

@@ -42,5 +42,6 @@ cdef extern from "liburing.h" nogil:
     void io_uring_prep_fsync(io_uring_sqe *sqe, int fd, unsigned flags)
     void io_uring_prep_fallocate(io_uring_sqe *sqe, int fd, int mode, long long offset,
                                  long long length)
+    void io_uring_prep_poll_add(io_uring_sqe *sqe, int fd, unsigned mask)
     void io_uring_prep_poll_multishot(io_uring_sqe *sqe, int fd, unsigned mask)
     void io_uring_sqe_set_data64(io_uring_sqe *sqe, uint64_t data)

@@ -16,9 +16,8 @@ from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 
 from xvd.dataplane.abi cimport BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_SECTOR_SIZE
 from xvd.dataplane.c cimport monotonic_ns
-from xvd.dataplane.front cimport (FrontQueue, append, front_io, front_may_sleep, front_queue,
-                                  front_step)
-from xvd.dataplane.ports cimport STEP_DRAINED, STEP_WORKED, stepper_ports, wrap
+from xvd.dataplane.front cimport FrontQueue, append, front_may_sleep, front_queue, front_step
+from xvd.dataplane.ports cimport STEP_DRAINED, front_io, stepper_ports, wrap
 
 from xvd.errors import LocalProtocolError
 
@@ -97,10 +96,10 @@ cdef void start(load *l, front_io *io) noexcept nogil:
 
 
 cdef void go_on(load *l) noexcept nogil:
-    """Count what has ended and put the next in its place. The done list is this thread's alone."""
-    cdef front_io *io = l.queue.done.first
+    """Count what has ended and put the next in its place."""
+    cdef front_io *io = l.queue.returned.first
     cdef front_io *following
-    l.queue.done.first = l.queue.done.last = NULL
+    l.queue.returned.first = l.queue.returned.last = NULL
     while io != NULL:
         following = io.next
         l.ended += 1

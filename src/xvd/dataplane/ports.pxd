@@ -7,6 +7,7 @@ Every function is called without the GIL, by the one thread that steps the queue
 block for longer than the work it is asked for.
 """
 
+from cpython.buffer cimport Py_buffer
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from posix.uio cimport iovec
@@ -127,6 +128,63 @@ cdef struct stepper_ports:
     const uint64_t *due_ns
 
 
+# ---- Operations of a frontend queue, and who has them done by its thread ----------------------
+
+cdef struct client_ports
+
+# What a caller asked for: any length, split into ring requests as slots become free. One request
+# may carry the end of one operation and the beginning of the next.
+cdef struct front_io:
+    uint8_t operation            # in: BLKIF_OP_*, no indirect one
+    uint8_t flag                 # in: of a discard
+    uint8_t started              # the queue's: some of it has been put on the ring
+    uint8_t borrowed             # in: its memory is not the queue's to free
+    int32_t error                # out: 0 or -errno, the worst of the parts
+    uint32_t outstanding         # the queue's: parts on the ring
+    uint64_t sector_number       # in: of 512 bytes
+    uint64_t nr_sectors          # in
+    uint64_t issued              # the queue's: sectors put on the ring so far
+    uint8_t *buffer              # in: untouched until the operation is over
+    uint64_t token               # in: the caller's
+    front_io *next               # in whichever list it is
+    front_io *follow             # the queue's: which one the request with our last sector goes on with
+    Py_buffer view
+    uint32_t has_view
+    # Of a client's operation (clients.pyx), the host's:
+    client_ports *client
+    uint32_t guarded             # a write that unaligned ones on its sectors wait for
+    front_io *before             # in the list of those
+    front_io *after
+
+# A queue, as what shares its thread sees it.
+cdef struct client_host:
+    void *ctx
+    # Take a borrowed operation of a client: 1; it comes back by `completed`. 0: not on this queue,
+    # or not now; the disk's own methods are the way for it.
+    int (*submit)(void *ctx, front_io *io) noexcept nogil
+
+cdef enum client_wish:
+    CLIENT_READS = 1             # step me when my descriptor is readable
+    CLIENT_WRITES = 2            # when it is writable
+
+# Somebody with a descriptor and operations. Always called by one thread at a time, not always the
+# same one: when a disk changes its backend, its clients move on to other queues.
+cdef struct client_ports:
+    void *ctx
+    int fd
+    # STEP_WORKED: something moved. STEP_DRAINED: over, and nothing under way.
+    uint32_t (*step)(void *ctx, const client_host *host) noexcept nogil
+    uint32_t (*wishes)(void *ctx) noexcept nogil
+    void (*completed)(void *ctx, front_io *io) noexcept nogil
+    # Submit again, in the same order, what an earlier queue has taken and not completed.
+    void (*resume)(void *ctx, const client_host *host) noexcept nogil
+    # After STEP_DRAINED, when nothing refers to the client any more; the last call.
+    void (*left)(void *ctx) noexcept nogil
+    # The host's:
+    client_ports *next
+    uint32_t waiting             # wishes that a poll is running for
+
+
 # ---- Capsules: how a table travels through Python --------------------------------------------
 
 cdef inline object wrap(void *table, const char *name):
@@ -146,3 +204,6 @@ cdef inline engine_ports *engine_of(object owner) except NULL:
 
 cdef inline stepper_ports *stepper_of(object owner) except NULL:
     return <stepper_ports *>PyCapsule_GetPointer(owner.ports, "xvd.stepper_ports")
+
+cdef inline client_ports *client_of(object owner) except NULL:
+    return <client_ports *>PyCapsule_GetPointer(owner.ports, "xvd.client_ports")

@@ -269,6 +269,10 @@ class Connection:
             thread.wake()
         self._to_wake.clear()
 
+    def wake(self, number: int) -> None:
+        """Let the thread of a queue step now."""
+        self._threads[number].wake()
+
     @property
     def barrier_sectors_max(self) -> int:
         """Sectors of the largest barrier: it cannot be split."""

@@ -22,7 +22,9 @@ from typing import Any, Self
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, DiscardFlag, InfoFlag, Op
 from xvd.blkif.nodes import BackendFeatures
+from xvd.dataplane.types import HasPorts
 from xvd.errors import XvdError
+from xvd.frontend.clients import DiskClients
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
 from xvd.frontend.pending import BlocksChanged, Pending
@@ -55,7 +57,10 @@ class Disk:
         abi: Abi | None = None,
         settings: Settings | None = None,
     ) -> None:
-        self._device = Device(machine, store, path, self, abi=abi, settings=settings)
+        self._clients = DiskClients()
+        self._device = Device(
+            machine, store, path, self, abi=abi, settings=settings, stepper=self._clients.steppers
+        )
         self._connection: Connection | None = None
         self._features: BackendFeatures | None = None
         self._pending = Pending()
@@ -224,16 +229,20 @@ class Disk:
         self._withdrawn.clear()
         self.connections += 1
         self._pending.connected(connection, features)
+        self._allow()
+        self._clients.connected(connection)
         if not self._ready.done():
             self._ready.set_result(None)
 
     def resized(self, features: BackendFeatures) -> None:
         """Another capacity, on the same connection."""
         self._features = features
+        self._allow()
 
     def disconnected(self) -> None:
         """The connection is over; answers that came are taken, the rest waits."""
         self._pending.disconnected()
+        self._clients.disconnected()
         assert self._connection is not None
         self._past = self._past.plus(self._connection.statistics().closed())
         self._connection = None
@@ -245,6 +254,30 @@ class Disk:
         if not self._ready.done():
             self._ready.set_exception(error)
         self._pending.ended(self._ended)
+        self._clients.ended()
+
+    # ---- Clients ----
+
+    def attach(self, client: HasPorts) -> None:
+        """Have a compiled client stepped in the thread of a queue (dataplane/clients.pyx).
+
+        What its queue refuses it asks of this object's methods. It survives connections, as any
+        operation does.
+        """
+        self._clients.attach(client)
+
+    def wake(self, client: HasPorts) -> None:
+        """Have a client stepped now: somebody has told it something."""
+        self._clients.wake(client)
+
+    def detach(self, client: HasPorts) -> None:
+        """Let go of a client that has left."""
+        self._clients.detach(client)
+
+    def _allow(self) -> None:
+        """What clients may ask a queue for, as of now."""
+        flushes = self._works(Op.FLUSH_DISKCACHE)
+        self._clients.allow(self._known(), writable=not self.read_only, flushes=flushes)
 
     # ---- Operations ----
 
@@ -351,8 +384,12 @@ class Disk:
 
     async def _change(self, offset: int, data: memoryview, first: int, end: int) -> None:
         """Read the blocks at the edges, change them, write; new writes on them wait meanwhile."""
-        for done in self._pending.writes_on(first, end):
-            await asyncio.wait([done])
+        async with self._clients.kept_off(first, end):
+            for done in self._pending.writes_on(first, end):
+                await asyncio.wait([done])
+            await self._read_and_write(offset, data)
+
+    async def _read_and_write(self, offset: int, data: memoryview) -> None:
         reads, writes, changes = [], [], []
         for at, piece in self._pieces(offset, data):
             start, sectors = self._whole(at, len(piece))
@@ -403,6 +440,7 @@ class Disk:
         """The backend does not do what it has offered, or its successor does not any more."""
         if operation not in self._withdrawn:
             self._withdrawn.add(operation)
+            self._allow()
             logger.warning("the backend has withdrawn %s", what)
 
     async def discard(self, offset: int, length: int, *, secure: bool = False) -> None:

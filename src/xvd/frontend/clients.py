@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk's clients: in the threads of its queues while there are any, else in the event loop.
+
+A client is compiled (dataplane/clients.pyx): it takes its requests off a descriptor, and the thread
+of one of the queues steps it. When the disk changes its backend, its clients wait in a room that
+the event loop steps, and go on to the next queues with everything they have under way.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Sequence
+
+from xvd.blkif.nodes import BackendFeatures
+from xvd.dataplane.clients import Clients, Fence
+from xvd.dataplane.front import FrontQueue
+from xvd.dataplane.types import HasPorts
+from xvd.frontend.connection import Connection
+from xvd.types import RING_SECTOR_SIZE
+
+_WORKED = 1
+_READS, _WRITES = 1, 2
+
+
+class DiskClients:
+    """The clients of one disk. Everything in the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._fence = Fence()
+        self._room = Clients(self._fence)
+        self._queues: list[Clients] = []
+        self._connection: Connection | None = None
+        self._where: dict[HasPorts, Clients] = {}
+        self._watched: dict[int, int] = {}
+        self._stepping = False
+        self._holds = 0
+        self._write_ended: asyncio.Future[None] | None = None
+
+    # ---- Connections ----
+
+    def steppers(self, queues: Sequence[FrontQueue]) -> Sequence[Clients]:
+        """What steps each of these queues from now on."""
+        self._queues = [Clients(self._fence, queue) for queue in queues]
+        return self._queues
+
+    def connected(self, connection: Connection) -> None:
+        """The queues run: everybody goes there."""
+        self._connection = connection
+        for client in self._room.take_back():
+            self._join(client)
+        self._watch()
+
+    def disconnected(self) -> None:
+        """The queues are over, and nothing steps them any more."""
+        self._connection = None
+        for queue in self._queues:
+            for client in queue.take_back():
+                self._where[client] = self._room
+                self._room.join(client)
+        self._queues = []
+        self._step_soon()
+
+    def ended(self) -> None:
+        """There will be no queue again: what is under way goes to the disk, which fails it."""
+        self._room.give_up()
+        self._step_soon()
+
+    def allow(self, features: BackendFeatures, *, writable: bool, flushes: bool) -> None:
+        """What clients may ask a queue for."""
+        self._fence.allow(
+            sectors=features.sectors,
+            block_sectors=features.sector_size // RING_SECTOR_SIZE,
+            writable=writable,
+            flushes=flushes,
+        )
+
+    # ---- Clients ----
+
+    def attach(self, client: HasPorts) -> None:
+        """Step a client from now on, until it has left and is detached."""
+        if self._connection is None:
+            self._where[client] = self._room
+            self._room.join(client)
+            self._step_soon()
+        else:
+            self._join(client)
+
+    def detach(self, client: HasPorts) -> None:
+        """Let go of a client that has left."""
+        where = self._where.pop(client, None)
+        if where is not None:
+            where.forget(client)
+
+    def wake(self, client: HasPorts) -> None:
+        """Let a client be stepped: somebody has something for it."""
+        where = self._where.get(client)
+        if where is self._room:
+            self._step_soon()
+        elif where is not None and self._connection is not None:
+            self._connection.wake(self._queues.index(where))
+
+    def _join(self, client: HasPorts) -> None:
+        """To the queue that has the fewest: a client belongs to one queue."""
+        queue = min(self._queues, key=len)
+        self._where[client] = queue
+        queue.join(client)
+        self.wake(client)
+
+    # ---- The room ----
+
+    def _step_soon(self) -> None:
+        if not self._stepping:
+            self._stepping = True
+            asyncio.get_running_loop().call_soon(self._step)
+
+    def _step(self) -> None:
+        """One round; the event loop's others have their turn before the next."""
+        self._stepping = False
+        if self._room.step() & _WORKED:
+            self._step_soon()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Listen for what the clients in the room wish, and for nobody else."""
+        events = asyncio.get_running_loop()
+        wished = dict(self._room.wishes())
+        for fd in self._watched.keys() | wished.keys():
+            before, now = self._watched.get(fd, 0), wished.get(fd, 0)
+            if before & ~now & _READS:
+                events.remove_reader(fd)
+            if before & ~now & _WRITES:
+                events.remove_writer(fd)
+            if now & ~before & _READS:
+                events.add_reader(fd, self._step_soon)
+            if now & ~before & _WRITES:
+                events.add_writer(fd, self._step_soon)
+        self._watched = wished
+
+    # ---- Parts of blocks ----
+
+    @contextlib.asynccontextmanager
+    async def kept_off(self, first: int, end: int) -> AsyncIterator[None]:
+        """No client's write on the sectors from `first` to before `end` is under way meanwhile.
+
+        Those that come go the long way, by the disk, and wait there.
+        """
+        token = self._fence.hold(first, end)
+        self._holds += 1
+        try:
+            while self._fence.busy(token):
+                await self._until_a_write_ends()
+            yield
+        finally:
+            self._holds -= 1
+            if self._holds == 0 and self._write_ended is not None:
+                self._rung()  # whoever listened has gone, and the bell goes too
+            self._fence.release(token)
+
+    async def _until_a_write_ends(self) -> None:
+        events = asyncio.get_running_loop()
+        if self._write_ended is None:
+            self._write_ended = events.create_future()
+            events.add_reader(self._fence.fd, self._rung)
+        await asyncio.shield(self._write_ended)
+
+    def _rung(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fence.fd)
+        asyncio.get_running_loop().remove_reader(self._fence.fd)
+        assert self._write_ended is not None
+        if not self._write_ended.done():
+            self._write_ended.set_result(None)
+        self._write_ended = None
