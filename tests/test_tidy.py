@@ -31,7 +31,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "bench": ("backend", "frontend", "engines", "machine", "toolstack", "blkif"),
     "sim": ("backend", "frontend", "engines", "machine", "toolstack", "blkif", "dataplane"),
-    "export": ("frontend",),
+    # The compiled transmission fills a table, as a fast engine does, for its disk's queues.
+    "export": ("frontend", "dataplane.ports", "dataplane.abi", "dataplane.c"),
     "backend": ENDS,
     "frontend": ENDS,
     "toolstack": ("blkif", "machine.xs"),

@@ -7,17 +7,22 @@ reads, and the flush of one makes it durable for all (NBD's CAN_MULTI_CONN).
 
 import asyncio
 import ipaddress
+import logging
 import os
+import socket
 from collections import Counter
 from types import TracebackType
 from typing import Final, Self
 from urllib.parse import quote
 
 from xvd.errors import ConfigError
-from xvd.export.nbd_connection import ExportedDisk, NbdConnection
+from xvd.export.nbd_connection import NbdConnection
 from xvd.export.nbd_negotiation import Export
 from xvd.export.nbd_protocol import STRING_MAX, TransmissionFlag
+from xvd.export.nbd_requests import ExportedDisk
 from xvd.sockets import UnixListener, claim
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ExportedDisk", "NbdServer"]
 
@@ -28,6 +33,8 @@ PATIENCE_S: Final = 10.0
 """For a client to choose an export, and to read the last replies after it has disconnected: one
 that does neither keeps its place no longer."""
 _PREFERRED_MAX = 4096
+_RETRY_S: Final = 1.0
+"""Until another client is accepted when there was no descriptor for the last one."""
 
 
 class NbdServer:
@@ -55,8 +62,8 @@ class NbdServer:
         self.patience_s = patience_s
         self._connections_max = connections_max
         self._connections: set[NbdConnection] = set()
-        self._listeners: list[asyncio.Server] = []
-        self._sockets: list[UnixListener] = []
+        self._listeners: list[socket.socket] = []
+        self._claimed: list[UnixListener] = []
         self._uris: list[str] = []
         self._closed = False
         self._nobody = asyncio.Event()
@@ -82,10 +89,8 @@ class NbdServer:
         there, if `path` is not a socket, or if none can be made there.
         """
         claimed = claim(path, mode=mode)
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(lambda: NbdConnection(self), sock=claimed.socket)
-        self._listeners.append(server)
-        self._sockets.append(claimed)
+        self._claimed.append(claimed)
+        self._listen(claimed.socket)
         # NBD's URI document (doc/uri.md): nbd+unix:///NAME?socket=PATH
         self._uris.append(f"nbd+unix:///{quote(self.name)}?socket={quote(str(claimed.path))}")
         return self._uris[-1]
@@ -98,13 +103,39 @@ class NbdServer:
         """
         loop = asyncio.get_running_loop()
         try:
-            server = await loop.create_server(lambda: NbdConnection(self), host, port)
+            found = await loop.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+            family, address = found[0][0], found[0][4]
+            listener = socket.create_server(address[:2], family=family)
         except OSError as error:
             raise ConfigError(f"{host} port {port}: cannot listen there: {error}") from error
-        self._listeners.append(server)
-        port = server.sockets[0].getsockname()[1]
+        self._listen(listener)
+        port = listener.getsockname()[1]
         self._uris.append(f"nbd://{_in_uri(host)}:{port}/{quote(self.name)}")
         return self._uris[-1]
+
+    def _listen(self, listener: socket.socket) -> None:
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return  # it has gone again
+        except OSError as error:
+            logger.warning("nbd: no client can be accepted: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(_RETRY_S, self._accept_again, listener)
+            return
+        NbdConnection(self, client)
+
+    def _accept_again(self, listener: socket.socket) -> None:
+        if not self._closed:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     @property
     def uris(self) -> list[str]:
@@ -169,7 +200,10 @@ class NbdServer:
             "in_flight": sum(connection.in_flight for connection in self._connections),
             "held_bytes": sum(connection.held_bytes for connection in self._connections),
         }
-        return now | {name: self.count[name] for name in names}
+        count = self.count.copy()
+        for connection in self._connections:
+            count.update(connection.counters())
+        return now | {name: count[name] for name in names}
 
     # ---- Closing ----
 
@@ -179,12 +213,13 @@ class NbdServer:
         What takes longer than `timeout_s` seconds is cut off and cancelled.
         """
         self._closed = True
-        for server in self._listeners:
-            server.close()
-        self._listeners.clear()
-        for claimed in self._sockets:
+        for claimed in self._claimed:
             claimed.remove()
-        self._sockets.clear()
+        self._claimed.clear()
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        self._listeners.clear()
         for connection in list(self._connections):
             connection.finish()
         try:

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a client's requests is not done in a queue's thread: everything but plain reads, writes
+and flushes, and the words for whatever fails.
+
+Each becomes a task on the disk, whose methods take any offset and length; its reply goes back to
+the compiled transmission, which sends it between two others. A request that is on the disk is
+finished even if its client has gone: to cancel a write half way would leave the others with neither
+its outcome nor its absence.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from xvd.export import nbd_protocol as nbd
+from xvd.export.nbd_negotiation import BASE_ALLOCATION_ID, Negotiation
+from xvd.export.nbd_protocol import Chunk, Command, CommandFlag, Request
+from xvd.export.transmission import Transmission
+
+logger = logging.getLogger(__name__)
+
+_ZEROES: Final = memoryview(bytes(1 << 20))
+"""Longest piece of a WRITE_ZEROES: other requests get their turn between two."""
+_WRITING: Final = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
+
+
+class ExportedDisk(Protocol):
+    """What an export uses of a disk: `xvd.frontend.disk.Disk` is one. Errors are OSErrors."""
+
+    @property
+    def size(self) -> int:
+        """Bytes; may change."""
+
+    @property
+    def physical_block_size(self) -> int:
+        """Bytes."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writes are refused."""
+
+    @property
+    def can_flush(self) -> bool:
+        """Whether a flush does anything."""
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether discard works."""
+
+    async def read(self, offset: int, length: int) -> bytearray:
+        """Any bytes on the disk."""
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Any bytes on the disk; `data` is not changed before this returns."""
+
+    async def flush(self) -> None:
+        """Make durable what was written before."""
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Let go of a range."""
+
+    def attach(self, client: Transmission) -> None:
+        """Have a client stepped by the thread of a queue, until it has left."""
+
+    def wake(self, client: Transmission) -> None:
+        """Have it stepped now."""
+
+    def detach(self, client: Transmission) -> None:
+        """Let go of it when it has left."""
+
+
+class Requests:
+    """The long way of one client's requests. Everything in the event loop's thread.
+
+    on_news: is called with the flags (OVER and the others) of a `Transmission`, each once.
+    """
+
+    def __init__(
+        self,
+        transmission: Transmission,
+        disk: ExportedDisk,
+        negotiated: Negotiation,
+        count: Counter[str],
+        on_news: Callable[[int], None],
+    ) -> None:
+        self._transmission = transmission
+        self._disk = disk
+        self._negotiated = negotiated
+        self._count = count
+        self._on_news = on_news
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._gone = False
+        asyncio.get_running_loop().add_reader(transmission.bell, self._rung)
+        disk.attach(transmission)
+
+    def cancel(self) -> None:
+        """Cancel what is on the disk: only when all clients are ended."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _rung(self) -> None:
+        os.eventfd_read(self._transmission.bell)
+        news, requests = self._transmission.take()
+        for slot, error, flags, command, cookie, offset, length, payload in requests:
+            request = Request(flags, command, cookie, offset, length)
+            if error:
+                words = f"{Command(command).name} of {length} bytes at {offset}"
+                self._fail(slot, request, OSError(error, f"{words}: {os.strerror(error)}"))
+            elif (refusal := self._refusal(request)) is not None:
+                self._count["rejected"] += 1
+                self._answer(slot, self._error_reply(request, refusal))
+            else:
+                self._begin(slot, request, payload)
+        if news & (Transmission.EOF | Transmission.GONE):
+            self._gone = True
+        if news & Transmission.LEFT:
+            asyncio.get_running_loop().remove_reader(self._transmission.bell)
+            self._disk.detach(self._transmission)
+            self._transmission.close()
+        if news:
+            self._on_news(news)
+
+    def _answer(self, slot: int, *parts: bytes | bytearray) -> None:
+        if self._transmission.answer(slot, *parts):
+            self._disk.wake(self._transmission)
+
+    # ---- Requests ----
+
+    def _refusal(self, request: Request) -> OSError | None:
+        """Why a request cannot be carried out, before anything is done for it."""
+        flags, command, _, offset, length = request
+        known = nbd.FLAGS_OF.get(command)
+        if known is None:
+            return OSError(errno.EINVAL, f"unknown command {command}")
+        if flags & ~known:
+            return OSError(errno.EINVAL, f"unknown flags {flags:#x} for command {command}")
+        writing = command in _WRITING
+        if writing and self._disk.read_only:
+            return OSError(errno.EROFS, "the disk is read-only")
+        if command in (Command.READ, Command.WRITE) and length > nbd.PAYLOAD_MAX:
+            return OSError(errno.EOVERFLOW, f"{length} bytes; {nbd.PAYLOAD_MAX} are allowed")
+        if command != Command.FLUSH and offset + length > self._disk.size:
+            number = errno.ENOSPC if writing and command != Command.TRIM else errno.EINVAL
+            return OSError(number, f"beyond the end of a disk of {self._disk.size} bytes")
+        if command == Command.TRIM and not self._disk.can_discard:
+            return OSError(errno.EINVAL, "this disk does not offer discard")
+        if command == Command.BLOCK_STATUS and (not self._negotiated.allocation or not length):
+            return OSError(errno.EINVAL, "no metadata context was negotiated, or no length given")
+        return None
+
+    def _begin(self, slot: int, request: Request, payload: bytes | None) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(slot, request, payload))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, slot: int, request: Request, payload: bytes | None) -> None:
+        """Carry out one request and answer it. Nothing escapes: one reply, whatever happens."""
+        try:
+            if request.command == Command.READ:
+                self._reply_data(
+                    slot, request, await self._disk.read(request.offset, request.length)
+                )
+            else:
+                await self._run(request, payload)
+                self._answer(slot, self._success_reply(request))
+        except OSError as error:
+            self._fail(slot, request, error)
+        except MemoryError:
+            self._fail(slot, request, OSError(errno.ENOMEM, "no memory for this request"))
+        except asyncio.CancelledError:
+            closing = OSError(errno.ESHUTDOWN, "the server is closing")
+            self._answer(slot, self._error_reply(request, closing))
+            raise
+        except Exception:
+            logger.exception("nbd: command %d failed", request.command)
+            self._fail(slot, request, OSError(errno.EIO, "the server failed; its log says how"))
+
+    async def _run(self, request: Request, payload: bytes | None) -> None:
+        flags, command, _, offset, length = request
+        if command == Command.WRITE:
+            if payload is not None:
+                await self._disk.write(offset, payload)
+                self._count["bytes_written"] += length
+        elif command == Command.TRIM:
+            await self._disk.discard(offset, length)
+        elif command == Command.WRITE_ZEROES:
+            await self._write_zeroes(flags, offset, length)
+        if command == Command.FLUSH or (flags & CommandFlag.FUA and command in _WRITING):
+            await self._disk.flush()
+
+    async def _write_zeroes(self, flags: int, offset: int, length: int) -> None:
+        """Zeros are written: what a discard leaves behind is undefined on a Xen disk."""
+        if flags & CommandFlag.FAST_ZERO:
+            raise OSError(errno.EOPNOTSUPP, "zeroing is no faster than writing here")
+        while length:
+            if self._gone:  # nobody waits for the rest, which may be 4 GiB
+                raise OSError(errno.ESHUTDOWN, "given up: the client has disconnected")
+            piece = min(length, len(_ZEROES))
+            await self._disk.write(offset, _ZEROES[:piece])
+            offset, length = offset + piece, length - piece
+
+    # ---- Replies ----
+
+    def _fail(self, slot: int, request: Request, error: OSError) -> None:
+        self._count["failed"] += 1
+        self._answer(slot, self._error_reply(request, error))
+
+    def _error_reply(self, request: Request, error: OSError) -> bytes:
+        number = nbd.error_number(error)
+        if self._negotiated.structured:
+            return nbd.error_chunk(request.cookie, number, nbd.error_text(error))
+        return nbd.simple_reply(request.cookie, number)
+
+    def _success_reply(self, request: Request) -> bytes:
+        if request.command == Command.BLOCK_STATUS:
+            # blkif has no way to ask where data lies: all of it is data, which is always true.
+            extents = [nbd.Extent(request.length, 0)]
+            return nbd.block_status_chunk(request.cookie, BASE_ALLOCATION_ID, extents)
+        return nbd.simple_reply(request.cookie)
+
+    def _reply_data(self, slot: int, request: Request, data: bytearray) -> None:
+        cookie, length = request.cookie, len(data)
+        self._count["bytes_read"] += length
+        if not self._negotiated.structured:
+            header = nbd.simple_reply(cookie)
+        elif length:
+            header = nbd.data_chunk_header(cookie, request.offset, length)
+        else:
+            header = nbd.chunk(cookie, Chunk.NONE)
+        self._answer(slot, header, data)

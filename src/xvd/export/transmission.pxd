@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One client's transmission: what it holds (transmission.pyx)."""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stddef cimport size_t
+
+from xvd.dataplane.ports cimport client_ports, front_io
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attr)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+
+
+cdef enum:
+    HEADER_SIZE = 28             # of a request
+    HEAD_MAX = 32                # of a reply: a chunk of data begins with 28 bytes
+    INPUT_SIZE = 64 * 1024
+
+cdef enum slot_state:
+    SLOT_FREE = 0
+    SLOT_FILLING = 1             # its payload is arriving
+    SLOT_ON_QUEUE = 2
+    SLOT_ASKED = 3               # with Python, on either way
+    SLOT_READY = 4               # its reply is being sent
+
+cdef enum news:
+    NEWS_OVER = 1                # no further request will come
+    NEWS_MALFORMED = 2           # because one made no sense; the connection is cut
+    NEWS_GONE = 4                # nobody is there to read replies
+    NEWS_EOF = 8                 # it sends no more, and has not said so before
+    NEWS_LEFT = 16               # nothing is under way, and nothing refers to this any more
+
+# A request, from its header to the last byte of its reply.
+cdef struct slot:
+    front_io io                  # first: the address of an operation is that of its slot
+    uint32_t state
+    uint16_t flags, command
+    uint32_t length
+    int32_t error                # of the disk: Python has the words for it
+    uint64_t cookie, offset
+    uint64_t number              # in the order of arrival
+    uint8_t *buffer              # payload, data read, or a long reply
+    size_t capacity
+    size_t charge                # bytes of it that count against the client
+    uint8_t head[HEAD_MAX]
+    size_t head_size, body_size  # of the reply; the body is in the buffer
+    slot *next
+
+cdef struct slot_list:
+    slot *first
+    slot *last
+
+cdef struct transmission_counters:
+    uint64_t requests, bytes_read, bytes_written
+
+cdef struct transmission:
+    client_ports ports
+    int fd
+    uint32_t structured
+    uint32_t requests_max, payload_max
+    uint64_t bytes_max
+    slot *slots
+    slot *free                   # last in, first out: the hot buffers stay hot
+    uint32_t in_use
+    uint32_t in_progress         # of those: not answered yet
+    uint64_t held                # bytes charged
+    uint64_t idle                # bytes of buffers in free slots
+    uint64_t last_number
+    # Bytes in
+    uint8_t *input
+    size_t start, end
+    slot *filling
+    size_t filled
+    uint32_t blocked             # the next request has no room
+    uint32_t long_payloads       # read no further than the next header
+    uint32_t over                # NEWS_*
+    # Replies out
+    slot_list ready
+    size_t sent                  # of the first
+    # Shared with Python's thread
+    uint32_t finishing, cut      # asked for
+    uint32_t answers             # there are some
+    pthread_mutex_t mutex        # guards the rest
+    slot_list asked, answered
+    uint32_t tidings             # NEWS_* to be told
+    int bell
+    transmission_counters count
+
+
+cdef inline void put(slot_list *slots, slot *s) noexcept nogil:
+    s.next = NULL
+    if slots.last == NULL:
+        slots.first = s
+    else:
+        slots.last.next = s
+    slots.last = s
+
+
+cdef inline slot *take(slot_list *slots) noexcept nogil:
+    cdef slot *s = slots.first
+    if s != NULL:
+        slots.first = s.next
+        if slots.first == NULL:
+            slots.last = NULL
+    return s
+
+
+cdef class Transmission:
+    cdef transmission t
+
+    cdef described(self, slot *s)
+    cdef put_reply(self, slot *s, tuple parts)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Python is asked and told; the bell rings once for many.
+
+Python's thread is the only other one that touches a transmission: the two lists, the tidings and a
+slot that is on either list, all under the mutex.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+from posix.unistd cimport write
+
+from xvd.dataplane.c cimport xvd_load_acquire, xvd_store_release
+from xvd.export.transmission cimport (
+    NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, SLOT_ASKED, pthread_mutex_lock, pthread_mutex_unlock, put, slot,
+    slot_list, take, transmission)
+from xvd.export.transmission_slots cimport free_slot, make_ready
+
+cdef extern from "<sys/socket.h>" nogil:
+    int shutdown(int fd, int how)
+    enum:
+        SHUT_RDWR
+
+
+cdef inline void ask(transmission *t, slot *s) noexcept nogil:
+    """A request is Python's until it is answered."""
+    cdef uint64_t one = 1
+    s.state = SLOT_ASKED
+    pthread_mutex_lock(&t.mutex)
+    if t.asked.first == NULL:
+        write(t.bell, &one, 8)
+    put(&t.asked, s)
+    pthread_mutex_unlock(&t.mutex)
+
+
+cdef inline void tell(transmission *t, uint32_t news) noexcept nogil:
+    """Within the mutex the bell too: whoever hears that we have left may close it."""
+    cdef uint64_t one = 1
+    pthread_mutex_lock(&t.mutex)
+    t.tidings |= news
+    write(t.bell, &one, 8)
+    pthread_mutex_unlock(&t.mutex)
+
+
+cdef inline void drop_replies(transmission *t) noexcept nogil:
+    cdef slot *s = take(&t.ready)
+    while s != NULL:
+        free_slot(t, s)
+        s = take(&t.ready)
+    t.sent = 0
+
+
+cdef inline void end_input(transmission *t, uint32_t news) noexcept nogil:
+    """No further request. With GONE or MALFORMED no further reply either: nobody reads it."""
+    cdef uint32_t before = t.over
+    if news & (NEWS_MALFORMED | NEWS_GONE):
+        news |= NEWS_GONE
+        if not before & NEWS_GONE:
+            shutdown(t.fd, SHUT_RDWR)
+        drop_replies(t)
+    t.over |= news | NEWS_OVER
+    if t.filling != NULL:
+        free_slot(t, t.filling)
+        t.filling = NULL
+    if t.over != before:
+        tell(t, t.over & ~before)
+
+
+cdef inline bint take_answers(transmission *t) noexcept nogil:
+    """Python's replies stand in line with the others; whether there were any."""
+    cdef slot_list answered
+    cdef slot *s
+    if not xvd_load_acquire(&t.answers):
+        return False
+    pthread_mutex_lock(&t.mutex)
+    xvd_store_release(&t.answers, 0)
+    answered = t.answered
+    t.answered.first = t.answered.last = NULL
+    pthread_mutex_unlock(&t.mutex)
+    s = take(&answered)
+    while s != NULL:
+        if t.over & NEWS_GONE:
+            free_slot(t, s)
+        else:
+            make_ready(t, s)
+        s = take(&answered)
+    return True

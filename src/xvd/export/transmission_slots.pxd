@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room for requests: a fixed number of slots, and buffers that stay with them.
+
+Every byte of data counts against its client from the header of its request to the end of the reply.
+A free slot keeps its buffer, up to a total; large ones are fresh pages, so that a payload that is
+announced and never sent takes no memory.
+"""
+
+from libc.stddef cimport size_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap,
+                         munmap)
+
+from xvd.export.transmission cimport (SLOT_FREE, SLOT_READY, put, slot, transmission)
+
+
+cdef enum:
+    IDLE_MAX = 16 << 20          # bytes of buffers that free slots keep
+    FINE = 4096                  # what small capacities are multiples of
+    COARSE = 64 * 1024           # and large ones
+    PAGES_FROM = 1 << 20         # buffers from this size on are pages of their own
+
+
+cdef inline size_t rounded(size_t size) noexcept nogil:
+    cdef size_t unit = FINE if size <= COARSE else COARSE
+    return (size + unit - 1) // unit * unit
+
+
+cdef inline void drop_buffer(slot *s) noexcept nogil:
+    if s.buffer != NULL:
+        if s.capacity >= PAGES_FROM:
+            munmap(s.buffer, s.capacity)
+        else:
+            free(s.buffer)
+    s.buffer = NULL
+    s.capacity = 0
+
+
+cdef inline bint ensure_buffer(slot *s, size_t capacity) noexcept nogil:
+    """A buffer of exactly this capacity in the place of the slot's; False without memory."""
+    cdef void *memory
+    drop_buffer(s)
+    if capacity >= PAGES_FROM:
+        memory = mmap(NULL, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if memory == MAP_FAILED:
+            return False
+    else:
+        memory = malloc(capacity)
+        if memory == NULL:
+            return False
+    s.buffer = <uint8_t *>memory
+    s.capacity = capacity
+    return True
+
+
+cdef inline bint has_room(const transmission *t, size_t size) noexcept nogil:
+    """Whether the client may have another request, with so many bytes of data."""
+    return t.free != NULL and t.held + rounded(size) <= t.bytes_max
+
+
+cdef inline slot *take_slot(transmission *t, size_t size) noexcept nogil:
+    """A slot, there is room, with a buffer of `size` bytes; NULL without memory."""
+    cdef slot *s = t.free
+    cdef size_t needed = rounded(size)
+    t.free = s.next
+    t.idle -= s.capacity
+    t.in_use += 1
+    t.in_progress += 1
+    s.charge = 0
+    if size == 0:
+        return s
+    if s.capacity < needed or t.held + s.capacity > t.bytes_max:
+        if not ensure_buffer(s, needed):
+            free_slot(t, s)
+            return NULL
+    s.charge = s.capacity
+    t.held += s.charge
+    return s
+
+
+cdef inline void free_slot(transmission *t, slot *s) noexcept nogil:
+    t.in_progress -= s.state != SLOT_READY
+    t.in_use -= 1
+    t.held -= s.charge
+    s.charge = 0
+    if t.idle + s.capacity > IDLE_MAX:
+        drop_buffer(s)
+    t.idle += s.capacity
+    s.state = SLOT_FREE
+    s.next = t.free
+    t.free = s
+
+
+cdef inline void make_ready(transmission *t, slot *s) noexcept nogil:
+    """The reply is complete; what it does not carry is not held any longer."""
+    if s.body_size == 0:
+        t.held -= s.charge
+        s.charge = 0
+    t.in_progress -= 1
+    s.state = SLOT_READY
+    put(&t.ready, s)
