@@ -24,8 +24,9 @@ cdef enum slot_state:
     SLOT_FREE = 0
     SLOT_FILLING = 1             # its payload is arriving
     SLOT_ON_QUEUE = 2
-    SLOT_ASKED = 3               # with Python, on either way
-    SLOT_READY = 4               # its reply is being sent
+    SLOT_ASKED = 3               # with Python
+    SLOT_ANSWERED = 4            # on its way back from there
+    SLOT_READY = 5               # its reply is being sent
 
 cdef enum news:
     NEWS_OVER = 1                # no further request will come

@@ -203,6 +203,7 @@ cdef class Transmission:
         if number >= self.t.requests_max or s.state != SLOT_ASKED:
             raise ValueError(f"nothing was asked by slot {number}")
         self.put_reply(s, parts)
+        s.state = SLOT_ANSWERED
         pthread_mutex_lock(&self.t.mutex)
         first = self.t.answered.first == NULL
         put(&self.t.answered, s)
