@@ -29,6 +29,9 @@ REQUESTS_MAX: Final = 256
 BYTES_MAX: Final = 2 * nbd.PAYLOAD_MAX
 """Bytes of data of one client's requests in progress."""
 
+_SEND_BUFFER: Final = 1 << 20
+"""Bytes of replies on their way to a local client, as far as the system allows: one that takes long
+replies is woken less often, and so are we. TCP finds its own."""
 _PIECE: Final = 64 * 1024
 """Bytes of the negotiation, and perhaps of what follows it, taken at a time."""
 
@@ -95,7 +98,9 @@ class NbdConnection:
     def _arrive(self) -> None:
         """A client: greet it, or turn it away."""
         self._socket.setblocking(False)
-        if self._socket.family != socket.AF_UNIX:
+        if self._socket.family == socket.AF_UNIX:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        else:
             # A client whose host has vanished is found out, in the system's time.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
