@@ -109,8 +109,8 @@ def test_payloads_of_any_length_one_behind_the_other(length: int) -> None:
     [
         (READ, 1, 512, 0), (READ, 0, 511, 0), (WRITE, 0, 100, 0), (WRITE, 0, 512, 1),
         (READ, 0, 0, 0), (TRIM, 0, 4096, 0), (READ, 2048 * 512, 512, 0),
-        (READ, 2**64 - 512, 512, 0), (WRITE, 2047 * 512, 1024, 0), (READ, 0, 512, 8), (99, 0, 0, 0), (FLUSH, 0, 0, 2),
-        (READ, 0, (1 << 20) + 512, 0),
+        (READ, 2**64 - 512, 512, 0), (WRITE, 2047 * 512, 1024, 0), (READ, 0, 512, 8),
+        (99, 0, 0, 0), (FLUSH, 0, 0, 2), (READ, 0, (1 << 20) + 512, 0),
     ],
 )  # fmt: skip
 def test_all_else_is_asked(command: int, offset: int, length: int, flags: int) -> None:

@@ -183,6 +183,7 @@ cdef void adapt(loop_state *s) noexcept nogil:
 cdef int run(loop_state *s) noexcept nogil:
     """Until the queue is drained or broken, or `leave`; 0 or -errno of a failed wait."""
     cdef uint32_t flags
+    cdef bint busy
     cdef int rc
     while not s.leave:
         flags = s.stepper.step(s.stepper.ctx, s.budget)
@@ -190,7 +191,9 @@ cdef int run(loop_state *s) noexcept nogil:
             return 0
         s.worked |= flags & STEP_WORKED
         arm(s)
-        if acknowledge(s) or flags & STEP_WORKED or reap(s):
+        busy = acknowledge(s) or flags & STEP_WORKED
+        # At work too: what has come for others than those who keep us at work is not to wait.
+        if reap(s) or busy:
             if io_uring_sq_ready(&s.ring):
                 io_uring_submit(&s.ring)
             s.idle_since_ns = 0

@@ -96,7 +96,7 @@ class DiskClients:
         where = self._where.get(client)
         if where is self._room:
             self._step_soon()
-        elif where is not None and self._connection is not None:
+        elif where in self._queues and self._connection is not None:
             self._connection.wake(self._queues.index(where))
 
     def _join(self, client: HasPorts) -> None:
