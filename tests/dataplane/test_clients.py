@@ -92,7 +92,6 @@ def test_payloads_of_any_length_one_behind_the_other(length: int) -> None:
         sender = threading.Thread(target=client.socket.sendall, args=(stream,))
         sender.start()
         replies = b""
-        client.socket.setblocking(False)
         while len(replies) < 4 * 16:
             for request in world.requests():
                 at = request.sector_number * 512  # type: ignore[union-attr]

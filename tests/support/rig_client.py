@@ -53,7 +53,7 @@ class Client:
         """All that is there; empty after the end too."""
         data = b""
         with contextlib.suppress(BlockingIOError, ConnectionError):
-            while piece := self.socket.recv(1 << 20):
+            while piece := self.socket.recv(1 << 20, socket.MSG_DONTWAIT):
                 data += piece
         return data
 
