@@ -7,25 +7,12 @@ Exit status: 0 success, 1 failure, 2 wrong usage; ``--run`` passes its command's
 import functools
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from typing import Final
 
 import typer
 
 from xvd import __version__
-from xvd.cli import (
-    attach,
-    backend,
-    bench,
-    doctor,
-    host,
-    load,
-    nbd,
-    resize,
-    serve,
-    sim,
-    stats,
-    top,
-    tune,
-)
 from xvd.errors import ConfigError, XvdError
 
 app = typer.Typer(
@@ -36,23 +23,25 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-VERBS: dict[str, Callable[..., int]] = {
-    "serve": serve.serve,
-    "host": host.host,
-    "backend": backend.backend,
-    "attach": attach.attach,
-    "detach": attach.detach,
-    "resize": resize.resize,
-    "set": tune.tune,
-    "list": attach.list_disks,
-    "nbd": nbd.nbd,
-    "stats": stats.stats,
-    "top": top.top,
-    "load": load.load,
-    "bench": bench.bench,
-    "sim": sim.sim,
-    "doctor": doctor.doctor,
+VERBS: Final = {
+    "serve": "serve.serve",
+    "host": "host.host",
+    "backend": "backend.backend",
+    "attach": "attach.attach",
+    "detach": "attach.detach",
+    "resize": "resize.resize",
+    "set": "tune.tune",
+    "list": "attach.list_disks",
+    "nbd": "nbd.nbd",
+    "stats": "stats.stats",
+    "top": "top.top",
+    "load": "load.load",
+    "bench": "bench.bench",
+    "sim": "sim.sim",
+    "doctor": "doctor.doctor",
 }
+"""Each verb's module and function. Only what is asked for is imported: a daemon that starts needs
+nothing of the others."""
 
 
 def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
@@ -65,8 +54,10 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
     return run
 
 
-for _name, _verb in VERBS.items():
-    app.command(_name)(_exiting(_verb))
+def _add(name: str) -> None:
+    module, _, function = VERBS[name].partition(".")
+    verb: Callable[..., int] = getattr(import_module(f"xvd.cli.{module}"), function)
+    app.command(name)(_exiting(verb))
 
 
 def _show_version(wanted: bool) -> None:
@@ -90,6 +81,9 @@ def _one_line(error: BaseException) -> str:
 
 def main() -> None:
     """Run a verb; print what went wrong as one line on stderr."""
+    wanted = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    for name in [wanted] if wanted in VERBS else VERBS:
+        _add(name)
     try:
         app()
     except ConfigError as error:
