@@ -25,13 +25,19 @@ async def storage_domain(world: World) -> Server:
     return server
 
 
-def test_a_disk_of_a_driver_domain_leaves_no_nodes() -> None:
+@pytest.mark.parametrize("owner", [Domid(0), STORAGE])
+def test_a_disk_of_a_driver_domain_leaves_no_nodes(owner: Domid) -> None:
+    """libxl keeps the directories above to domain 0: the driver domain may only read them."""
+
     async def work() -> None:
         async with disk_world(serve=False) as world:
             server = await storage_domain(world)
             await world.guest(GUEST)
             line = parse_xl_disk("vdev=xvda,access=rw,target=memory:8M")
             vbd = await attach(world.store, GUEST, line, backend_domid=STORAGE)
+            above = f"/local/domain/{STORAGE}/backend/vbd"
+            for path in (above, f"{above}/{GUEST}"):
+                await world.store.set_perms(path, [f"n{owner}", f"r{STORAGE}"])
             async with await world.open(vbd) as disk:
                 await disk.write(0, b"x" * 512)
             await world.store.write(f"{vbd.backend}/online", "0")
@@ -40,8 +46,8 @@ def test_a_disk_of_a_driver_domain_leaves_no_nodes() -> None:
                 async for _ in watch:
                     if not await world.store.exists(vbd.backend):
                         break
-            assert await world.store.ls(f"/local/domain/{STORAGE}/backend/vbd") == []
             await server.close()
+            assert await world.store.ls(above) == ([] if owner == STORAGE else [str(GUEST)])
 
     run(work())
 

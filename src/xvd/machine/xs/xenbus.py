@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a device lives in the store: its directory read as a dict, and changed in one transaction."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
@@ -89,16 +90,20 @@ async def remove_device(store: XenstoreClient, path: str, only_if: Mapping[str, 
     device of the same name.
     """
 
-    async def work(tx: Transaction) -> None:
+    async def remove(tx: Transaction) -> None:
         for name, value in only_if.items():
             if await tx.try_read(f"{path}/{name}") != value:
                 return
         await tx.rm(path)
-        domain = path.rpartition("/")[0]
+
+    async def tidy(tx: Transaction) -> None:
         if not await _children(tx, domain):
             await tx.rm(domain)
 
-    await store.transact(work)
+    domain = path.rpartition("/")[0]
+    await store.transact(remove)
+    with contextlib.suppress(XenstoreError):  # libxl makes it domain 0's: not ours to remove
+        await store.transact(tidy)
 
 
 async def report_error(store: XenstoreClient, path: str, text: str) -> None:
