@@ -4,8 +4,10 @@
 import asyncio
 import os
 import re
+import select
 import shutil
 import subprocess
+import tty
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from xvd.errors import EventChannelError, GrantError, PeerClosed, XenstoreError
 from xvd.machine.xen import xenbus
 from xvd.machine.xen.machine import XenMachine, available
+from xvd.machine.xs.messages import Message, MessageType
 from xvd.types import Domid, Port
 
 SOURCE = Path(__file__).parents[2] / "src" / "xvd" / "machine" / "xen" / "devices.h"
@@ -64,6 +67,30 @@ def test_the_kernels_device_carries_messages_both_ways(tmp_path: Path) -> None:
         assert await device.read(100) == b""
 
     asyncio.run(main())
+
+
+def test_the_kernels_device_gets_one_request_at_a_time() -> None:
+    """Linux forgets a request's payload when it gets the next one before it has sent the first."""
+    kernel, user = os.openpty()
+    tty.setraw(kernel)
+    first, second = (Message(MessageType.READ, i, 0, b"path\0").pack() for i in (1, 2))
+    event = Message(MessageType.WATCH_EVENT, 0, 0, b"path\0token\0").pack()
+
+    async def main() -> None:
+        device = xenbus.XenbusDevice(Path(os.ttyname(user)))
+        device.write(first)
+        device.write(second)
+        assert os.read(kernel, 4096) == first
+        for data in (event, first[:10], first[10:]):
+            assert select.select([kernel], [], [], 0)[0] == []
+            os.write(kernel, data)
+            assert await device.read(4096) == data
+        assert os.read(kernel, 4096) == second
+        device.close()
+
+    asyncio.run(main())
+    os.close(kernel)
+    os.close(user)
 
 
 NAMES = {

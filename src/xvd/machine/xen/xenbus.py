@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import errno
 import os
+from collections import deque
 from pathlib import Path
 from typing import Final
 
 from xvd.errors import PeerClosed, XenstoreError
 from xvd.machine.xs.client import XenstoreClient
+from xvd.machine.xs.messages import HEADER, MessageType
 
 SOCKETS: Final = (Path("/run/xenstored/socket"), Path("/var/run/xenstored/socket"))
 DEVICES: Final = (Path("/dev/xen/xenbus"), Path("/proc/xen/xenbus"))
@@ -26,6 +28,10 @@ MESSAGE_MAX: Final = 4096
 class XenbusDevice:
     """`Reader` and `Writer` over the kernel's device; in the event loop's thread.
 
+    One request at a time: Linux keeps a request's payload in the descriptor's one buffer until its
+    own thread has sent it, so that a second one would overwrite the first (6.1 and 6.12,
+    xenbus_dev_request_and_reply). Others wait here for the reply.
+
     Raises OSError if the device cannot be opened.
     """
 
@@ -33,6 +39,10 @@ class XenbusDevice:
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
         self._error: OSError | None = None
         self._reader = asyncio.StreamReader()
+        self._waiting: deque[bytes] = deque()
+        self._answered = True
+        self._header = b""
+        self._rest = 0
         asyncio.get_running_loop().add_reader(self._fd, self._readable)
 
     def _readable(self) -> None:
@@ -45,9 +55,36 @@ class XenbusDevice:
             data = b""
         if data:
             self._reader.feed_data(data)
+            self._follow(data)
+            self._send()
         else:
             self._reader.feed_eof()
             asyncio.get_running_loop().remove_reader(self._fd)
+
+    def _follow(self, data: bytes) -> None:
+        """See where messages begin: any but an event is the reply to what was sent."""
+        while data:
+            skipped = min(self._rest, len(data))
+            self._rest -= skipped
+            data = data[skipped:]
+            wanted = HEADER.size - len(self._header)
+            if self._rest or not data:
+                return
+            self._header, data = self._header + data[:wanted], data[wanted:]
+            if len(self._header) == HEADER.size:
+                message_type, _, _, self._rest = HEADER.unpack(self._header)
+                self._header = b""
+                self._answered |= message_type != MessageType.WATCH_EVENT
+
+    def _send(self) -> None:
+        if not self._waiting or not self._answered or self._fd < 0:
+            return
+        self._answered = False
+        try:
+            os.write(self._fd, self._waiting.popleft())
+        except OSError as error:
+            self._error = error
+            self._reader.feed_eof()
 
     async def read(self, n: int, /) -> bytes:
         """Some bytes, at most `n`; none at the end."""
@@ -60,12 +97,8 @@ class XenbusDevice:
         """
         if len(data) > MESSAGE_MAX:
             raise XenstoreError("E2BIG", f"{len(data)} bytes in a message, at most {MESSAGE_MAX}")
-        if self._fd < 0:
-            return
-        try:
-            os.write(self._fd, data)
-        except OSError as error:
-            self._error = error
+        self._waiting.append(data)
+        self._send()
 
     async def drain(self) -> None:
         """Raise the OSError of a write that failed."""
