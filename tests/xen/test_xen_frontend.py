@@ -108,6 +108,31 @@ def test_both_ends_publish_what_they_agreed_on(attached: Peer) -> None:
     assert table["state"] == ("4", "4")
 
 
+# feature_persistent, max_ring_page_order, max_queues of xen-blkback; persistent of our own
+SWEEP = [(1, 4, 2, 1), (1, 0, 1, 1), (0, 4, 1, 1), (1, 2, 2, 0)]
+
+
+@pytest.mark.parametrize(("persistent", "order", "queues", "ours"), SWEEP)
+@pytest.mark.parametrize("peer", ["loop"], indirect=True)
+def test_xen_blkback_with_its_parameters_swept(
+    peer: Peer, persistent: int, order: int, queues: int, ours: int
+) -> None:
+    parameters = f"max_ring_page_order={order} max_queues={queues} feature_persistent={persistent}"
+    sh(f"modprobe -r xen-blkback && modprobe xen-blkback {parameters}")
+    sh(f"xl block-attach 0 '{peer.line}'")
+    wishes = f"--set max_ring_page_order=4 --set max_queues=2 --set feature_persistent={ours}"
+    found = "xenstore-ls -f /local/domain/0/device/vbd/51712 > /tmp/found"
+    sh(f"xvd nbd 0 xvda {wishes} --run '{found} && {VERIFY} 2>&1 && {DETACH} 2>&1'")
+    lines = (line.partition(" = ") for line in Path("/tmp/found").read_text().splitlines())
+    node = {path.rpartition("/")[2]: value.strip('"') for path, _, value in lines}
+    report(
+        f"xvd's frontend with xen-blkback of {parameters}", {k: (v, "") for k, v in node.items()}
+    )
+    assert int(node.get("ring-page-order", "0")) == order
+    assert int(node.get("multi-queue-num-queues", "1")) == queues
+    assert int(node["feature-persistent"]) == ours
+
+
 @pytest.mark.parametrize("peer", ["null_blk"], indirect=True)
 def test_a_backend_that_is_unloaded_gives_errors_and_no_hang(attached: Peer) -> None:
     """As long as a disk is served the module cannot be unloaded, so the driver leaves it first.

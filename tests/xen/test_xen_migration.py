@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from xen_host import COMPLAINTS, VERIFY, Slot, sh, typed
+from xen_host import COMPLAINTS, VERIFY, Backend, Slot, negotiated, report, sh, typed
 
 pytestmark = pytest.mark.usefixtures("guests")
 
@@ -14,6 +14,10 @@ LOOP = (
     f"((while [ ! -e /tmp/stop ]; do {VERIFY} --size=4m || break; echo round >> /tmp/rounds; done;"
     " echo $? > /tmp/status) > /tmp/log 2>&1 &)"
 )
+
+EVERY_FEATURE = ("max_ring_page_order=2", "max_indirect_segments=64", "max_queues=2")
+POOR = ("max_ring_page_order=0", "max_indirect_segments=0", "max_queues=1", "feature_persistent=0")
+"""What a backend may be set to that is older, or has less memory, than the one before."""
 
 
 def rounds() -> int:
@@ -24,7 +28,8 @@ def rounds() -> int:
 @pytest.fixture
 def verifying(guests: None, slot: Slot, image: Path) -> Iterator[Callable[[], None]]:
     """A guest in its loop; to be called to let the loop go round, and at the end it is judged."""
-    sh(f"domu -n u1 -m 160 -b -d '{slot.line(image)}'")
+    words = " ".join(f"xen_blkfront.{word}" for word in EVERY_FEATURE)
+    sh(f"domu -n u1 -m 256 -c 2 -k '{words}' -b -d '{slot.line(image)}'")
     typed("u1", LOOP)
 
     def go_on() -> None:
@@ -62,4 +67,25 @@ def test_migrate_to_the_same_host(
     before = sh("xl domid u1")
     sh("xl migrate -s '' u1 'xl migrate-receive' 2>&1")
     assert sh("xl domid u1") != before
+    verifying()
+
+
+def test_restore_on_a_backend_that_offers_less(
+    verifying: Callable[[], None], backend: Backend, tmp_path: Path
+) -> None:
+    assert "multi-queue-num-queues" in negotiated(int(sh("xl domid u1")))
+    sh(f"xl save u1 {tmp_path}/saved 2>&1")
+    assert backend.stop() == 0
+    backend.start(*(word for setting in POOR for word in ("--set", setting)))
+    try:
+        sh(f"xl restore {tmp_path}/saved < /dev/null 2>&1")
+        table = negotiated(int(sh("xl domid u1")))
+        report("Linux's frontend, restored on a backend that offers less", table)
+        assert "feature-max-indirect-segments" not in table
+        assert table["feature-persistent"][1] == "0"
+        verifying()
+    finally:
+        (tmp_path / "saved").unlink()
+        assert backend.stop() == 0
+        backend.start()
     verifying()
