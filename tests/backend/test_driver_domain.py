@@ -2,14 +2,16 @@
 """A backend outside dom0, and what xentop is told of a disk."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rig_disk import World, disk_world, opener, run
+from rig_disk import World, disk_world, opener, run, until
 
 from xvd.backend import server as server_module
 from xvd.backend.server import Server
 from xvd.backend.xentop import PAGE, XentopPage, XentopPages
+from xvd.errors import XenstoreError
 from xvd.toolstack.vbd import attach, detach
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid
@@ -69,6 +71,32 @@ def test_a_new_disk_of_the_same_name_keeps_its_nodes(
                     assert await disk.read(0, 512) == bytes(512)
                 await detach(world.store, vbd)
             await server.close()
+
+    run(work())
+
+
+def test_a_store_that_fails_once_costs_one_look(
+    monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    """The device once followed nothing any more after that, and its disk could not be detached."""
+    expect_log("nodes could not be read")
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            read, failures = world.store.try_read, [XenstoreError("EINVAL")]
+
+            async def try_read(path: str) -> str | None:
+                if failures and path.endswith("/online"):
+                    raise failures.pop()
+                return await read(path)
+
+            async with await world.open(vbd) as disk:
+                monkeypatch.setattr(world.store, "try_read", try_read)
+                await world.store.write(f"backend/vbd/1/{vbd.vdev}/hotplug-status", "connected")
+                await until(lambda: not failures)
+                await disk.read(0, 512)
+            await detach(world.store, vbd)
 
     run(work())
 

@@ -231,7 +231,10 @@ class Device:
     async def _follow(self, watch: Watch) -> None:
         try:
             async for _ in watch:
-                await self._do_look()
+                try:
+                    await self._do_look()
+                except XenstoreError as error:  # this look is lost; the next event is another
+                    self._log.error("its nodes could not be read: %s", error)
         except PeerClosed:
             self._events.put(None)  # no store, no toolstack: nobody to serve for
 
