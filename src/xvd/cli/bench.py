@@ -54,9 +54,11 @@ def bench(
             rounds, TINY if tiny else 1.0, Path(directory), disk, seed,
             lambda name: show.update(show.task_ids[0], advance=1, case=name),
         )  # fmt: skip
-        reports = _measure(wanted, run, show)
-    if out is not None:
-        page.write(reports, out, rounds=rounds)
+        reports: list[Report] = []
+        for report in _measure(wanted, run, show):
+            reports.append(report)
+            if out is not None:  # after each: a run that is cut short leaves what it has measured
+                page.write(reports, out, rounds=rounds)
     if json:
         common.print_json({"machine": machine(), "experiments": [as_json(r) for r in reports]})
     else:
@@ -64,17 +66,15 @@ def bench(
     return 0
 
 
-def _measure(wanted: Sequence[str], run: Run, show: Progress) -> list[Report]:
-    reports = []
+def _measure(wanted: Sequence[str], run: Run, show: Progress) -> Iterator[Report]:
     for name in wanted:
         show.update(show.task_ids[0], description=name)
         try:
-            reports.append(EXPERIMENTS[name](run))
+            yield EXPERIMENTS[name](run)
         except NotInstalled as error:
             if len(wanted) == 1:
                 raise
             sys.stderr.write(f"xvd: {name} is left out: {error}\n")
-    return reports
 
 
 @contextlib.contextmanager
