@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ async def measure(setup: Setup, guests: int) -> Sample:
     async def opener(assignment: BackendAssignment) -> Engine:
         return open_engine(setup.engine, layers=setup.layers)
 
+    others = threading.enumerate()
     with tempfile.TemporaryDirectory(prefix="xvd-bench-") as directory:
         async with EmulatedHost() as host:
             await host.listen(directory)
@@ -58,7 +60,8 @@ async def measure(setup: Setup, guests: int) -> Sample:
                 await create_guest(store, domid, f"guest{domid}")
                 disks.append(await attach(store, domid, XlDisk(target=setup.engine, vdev="xvda")))
             try:
-                sample = await _run(setup, directory, [disk.vdev for disk in disks], server)
+                vdevs = [disk.vdev for disk in disks]
+                sample = await _run(setup, directory, vdevs, server, others)
                 for disk in disks:
                     await detach(store, disk)
             finally:
@@ -67,7 +70,13 @@ async def measure(setup: Setup, guests: int) -> Sample:
     return sample
 
 
-async def _run(setup: Setup, directory: str, vdevs: Sequence[int], server: Server) -> Sample:
+async def _run(
+    setup: Setup,
+    directory: str,
+    vdevs: Sequence[int],
+    server: Server,
+    others: Collection[threading.Thread],
+) -> Sample:
     words = [json.dumps(asdict(value)) for value in (setup.job, setup.front)]
     children = [
         await asyncio.create_subprocess_exec(
@@ -79,14 +88,14 @@ async def _run(setup: Setup, directory: str, vdevs: Sequence[int], server: Serve
     for child in children:
         assert child.stdout is not None
         await child.stdout.readline()
-    shot, cpu = shootdowns(), backend_cpu()
+    shot, cpu = shootdowns(), 0.0
     counts: dict[str, float] = {}
     outputs = asyncio.gather(*(child.communicate(b"go\n") for child in children))
     while not outputs.done():
         # The counters go with their connections: what was seen last is of nearly all.
         for name, value in backend_counters(server).items():
             counts[name] = max(value, counts.get(name, 0))
-        cpu = max(cpu, backend_cpu())
+        cpu = max(cpu, backend_cpu(others))
         await asyncio.sleep(0.05)
     results = [LoadResult(**json.loads(out)) for out, _ in await outputs]
     counts["shootdowns"] = shootdowns() - shot

@@ -73,7 +73,9 @@ def storage(run: Run) -> Report:
     """The file engine against fio by io_uring on the same file."""
     if peers.missing("fio"):
         raise peers.NotInstalled("fio")
-    images = {"tmpfs": _image(Path("/dev/shm")), "disk, O_DIRECT": _image(run.disk)}
+    places = {"tmpfs": Path("/dev/shm"), "disk, O_DIRECT": run.disk}
+    # What is read has to stay as it is, or its checksum would prove nothing.
+    images = {(w, k): _image(path, k) for w, path in places.items() for k in ("read", "write")}
     small = Job(operations=run.operations(100_000), seed=run.seed)
     large = Job(
         size=128 << 10, depth=8, sequential=True, operations=run.operations(8000), seed=run.seed
@@ -86,8 +88,9 @@ def storage(run: Run) -> Report:
     }
     cases: list[Case] = []
     try:
-        for where, image in images.items():
+        for where in places:
             for what, job in jobs.items():
+                image = images[where, what.rpartition(" ")[2]]
                 direct = where != "tmpfs"
                 seconds = run.seconds(2)
                 name = f"{what}, {where}"
@@ -100,7 +103,7 @@ def storage(run: Run) -> Report:
         for image in images.values():
             image.unlink()
     rows, ratios = [], {}
-    for where in images:
+    for where in places:
         for what in jobs:
             ours, theirs = f"xvd: {what}, {where}", f"fio: {what}, {where}"
             ratios[f"{what}, {where}, against fio"] = ratio(rounds, ours, theirs)
@@ -168,9 +171,9 @@ def nbd(run: Run) -> Report:
     )
 
 
-def _image(directory: Path) -> Path:
+def _image(directory: Path, name: str = "nbd") -> Path:
     """An image with something in it."""
-    path = directory / "xvd-bench.img"
+    path = directory / f"xvd-bench-{name}.img"
     piece = bytes(range(256)) * 4096
     with path.open("wb") as file:
         for _ in range(IMAGE_SIZE // len(piece)):

@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from xvd.backend.server import Server
@@ -82,11 +82,11 @@ async def guest(setup: Setup) -> AsyncIterator[Guest]:
             await store.close()
 
 
-def backend_cpu() -> float:
-    """CPU seconds of the backends' threads: of all but this one, once the frontends' have ended."""
+def backend_cpu(others: Collection[threading.Thread]) -> float:
+    """CPU seconds of the backends' threads: of all but `others`, when no frontend's runs."""
     total = 0.0
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.ident is not None:
+        if thread not in others and thread.ident is not None:
             total += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
     return total
 
@@ -111,11 +111,13 @@ async def measure(
 ) -> Sample:
     """Run the setup's job once; the two calls come before it, and after its last operation."""
     cpu = 0.0
+    others = threading.enumerate()
     async with guest(setup) as disk:
 
         def ended() -> None:
             nonlocal cpu
-            cpu = backend_cpu()
+            # The filling's connection was another, with a thread that is gone.
+            cpu = backend_cpu(others)
             at_end(disk)
             counts.update(backend_counters(disk.server))
 

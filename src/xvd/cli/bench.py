@@ -52,7 +52,7 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="xvd-bench-") as directory, _progress() as show:
         run = Run(
             rounds, TINY if tiny else 1.0, Path(directory), disk, seed,
-            lambda name: show.update(show.task_ids[0], advance=1, case=name),
+            lambda name: show.update(show.task_ids[0], advance=1, case=name, refresh=True),
         )  # fmt: skip
         reports: list[Report] = []
         for report in _measure(wanted, run, show):
@@ -83,6 +83,6 @@ def _progress() -> Iterator[Progress]:
         SpinnerColumn(), TextColumn("{task.description}: {task.fields[case]}"),
         TextColumn("{task.completed:.0f}"), TimeElapsedColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=common.stderr(), transient=True) as show:
+    with Progress(*columns, console=common.stderr(), transient=True, auto_refresh=False) as show:
         show.add_task("", total=None, case="")
         yield show
