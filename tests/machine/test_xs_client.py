@@ -178,6 +178,21 @@ def test_transact_repeats_until_no_conflict(path: Path) -> None:
     with_server(path, work)
 
 
+def test_transact_keeps_to_what_a_store_lets_a_guest_have(path: Path) -> None:
+    async def work(server: XenstoreServer, client: XenstoreClient) -> None:
+        seen: list[int] = []
+
+        async def look(tx: Transaction) -> None:
+            await tx.try_read("/n")
+            seen.append(server.store.counts.transactions)
+
+        await asyncio.gather(*(client.transact(look) for _ in range(40)))
+        assert len(seen) == 40
+        assert max(seen) == client_module.TRANSACTIONS_MAX < server.store.quotas.transactions
+
+    with_server(path, work)
+
+
 def test_transact_passes_other_errors_on(path: Path) -> None:
     async def work(_: XenstoreServer, client: XenstoreClient) -> None:
         with refused("ENOENT"):

@@ -36,6 +36,10 @@ T = TypeVar("T")
 
 _READ_SIZE: Final = 64 * 1024
 
+TRANSACTIONS_MAX: Final = 4
+"""That `transact` has open at once. A store lets a guest have ten (quota
+"transactions") and refuses the next; more at a time would only conflict more often."""
+
 WATCH_PENDING_MAX: Final = 1024
 """Different paths that one watch holds for a reader that does not come."""
 
@@ -243,6 +247,7 @@ class XenstoreClient(_Operations):
         self._watches: dict[str, Watch] = {}
         self._req_ids = itertools.count(1)
         self._tokens = itertools.count(1)
+        self._turns = asyncio.Semaphore(TRANSACTIONS_MAX)
         self._error: PeerClosed | None = None
         self._reading = asyncio.get_running_loop().create_task(self._read_all())
 
@@ -412,17 +417,19 @@ class XenstoreClient(_Operations):
     async def transact(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """Run `work` in a transaction until it is committed without a conflict; its result.
 
-        `work` is called again, with a new transaction, after each conflict.
+        `work` is called again, with a new transaction, after each conflict. It may have to wait for
+        `TRANSACTIONS_MAX` others, so it must not call `transact` itself.
         """
-        while True:
-            try:
-                async with self.transaction() as tx:
-                    result = await work(tx)
-            except XenstoreError as error:
-                if error.code != "EAGAIN":
-                    raise
-            else:
-                return result
+        async with self._turns:
+            while True:
+                try:
+                    async with self.transaction() as tx:
+                        result = await work(tx)
+                except XenstoreError as error:
+                    if error.code != "EAGAIN":
+                        raise
+                else:
+                    return result
 
     async def _start_transaction(self) -> int:
         starting = asyncio.ensure_future(self.request(MessageType.TRANSACTION_START, b"\0"))
