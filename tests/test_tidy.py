@@ -194,6 +194,17 @@ def test_counters_are_unsigned() -> None:
     assert {line.split()[0] for line in body.splitlines()} == {"uint64_t"}
 
 
+HOST_PAGE = re.compile(r"getpagesize|PAGESIZE|_SC_PAGE|ALLOCATIONGRANULARITY|\bPAGE_SHIFT\b")
+
+
+@pytest.mark.parametrize("package", ["blkif", "backend", "frontend", "dataplane"])
+def test_rings_and_descriptors_do_not_ask_for_the_hosts_page_size(package: str) -> None:
+    """They are counted in 4 KiB on a host of any page size (Linux 67de5dfb)."""
+    sources = [path for path in PYTHON + CYTHON if PACKAGE / package in path.parents]
+    assert sources
+    assert [name_of(path) for path in sources if HOST_PAGE.search(path.read_text())] == []
+
+
 COMPILED = [
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
     for path in CYTHON
