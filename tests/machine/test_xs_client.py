@@ -163,6 +163,19 @@ def test_a_conflict_is_told_at_the_end_of_the_block(path: Path) -> None:
     with_server(path, work)
 
 
+def test_who_looks_at_everything_skips_the_events_of_it(path: Path) -> None:
+    async def work(_: XenstoreServer, client: XenstoreClient) -> None:
+        async with await client.watch("/d") as watch:
+            for name in "abc":
+                await client.write(f"/d/{name}", "1")
+            assert await anext(watch) == "/d"
+            watch.skip()
+            await client.write("/d/last", "1")
+            assert await anext(watch) == "/d/last"
+
+    with_server(path, work)
+
+
 def test_transact_repeats_until_no_conflict(path: Path) -> None:
     async def work(server: XenstoreServer, client: XenstoreClient) -> None:
         async def increment(tx: Transaction) -> int:

@@ -64,6 +64,7 @@ from xvd.errors import (
 )
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
+from xvd.machine.xs.pace import Pace
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
 from xvd.types import RING_SECTOR_SIZE
 
@@ -229,8 +230,12 @@ class Device:
     # ---- Looking ----
 
     async def _follow(self, watch: Watch) -> None:
+        pace = Pace()
         try:
             async for _ in watch:
+                if wait_s := pace.wait_s():
+                    await asyncio.sleep(wait_s)
+                watch.skip()
                 try:
                     await self._do_look()
                 except XenstoreError as error:  # this look is lost; the next event is another

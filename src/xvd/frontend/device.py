@@ -41,6 +41,7 @@ from xvd.frontend.patience import Patience
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
+from xvd.machine.xs.pace import Pace
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
 
 RESET_STEP_S = 5.0
@@ -285,8 +286,11 @@ class Device:
     # ---- Looking ----
 
     async def _follow(self, watch: Watch) -> None:
+        pace = Pace()
         try:
             async for _ in watch:
+                if wait_s := pace.wait_s():
+                    await asyncio.sleep(wait_s)
                 self._look()
         except PeerClosed as error:
             self._failure = error

@@ -115,6 +115,10 @@ class Watch:
         """Remove the watch; nothing happens if it, or the connection, is gone already."""
         await self._client.unwatch(self)
 
+    def skip(self) -> None:
+        """Drop the events that are held: who looks at everything now has seen what they say."""
+        self._pending.clear()
+
     def deliver(self, path: str) -> None:
         """The client's part: an event came."""
         if len(self._pending) >= WATCH_PENDING_MAX and path not in self._pending:

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often one looks at nodes that a peer may change as often as it likes (XSA-349).
+
+Each look costs the store several requests, which others wait behind. A life cycle needs some tens
+of looks at once and few after that; whoever makes more necessary waits for them himself.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+LOOKS_FREE: Final = 64
+LOOKS_PER_SECOND: Final = 50.0
+
+
+class Pace:
+    """Lets so many looks go at once and so many more in each second. For one thread.
+
+    clock: seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left = float(LOOKS_FREE)
+        self._since = clock()
+
+    def wait_s(self) -> float:
+        """Take one look's place; how long to wait before it, seconds, mostly 0.0."""
+        now = self._clock()
+        self._left = min(LOOKS_FREE, self._left + (now - self._since) * LOOKS_PER_SECOND) - 1
+        self._since = now
+        return max(0.0, -self._left / LOOKS_PER_SECOND)
