@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an administrator may set: by name, for all disks or one, before and while they are used."""
 
+import logging
+
 import pytest
 from rig_disk import disk_world, opener, run, until
 from rig_guest import RawFrontend, backend_reaches
@@ -16,7 +18,7 @@ from xvd.errors import ConfigError
 from xvd.frontend.settings import Settings as FrontendSettings
 
 BLKBACKS = {
-    "max_buffer_pages": 1024, "max_persistent_grants": 1056, "persistent_grant_unused_seconds": 60,
+    "max_queues": 0, "max_buffer_pages": 1024, "max_persistent_grants": 1056, "persistent_grant_unused_seconds": 60,
     "max_ring_page_order": 4, "log_stats": 0, "feature_persistent": 1,
     "buffer_squeeze_duration_ms": 10,
 }  # fmt: skip
@@ -86,6 +88,43 @@ def test_what_is_live_holds_at_once() -> None:
             assert values["max_persistent_grants"] == 1
             frontend.close()
 
+    run(work())
+
+
+@pytest.mark.slow
+def test_grants_that_are_unused_for_as_long_as_is_set_now_are_let_go() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish({"feature-persistent": "1"})
+            await backend_reaches(world, vbd, 4)
+            await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
+            assert world.server is not None
+            device = world.server.device("1/51712")
+            world.server.change(["persistent_grant_unused_seconds=1"])
+            await until(lambda: device.counters()["persistent_grants"] == 0)
+            frontend.close()
+
+    run(work())
+
+
+def test_figures_are_logged_from_when_that_is_set(caplog: pytest.LogCaptureFixture) -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            async with await world.open(vbd) as disk:
+                await disk.read(0, 4096)
+                assert world.server is not None
+                device = world.server.device("1/51712")
+                device.log_figures()
+                assert "rd_req" not in caplog.text
+                world.server.change(["log_stats=Y"])
+                device.log_figures()
+                assert "oo_req 0, rd_req 1, wr_req 0" in caplog.text
+
+    caplog.set_level(logging.INFO)
     run(work())
 
 

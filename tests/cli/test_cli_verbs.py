@@ -106,6 +106,9 @@ def test_stats_count_under_blkbacks_names(four: FourProcesses, requires_tool) ->
     counters = figures["backend-0"][0]["counters"]
     assert counters["wr_sect"] == 128
     assert counters["f_req"] >= 1
+    assert sum(counters["latency"]["write"]) == counters["wr_req"]
+    assert counters["persistent_misses"] > 0
+    assert counters["refusals"] == {}
 
 
 def test_a_disk_is_resized_while_it_is_used(four: FourProcesses, image: Path) -> None:

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from xvd.bench import limit, published, scale
+from xvd.bench import disks, limit, published, scale
 from xvd.bench.report import Report
 from xvd.bench.run import Run
 
@@ -13,6 +13,7 @@ EXPERIMENTS: Final[dict[str, Callable[[Run], Report]]] = {
     "storage": limit.storage,
     "nbd": limit.nbd,
     "scale": scale.scale,
+    "disks": disks.disks,
     "persistent": published.persistent,
     "indirect": published.indirect,
     "ring-pages": published.ring_pages,

@@ -20,7 +20,8 @@ machine below on that day; on another only the ratios mean anything, and they ar
 the median over the rounds, a ratio the median of the rounds' ratios. Both ends of the ring are
 native threads of one process unless said otherwise; times are of the monotonic clock between the
 first operation and the last, CPU times are the threads' own. The checksum of what was read is
-compared between rounds, and what is verified is said.
+compared between rounds, and what is verified is said. "Seen here" is written by hand, of the run
+that the page has unless it says otherwise, and kept beside the plots.
 
 **What they do not say.** The guests are emulated: there is no hypervisor in these figures, and no
 cost of its calls; docs/xen.md has what real Xen shows. The machine is shared and has {cpus} CPUs,
@@ -29,7 +30,10 @@ so that two threads that never sleep take all of it. fio, where it measures besi
 
 
 def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
-    """Write the page, and each plot as an SVG into a folder of the page's name beside it."""
+    """Write the page, and each plot as an SVG into a folder of the page's name beside it.
+
+    What the folder has to say of an experiment, in NAME.md, becomes its "Seen here".
+    """
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     facts = machine()
@@ -40,5 +44,7 @@ def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
         if report.plot is not None:
             draw(report, pictures / f"{report.name}.svg")
             picture = f"{pictures.name}/{report.name}.svg"
-        parts.append(as_markdown(report, picture))
+        remark = pictures / f"{report.name}.md"
+        seen = remark.read_text().strip() if remark.exists() else ""
+        parts.append(as_markdown(report, picture, seen))
     path.write_text("\n".join(parts))

@@ -36,7 +36,6 @@ class Report:
     """One experiment's result.
 
     method: what was done. published: what others have measured, and where; empty if nobody has.
-    seen: what is seen here, and why it differs.
     """
 
     name: str
@@ -45,7 +44,6 @@ class Report:
     tables: Sequence[Table]
     plot: Plot | None = None
     published: str = ""
-    seen: str = ""
     ratios: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -72,8 +70,10 @@ def as_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def as_markdown(report: Report, plot: str = "") -> str:
-    """For docs/benchmarks.md; plot: the picture's path from there."""
+def as_markdown(report: Report, plot: str = "", seen: str = "") -> str:
+    """For docs/benchmarks.md; plot: the picture's path from there; seen: what is seen here, and
+    why it differs from what was published.
+    """
     parts = [f"## {report.title}", f"`xvd bench {report.name}`. {report.method}"]
     for table in report.tables:
         rule = "|".join(["---"] + ["--:"] * (len(table.columns) - 1))
@@ -83,8 +83,8 @@ def as_markdown(report: Report, plot: str = "") -> str:
         parts.append(f"![{report.title}]({plot})")
     if report.published:
         parts.append(f"**Published.** {report.published}")
-    if report.seen:
-        parts.append(f"**Seen here.** {report.seen}")
+    if seen:
+        parts.append(f"**Seen here.** {seen}")
     return "\n\n".join(parts) + "\n"
 
 

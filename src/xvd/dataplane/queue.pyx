@@ -498,13 +498,14 @@ cdef class BackendQueue:
         self.q.squeezed_until_ns = now + <uint64_t>(seconds * 1e9)
 
     def set_persistent(self, uint32_t grants_max, double idle_s):
-        """Change how many grants stay mapped, and for how long unused. Any thread.
+        """Change how many grants stay mapped, and for how long unused. Any thread; wake its own.
 
         More than there is memory for (33 for each entry of the ring, or what the queue was made
         with) are not kept.
         """
         self.q.kept.idle_ns = <uint64_t>(idle_s * 1e9)
         self.q.kept.limit = grants_max
+        self.q.kept.next_scan_ns = 0  # an idle queue looks seldom: at its next step, not after it
 
     def set_capacity(self, uint64_t sectors):
         """Change what is out of range for requests taken from now on. Any thread."""

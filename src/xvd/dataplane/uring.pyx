@@ -21,7 +21,7 @@ from libc.errno cimport EINTR, ETIME
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from posix.unistd cimport close, read, write
 
-from xvd.dataplane.c cimport monotonic_ns, xvd_pause
+from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.liburing cimport (
     IORING_CQE_F_MORE, IORING_SETUP_CLAMP, __kernel_timespec, io_uring_cqe, io_uring_cqe_seen,
     io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_poll_multishot, io_uring_queue_exit,
@@ -39,6 +39,9 @@ cdef extern from "sys/eventfd.h" nogil:
     enum:
         EFD_CLOEXEC
         EFD_NONBLOCK
+
+cdef extern from "sched.h" nogil:
+    int sched_yield()
 
 cdef extern from "poll.h" nogil:
     enum:
@@ -156,7 +159,7 @@ cdef int sleep(loop_state *s) noexcept nogil:
 
 
 cdef bint poll_on(loop_state *s) noexcept nogil:
-    """Whether to look once more instead of sleeping."""
+    """Whether to look once more instead of sleeping; whoever else is ready to run goes first."""
     cdef uint64_t now
     if s.poll_max_ns == 0:
         return False
@@ -165,7 +168,7 @@ cdef bint poll_on(loop_state *s) noexcept nogil:
         s.idle_since_ns = now
     if now - s.idle_since_ns >= s.poll_ns:
         return False
-    xvd_pause()
+    sched_yield()
     return True
 
 
