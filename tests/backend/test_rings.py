@@ -9,6 +9,7 @@ from rig_disk import World, disk_world, opener, run, until
 from rig_guest import RawFrontend, backend_error, backend_reaches
 from rig_queue import NOTHING, rq
 
+from xvd.backend import device as device_module
 from xvd.backend.device import Device
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op, Status
@@ -150,6 +151,28 @@ def test_a_queue_that_is_not_published_is_named(expect_log: Callable[[str], None
             frontend = RawFrontend(machine, store, vbd, queues=3)
             await frontend.publish({"queue-2/event-channel": None})
             await backend_reaches(world, vbd, FAILED)
+            frontend.close()
+
+    run(work())
+
+
+def test_a_mistake_of_ours_costs_its_disk_and_is_told(
+    expect_log: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mistaken(*_: object) -> None:
+        raise ZeroDivisionError("of ours")
+
+    expect_log("cannot connect to .*: of ours")
+    monkeypatch.setattr(device_module, "Connection", mistaken)
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, FAILED)
+            assert "of ours" in await backend_error(world, vbd)
             frontend.close()
 
     run(work())

@@ -369,12 +369,13 @@ class Device:
             name = f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}"
             self.connection = Connection(plan, name)
             self.connection.start(self._threads_ended)
-        except (XvdError, OSError) as error:
+        except Exception as error:  # a mistake of ours too is to cost this disk only, and be told
             if self.connection is not None:
                 self.connection.release()
                 self.connection = None
             self._error = f"cannot connect to {self.assignment.frontend}: {error}"
-            self._log.error("%s", self._error)
+            ours = not isinstance(error, XvdError | OSError)
+            self._log.error("%s", self._error, exc_info=ours)
             self.put(BackendEvent.CONNECT_FAILED)
             return
         if resume:
