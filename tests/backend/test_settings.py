@@ -19,8 +19,8 @@ from xvd.frontend.settings import Settings as FrontendSettings
 
 BLKBACKS = {
     "max_queues": 0, "max_buffer_pages": 1024, "max_persistent_grants": 1056,
-    "persistent_grant_unused_seconds": 60, "max_ring_page_order": 4, "log_stats": 0, "feature_persistent": 1,
-    "buffer_squeeze_duration_ms": 10,
+    "persistent_grant_unused_seconds": 60, "max_ring_page_order": 4, "log_stats": 0,
+    "feature_persistent": 1, "buffer_squeeze_duration_ms": 10,
 }  # fmt: skip
 
 
