@@ -11,31 +11,40 @@ from xen_host import COMPLAINTS, VERIFY, Backend, Slot, negotiated, report, sh, 
 pytestmark = pytest.mark.usefixtures("guests")
 
 LOOP = (
-    f"((while [ ! -e /tmp/stop ]; do {VERIFY} --size=4m || break; echo round >> /tmp/rounds; done;"
-    " echo $? > /tmp/status) > /tmp/log 2>&1 &)"
+    f"((while [ ! -e /tmp/stop ]; do {VERIFY} --size=4m %s || break; echo round >> /tmp/rounds;"
+    " done; echo $? > /tmp/status) > /tmp/log 2>&1 &)"
 )
 
 EVERY_FEATURE = ("max_ring_page_order=2", "max_indirect_segments=64", "max_queues=2")
 POOR = ("max_ring_page_order=0", "max_indirect_segments=0", "max_queues=1", "feature_persistent=0")
 """What a backend may be set to that is older, or has less memory, than the one before."""
 
+SMALL = "--bsrange=512-40k"
+"""Linux's frontend (6.1, 6.12) stops at a BUG() in blkif_queue_rq when what was queued before has
+more segments than the backend takes afterwards, whoever's backend that is. So nothing has more than
+the 11 of a direct request, and nothing is merged."""
+
 
 def rounds() -> int:
     """How often the guest's loop has written and verified its whole range."""
-    return int(typed("u1", "cat /tmp/rounds 2> /dev/null | wc -l"))
+    return int(typed("u1", "cat /tmp/rounds 2> /dev/null | wc -l").split()[-1])
 
 
 @pytest.fixture
-def verifying(guests: None, slot: Slot, image: Path) -> Iterator[Callable[[], None]]:
+def verifying(
+    guests: None, slot: Slot, image: Path, request: pytest.FixtureRequest
+) -> Iterator[Callable[[], None]]:
     """A guest in its loop; to be called to let the loop go round, and at the end it is judged."""
     words = " ".join(f"xen_blkfront.{word}" for word in EVERY_FEATURE)
     sh(f"domu -n u1 -m 256 -c 2 -k '{words}' -b -d '{slot.line(image)}'")
-    typed("u1", LOOP)
+    typed("u1", "echo 2 > /sys/block/xvda/queue/nomerges")
+    typed("u1", LOOP % getattr(request, "param", ""))
 
     def go_on() -> None:
         seen = rounds()
         for _ in itertools.takewhile(lambda _: rounds() < seen + 2, range(300)):
             assert typed("u1", "cat /tmp/status 2> /dev/null || true") == ""
+        assert rounds() >= seen + 2, "its loop stands still"
 
     go_on()
     yield go_on
@@ -59,17 +68,21 @@ def test_save_and_restore(verifying: Callable[[], None], tmp_path: Path) -> None
         verifying()
 
 
-def test_migrate_to_the_same_host(
-    verifying: Callable[[], None], xen_version: tuple[int, ...]
-) -> None:
+@pytest.fixture
+def log_dirty(xen_version: tuple[int, ...]) -> None:
+    """What live migration needs."""
     if xen_version >= (4, 20):
         pytest.skip("Xen 4.20 refuses log-dirty mode in software emulation: save and restore there")
+
+
+def test_migrate_to_the_same_host(log_dirty: None, verifying: Callable[[], None]) -> None:
     before = sh("xl domid u1")
     sh("xl migrate -s '' u1 'xl migrate-receive' 2>&1")
     assert sh("xl domid u1") != before
     verifying()
 
 
+@pytest.mark.parametrize("verifying", [SMALL], indirect=True, ids=["small"])
 def test_restore_on_a_backend_that_offers_less(
     verifying: Callable[[], None], backend: Backend, tmp_path: Path
 ) -> None:

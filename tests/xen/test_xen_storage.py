@@ -52,6 +52,7 @@ def test_fstrim_and_blkdiscard_give_space_back(guest: str, image: Path) -> None:
             f"A guest's image of 64 MiB: {written} KiB after 24 MiB were written to a file, "
             f"{trimmed} KiB after fstrim, {discarded} KiB after blkdiscard\n\n"
         )
-    assert trimmed <= written - (23 << 10)
+    # Not all 24 MiB: the file system's journal has grown meanwhile.
+    assert trimmed <= written - (20 << 10)
     assert discarded == 0
     typed("u1", f"! {COMPLAINTS}")

@@ -214,9 +214,12 @@ def private_directory() -> Iterator[Path]:
 
 
 def storage_uri(assignment: BackendAssignment) -> str:
-    """The engine URI of a disk that the toolstack assigned."""
-    if assignment.image_format in ("raw", "file"):
-        return f"file:{assignment.image}"
+    """The engine URI of a disk that the toolstack assigned.
+
+    In the tap slot libxl puts ``aio:`` before the target, whatever it is; a path is one of a file.
+    """
+    if assignment.image_format == "raw":
+        return assignment.image
     return f"{assignment.image_format}:{assignment.image}"
 
 
