@@ -42,7 +42,7 @@ class Slot(enum.Enum):
 
 def backend_nodes() -> str:
     """Those of guests in dom0; dom0's own disks are another file's."""
-    return sh("xenstore-ls -f /local/domain/0 | grep -E '^/local/domain/0/backend/vbd3?/[1-9]' || true")
+    return sh("xenstore-ls -f /local/domain/0/backend | grep -E '/vbd3?/[1-9]' || true")
 
 
 def domu(*words: str) -> str:
@@ -159,5 +159,5 @@ class Disk:
 
     def detach(self) -> None:
         sh("xl block-detach 0 xvda")
-        left = sh("xenstore-ls -f /local/domain/0 | grep -E '/(backend|device|error)/' || true")
+        left = sh("xenstore-ls -f /local/domain/0 | grep -E '/(backend|device)/vbd|/error/' || true")
         assert left == "", left
