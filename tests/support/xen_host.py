@@ -159,5 +159,6 @@ class Disk:
 
     def detach(self) -> None:
         sh("xl block-detach 0 xvda")
-        left = sh("xenstore-ls -f /local/domain/0 | grep -E '/(backend|device)/vbd|/error/' || true")
+        nodes = "xenstore-ls -f /local/domain/0 | grep -E"
+        left = sh(f"{nodes} '/(backend|device)/vbd|/error/' || true")
         assert left == "", left

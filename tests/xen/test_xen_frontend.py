@@ -36,7 +36,8 @@ def qemu_of_dom0() -> None:
     sh(
         "[ -e /run/qemu-dom0.pid ] && kill -0 $(cat /run/qemu-dom0.pid) ||"
         " /usr/libexec/xen-qemu-system-i386 -xen-domid 0 -xen-attach -name dom0 -nographic -M xenpv"
-        " -nic none -daemonize -monitor none -serial none -parallel none -pidfile /run/qemu-dom0.pid;"
+        " -nic none -daemonize -monitor none -serial none -parallel none"
+        " -pidfile /run/qemu-dom0.pid;"
         " xenstore-write /local/domain/0/image/device-model-pid $(cat /run/qemu-dom0.pid)"
     )
 
