@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from rig_disk import disk_world, run
 from rig_queue import ALL, QueueWorld, discard, rq
 
 from xvd.blkif.abi import Op, Status
@@ -170,3 +171,23 @@ def test_a_loop_device_that_is_told_to_erase_all_the_same_refuses(device: str) -
     with pytest.raises(OSError, match="not supported"):
         engine.secure_discard(0, 4096)
     engine.close()
+
+
+def test_sectors_of_512_bytes_are_served_from_a_device_of_4096(
+    loop: Callable[..., str], tmp_path: Path
+) -> None:
+    """Any frontend can use it: it sees ordinary sectors, and what is better for it to use."""
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach(loop("-b", "4096"))
+            async with await world.open(vbd) as disk:
+                await disk.write(5 * 512, b"\x5a" * 512)
+                await disk.flush()
+                assert await disk.read(4 * 512, 1536) == edges
+            nodes = [f"{vbd.backend}/{name}" for name in ("sector-size", "physical-sector-size")]
+            assert [await world.store.read(node) for node in nodes] == ["512", "4096"]
+
+    edges = b"\xa5" * 512 + b"\x5a" * 512 + b"\xa5" * 512
+    run(work())
+    assert (tmp_path / "disk.img").read_bytes()[4 * 512 : 7 * 512] == edges
