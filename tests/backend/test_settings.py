@@ -2,6 +2,7 @@
 """What an administrator may set: by name, for all disks or one, before and while they are used."""
 
 import logging
+import os
 
 import pytest
 from rig_disk import disk_world, opener, run, until
@@ -16,6 +17,7 @@ from xvd.blkif.handshake import BackendEvent
 from xvd.blkif.messages import Segment
 from xvd.errors import ConfigError
 from xvd.frontend.settings import Settings as FrontendSettings
+from xvd.machine.emulated.machine import EmulatedMachine
 
 BLKBACKS = {
     "max_queues": 0, "max_buffer_pages": 1024, "max_persistent_grants": 1056,
@@ -125,6 +127,23 @@ def test_figures_are_logged_from_when_that_is_set(caplog: pytest.LogCaptureFixtu
                 assert "oo_req 0, rd_req 1, wr_req 0" in caplog.text
 
     caplog.set_level(logging.INFO)
+    run(work())
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="nobody polls on a single CPU")
+@pytest.mark.parametrize(("set_to", "looks"), [(None, True), (0, False)])
+def test_how_long_to_look_is_the_machines_affair_unless_it_is_set(
+    set_to: int | None, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EmulatedMachine, "poll_us", 10_000)
+
+    async def work() -> None:
+        async with disk_world(settings=Settings(poll_us=set_to)) as world, await world.disk():
+            assert world.server is not None
+            connection = world.server.device("1/51712").connection
+            assert connection is not None
+            assert (connection.loop_counters()["poll_ns"] > 0) is looks
+
     run(work())
 
 

@@ -139,10 +139,12 @@ class Connection:
         Raises OSError if no thread can be had, and then none runs.
         """
         self._on_exit = on_exit
+        wanted = self.plan.settings.poll_us
+        poll_us = self.plan.machine.poll_us if wanted is None else wanted
         for link in self.links:
             try:
                 link.thread = QueueThread(
-                    link.queue, link.name, self._ends(link), poll_s=self.plan.settings.poll_us / 1e6
+                    link.queue, link.name, self._ends(link), poll_s=poll_us / 1e6
                 )
             except OSError as error:
                 if link is self.links[0]:

@@ -57,7 +57,7 @@ class Settings:
     buffer_squeeze_duration_ms: how long none are kept when memory becomes short.
     max_indirect_segments (a constant there): 11 and less offer no indirect requests.
     log_stats: a line of figures for each disk every ten seconds. poll_us (not blkback's): for how
-    long at most a ring's thread looks for more before it sleeps.
+    long at most a ring's thread looks for more before it sleeps; None: as suits the machine.
     large_sectors (not blkback's): count in ``sector-size`` units for frontends that ask for it,
     instead of refusing them.
     """
@@ -74,13 +74,13 @@ class Settings:
     max_buffer_pages: int = 1024
     buffer_squeeze_duration_ms: int = 10
     log_stats: int = 0
-    poll_us: int = 0
+    poll_us: int | None = None
     large_sectors: int = 0
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name}={value}: it goes from {low} to {high}")
 
     def changed(self, values: Mapping[str, Any]) -> "Settings":
@@ -88,8 +88,8 @@ class Settings:
         return replace(self, **values)
 
     def values(self) -> dict[str, Any]:
-        """What may be set by name, as it is."""
-        return {name: int(getattr(self, name)) for name in RANGES}
+        """What may be set by name, as it is; None for what was left to the machine."""
+        return {name: getattr(self, name) for name in RANGES}
 
     def persistent_grants_of(self, ring_pages: int) -> int:
         """How many grants of a ring of so many pages stay mapped."""

@@ -163,12 +163,13 @@ class Connection:
     def start(self, stepper: Stepper | None = None) -> None:
         """Let the queues run. Raises OSError if a thread cannot be had; `end` is due then."""
         steppers = stepper(self.queues) if stepper is not None else self.queues
+        wanted = self._settings.poll_us
+        poll_us = self._machine.poll_us if wanted is None else wanted
         try:
             for number, queue in enumerate(steppers):
                 ended = partial(self._ended, self.queues[number])
                 name = f"{self._name}-{number}" if len(self.queues) > 1 else self._name
-                poll_s = self._settings.poll_us / 1e6
-                self._threads.append(QueueThread(queue, name, ended, poll_s=poll_s))
+                self._threads.append(QueueThread(queue, name, ended, poll_s=poll_us / 1e6))
                 self._running += 1
                 self._idle.clear()
         except BaseException:

@@ -46,7 +46,8 @@ class Settings:
     most pages of one queue; requests wait when they are all in use. page_size: the guest's page by
     which requests are cut, 4096, 16384 or 65536 bytes. answer_timeout: seconds for which a backend
     may leave requests unanswered, all of them, before the disk is given up; 0: for ever, as Linux.
-    poll_us: for how long at most a queue's thread looks for more before it sleeps.
+    poll_us: for how long at most a queue's thread looks for more before it sleeps; None: as suits
+    the machine.
     large_sectors: ask the backend to count in its ``sector-size``, as QEMU insists on; with one
     that takes no notice, as Linux's, data is written to where it does not belong.
 
@@ -61,13 +62,13 @@ class Settings:
     pool_pages: int = POOL_PAGES
     page_size: int = PAGE_SIZE
     answer_timeout: float = 120
-    poll_us: int = 0
+    poll_us: int | None = None
     large_sectors: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ConfigError(f"{name} is {value}; it goes from {low} to {high}")
         if self.page_size not in _PAGE_SIZES:
             raise ConfigError(f"page_size is {self.page_size}; it may be 4096, 16384 or 65536")

@@ -147,6 +147,14 @@ class Machine(Protocol):
         """The domain this process runs in."""
 
     @property
+    def poll_us(self) -> int:
+        """For how long it is worth while here to look for an event before sleeping; microseconds.
+
+        A sleep costs both ends an event. Looking takes a CPU that others may need: those who are
+        ready to run in this kernel go first, but not the guests of a hypervisor beneath it.
+        """
+
+    @property
     def grants(self) -> GrantTable:
         """Granting and mapping."""
 

@@ -52,6 +52,8 @@ class EmulatedMachine:
     `connect` opens a xenstore connection under the domain's identity.
     """
 
+    poll_us = 100
+
     def __init__(self, calls: Calls, connect: Callable[[], Awaitable["XenstoreClient"]]) -> None:
         self._calls = calls
         self._connect = connect
