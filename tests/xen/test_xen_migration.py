@@ -20,9 +20,9 @@ POOR = ("max_ring_page_order=0", "max_indirect_segments=0", "max_queues=1", "fea
 """What a backend may be set to that is older, or has less memory, than the one before."""
 
 SMALL = "--bsrange=512-40k"
-"""Linux's frontend (seen: 6.12) dies in blkif_queue_rq when what was queued before has more segments
-than the backend takes afterwards, whoever's backend that is. So nothing has more than the 11 of a
-direct request, and nothing is merged."""
+"""Linux's frontend (seen: 6.12) dies in blkif_queue_rq when what was queued before has more
+segments than the backend takes afterwards, whoever's backend that is. So nothing has more than the
+11 of a direct request, and nothing is merged."""
 
 
 def rounds() -> int:
