@@ -45,11 +45,21 @@ def backend_nodes() -> str:
     return sh("xenstore-ls -f /local/domain/0/backend | grep -E '/vbd3?/[1-9]' || true")
 
 
+FAULTS_MAX = 3
+"""PVH guests end in a triple fault now and then where QEMU's software CPU runs Xen's guests, whoever
+serves their disks. That says nothing of us, so such a guest is started again, and it is reported."""
+
+
 def domu(*words: str) -> str:
     """Boot a guest, run its script, and demand that it succeeds; what its console said."""
-    done = subprocess.run(
-        ["domu", *words], check=False, capture_output=True, text=True, timeout=900
-    )
+    for _ in range(FAULTS_MAX):
+        done = subprocess.run(
+            ["domu", *words], check=False, capture_output=True, text=True, timeout=900
+        )
+        if not (done.returncode == 124 and "pvh" in words and "Triple fault" in done.stdout):
+            break
+        with REPORT.open("a") as file:
+            file.write("A PVH guest ended in a triple fault, and was started again\n\n")
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-4000:]}{done.stderr}"
     return done.stdout
 
