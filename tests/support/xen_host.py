@@ -46,8 +46,8 @@ def backend_nodes() -> str:
 
 
 FAULTS_MAX = 3
-"""PVH guests end in a triple fault now and then where QEMU's software CPU runs Xen's guests, whoever
-serves their disks. That says nothing of us, so such a guest is started again, and it is reported."""
+"""PVH guests end in a triple fault now and then where QEMU's software CPU runs Xen's guests, while
+their disks are QEMU's too. That says nothing of us: such a guest is started again, and reported."""
 
 
 def domu(*words: str) -> str:
