@@ -21,8 +21,8 @@ HOST_CPUS = 24
 def persistent(run: Run) -> Report:
     """Persistent grants against mapping and copying, over the number of guests."""
     counts = (1, 2, 5, 10) if run.scale >= 1 else (1, 2)
-    job = Job(operations=run.operations(60_000), seed=run.seed)
-    slow = replace(job, operations=run.operations(15_000))
+    job = Job(operations=run.operations(500_000), seed=run.seed)
+    slow = replace(job, operations=run.operations(30_000))
     cases = [
         _guests(f"{mode} {n}", Setup(back=back, job=slow if mode == "mapping" else job), n)
         for n in counts
