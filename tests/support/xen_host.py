@@ -46,9 +46,9 @@ def backend_nodes() -> str:
 
 
 FAULTS_MAX = 5
-"""So often a PVH guest is started that ends in a triple fault. QEMU's software CPU does that to them
-now and then when dom0's disk is busy: what Xen shows of such a guest are Xen's own registers, RIP
-and stack in the hypervisor. It says nothing of us, but each is reported."""
+"""So often a PVH guest is started that ends in a triple fault. QEMU's software CPU does that to
+them now and then when dom0's disk is busy: what Xen shows of such a guest are its own registers,
+RIP and stack in the hypervisor. It says nothing of us, but each is reported."""
 
 
 def domu(*words: str) -> str:
