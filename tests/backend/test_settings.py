@@ -5,10 +5,11 @@ import logging
 import os
 
 import pytest
-from rig_disk import disk_world, opener, run, until
+from rig_disk import World, disk_world, opener, run, until
 from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
+from xvd.backend.device import Device
 from xvd.backend.inbox import Inbox
 from xvd.backend.server import Server
 from xvd.backend.settings import LIVE, RANGES, Settings, parse_settings
@@ -73,18 +74,24 @@ def test_one_disk_may_have_its_own() -> None:
     run(work())
 
 
+async def four_grants_kept(world: World) -> tuple[RawFrontend, Device]:
+    vbd = await world.attach()
+    machine, store = await world.guest()
+    frontend = RawFrontend(machine, store, vbd)
+    await frontend.publish({"feature-persistent": "1"})
+    await backend_reaches(world, vbd, 4)
+    await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
+    assert world.server is not None
+    device = world.server.device("1/51712")
+    assert device.counters()["persistent_grants"] == 4
+    return frontend, device
+
+
 def test_what_is_live_holds_at_once() -> None:
     async def work() -> None:
         async with disk_world() as world:
-            vbd = await world.attach()
-            machine, store = await world.guest()
-            frontend = RawFrontend(machine, store, vbd)
-            await frontend.publish({"feature-persistent": "1"})
-            await backend_reaches(world, vbd, 4)
-            await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
+            frontend, device = await four_grants_kept(world)
             assert world.server is not None
-            device = world.server.device("1/51712")
-            assert device.counters()["persistent_grants"] == 4
             values = world.server.change(["max_persistent_grants=1"])
             await until(lambda: device.counters()["persistent_grants"] == 1)
             assert values["max_persistent_grants"] == 1
@@ -97,14 +104,8 @@ def test_what_is_live_holds_at_once() -> None:
 def test_grants_that_are_unused_for_as_long_as_is_set_now_are_let_go() -> None:
     async def work() -> None:
         async with disk_world() as world:
-            vbd = await world.attach()
-            machine, store = await world.guest()
-            frontend = RawFrontend(machine, store, vbd)
-            await frontend.publish({"feature-persistent": "1"})
-            await backend_reaches(world, vbd, 4)
-            await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
+            frontend, device = await four_grants_kept(world)
             assert world.server is not None
-            device = world.server.device("1/51712")
             world.server.change(["persistent_grant_unused_seconds=1"])
             await until(lambda: device.counters()["persistent_grants"] == 0)
             frontend.close()

@@ -45,23 +45,11 @@ def backend_nodes() -> str:
     return sh("xenstore-ls -f /local/domain/0/backend | grep -E '/vbd3?/[1-9]' || true")
 
 
-FAULTS_MAX = 5
-"""So often a PVH guest is started that ends in a triple fault. QEMU's software CPU does that to
-them now and then when dom0's disk is busy: what Xen shows of such a guest are its own registers,
-RIP and stack in the hypervisor. It says nothing of us, but each is reported."""
-
-
 def domu(*words: str) -> str:
     """Boot a guest, run its script, and demand that it succeeds; what its console said."""
-    for _ in range(FAULTS_MAX):
-        done = subprocess.run(
-            ["domu", *words], check=False, capture_output=True, text=True, timeout=900
-        )
-        died = done.returncode == 124 and "has shut down, reason code 1" in done.stdout
-        if not (died and "pvh" in words):
-            break
-        with REPORT.open("a") as file:
-            file.write("A PVH guest ended in a triple fault, and was started again\n\n")
+    done = subprocess.run(
+        ["domu", *words], check=False, capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-4000:]}{done.stderr}"
     return done.stdout
 
