@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests on real Xen use: the daemon as a process, disks by xl, figures of the process."""
 
+import contextlib
 import enum
 import os
+import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 REPORT = Path(os.environ.get("XVD_REPORT", "/tmp/xvd-report"))
@@ -45,13 +48,45 @@ def backend_nodes() -> str:
     return sh("xenstore-ls -f /local/domain/0/backend | grep -E '/vbd3?/[1-9]' || true")
 
 
+class GuestLost(AssertionError):
+    """The software CPU has lost a PVH guest."""
+
+
+def _lost(said: str) -> bool:
+    """Whether a guest ended as those do whose interrupt is delivered twice.
+
+    QEMU's VMRUN (svm_helper.c; seen with 7.2 and 10.0) may deliver what Xen injects a second time
+    at once, with interrupts off. Either the guest's kernel dies in that, before the first
+    instruction of its handler, or Xen finds its own registers in the guest's: a triple fault. It
+    happens with any backend, and before there is a disk: to one guest in four with xen-blkback.
+    """
+    domids = re.findall(r"\(domid (\d+)\)", said)  # several, where one was started by its reboot
+    faulted = any(f"d{domid}v0 Triple fault" in said for domid in domids)
+    return faulted or "RIP: 0010:asm_sysvec_xen_hvm_callback+0x0/" in said
+
+
 def domu(*words: str) -> str:
-    """Boot a guest, run its script, and demand that it succeeds; what its console said."""
+    """Boot a guest, run its script, and demand that it succeeds; what its console said.
+
+    Raises `GuestLost` if it was no fault of the disk's that it did not.
+    """
     done = subprocess.run(
         ["domu", *words], check=False, capture_output=True, text=True, timeout=900
     )
-    assert done.returncode == 0, f"{done.returncode}\n{done.stdout[-4000:]}{done.stderr}"
+    text = f"{done.returncode}\n{done.stdout[-8000:]}{done.stderr}"
+    if done.returncode and _lost(done.stdout):
+        raise GuestLost(text)
+    assert done.returncode == 0, text
     return done.stdout
+
+
+def whatever_is_lost(boot: Callable[[], str], tries: int = 4) -> str:
+    """Boot a guest, from the beginning and with a new disk, until the software CPU keeps it."""
+    for _ in range(tries - 1):
+        with contextlib.suppress(GuestLost):
+            return boot()
+        note("The software CPU has lost a PVH guest, which is started again.")
+    return boot()
 
 
 def typed(guest: str, command: str) -> str:
@@ -79,12 +114,17 @@ def negotiated(domid: int, vdev: int = 51712) -> dict[str, tuple[str, str]]:
     return {name: (sides[0].get(name, ""), sides[1].get(name, "")) for name in names}
 
 
+def note(text: str) -> None:
+    """Add something to the report that the rig shows at its end."""
+    with REPORT.open("a") as file:
+        file.write(f"{text}\n\n")
+
+
 def report(title: str, rows: dict[str, tuple[str, str]]) -> None:
-    """Add a table to the report that the rig shows at its end."""
+    """Add a table to it."""
     lines = [f"{title}\n  {'node':<30} {'frontend':<12} backend"]
     lines += [f"  {name:<30} {front:<12} {back}" for name, (front, back) in rows.items()]
-    with REPORT.open("a") as file:
-        file.write("\n".join(lines) + "\n\n")
+    note("\n".join(lines))
 
 
 class Backend:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 from test_xen_frontend import qemu_of_dom0
-from xen_host import REPORT, Backend, Slot, sh, typed
+from xen_host import Backend, Slot, note, sh, typed
 
 ROUNDS = 5
 SECONDS = 3
@@ -73,9 +73,11 @@ def table(title: str, found: dict[tuple[Job, str], list[Figure]]) -> None:
             cpu = statistics.median(one.dom0_us for one in others)
             cells.append(f"{iops:>7.0f} {times:>6.2f}x {cpu:>6.0f} us")
         lines.append(f"  {job!s:<24}" + "".join(f"{cell:>26}" for cell in cells))
-    with REPORT.open("a") as file:
-        file.write("\n".join(lines) + "\n  (IOPS, xvd's as a multiple of it, dom0's CPU time per "
-                   f"operation; medians of {ROUNDS} rounds)\n\n")  # fmt: skip
+    lines.append(
+        "  (IOPS, xvd's as a multiple of it, dom0's CPU time per operation; "
+        f"medians of {ROUNDS} rounds)"
+    )
+    note("\n".join(lines))
 
 
 @pytest.fixture(scope="module", autouse=True)

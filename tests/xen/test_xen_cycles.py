@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from xen_host import REPORT, Backend, Disk, Slot, sh
+from xen_host import Backend, Disk, Slot, note, sh
 
 CYCLES = int(os.environ.get("XVD_CYCLES", "100"))
 
@@ -27,13 +27,12 @@ def test_a_hundred_cycles_leave_nothing_behind(backend: Backend, slot: Slot, ima
         read = time.monotonic()
         disk.detach()
         times.append((attached - began, time.monotonic() - read))
-    with REPORT.open("a") as file:
-        attach, detach = (statistics.median(column) for column in zip(*times, strict=True))
-        growth = (backend.resident() - resident) // 1024
-        file.write(
-            f"{CYCLES} cycles of a disk of {slot.name.lower()}: median {attach:.2f} s to attach,"
-            f" {detach:.2f} s to detach; the daemon's own memory grew by {growth} KiB\n\n"
-        )
+    attach, detach = (statistics.median(column) for column in zip(*times, strict=True))
+    growth = (backend.resident() - resident) // 1024
+    note(
+        f"{CYCLES} cycles of a disk of {slot.name.lower()}: median {attach:.2f} s to attach,"
+        f" {detach:.2f} s to detach; the daemon's own memory grew by {growth} KiB"
+    )
     assert backend.held() == before
     assert backend.threads() <= threads + 2
     assert backend.resident() < resident + (2 << 20)

@@ -16,13 +16,19 @@ LOOP = (
 )
 
 EVERY_FEATURE = ("max_ring_page_order=2", "max_indirect_segments=64", "max_queues=2")
-POOR = ("max_ring_page_order=0", "max_indirect_segments=0", "max_queues=1", "feature_persistent=0")
+POOR = ("max_ring_page_order=0", "max_queues=1", "feature_persistent=0")
 """What a backend may be set to that is older, or has less memory, than the one before."""
 
+POORER = (*POOR, "max_indirect_segments=0")
+
 SMALL = "--bsrange=512-40k"
-"""Linux's frontend (seen: 6.12) dies in blkif_queue_rq when what was queued before has more
-segments than the backend takes afterwards, whoever's backend that is. So nothing has more than the
-11 of a direct request, and nothing is merged."""
+"""Requests of the 11 segments that every backend takes, with merging off.
+
+What is in flight Linux's frontend splits anew, but what its block layer has queued stays as it is;
+blkif_queue_rw_req has a BUG_ON for one with more segments than the backend takes now, whoever's
+backend that is (seen with 6.12). So a guest may lose its indirect descriptors only if it had no use
+for them.
+"""
 
 
 def rounds() -> int:
@@ -84,20 +90,27 @@ def test_migrate_to_the_same_host(log_dirty: None, verifying: Callable[[], None]
     verifying()
 
 
-@pytest.mark.parametrize("verifying", [SMALL], indirect=True, ids=["small"])
+@pytest.mark.parametrize(
+    ("verifying", "settings"),
+    [("", POOR), (SMALL, POORER)],
+    indirect=["verifying"],
+    ids=["any size", "no indirect"],
+)
 def test_restore_on_a_backend_that_offers_less(
-    verifying: Callable[[], None], backend: Backend, tmp_path: Path
+    verifying: Callable[[], None], settings: tuple[str, ...], backend: Backend, tmp_path: Path
 ) -> None:
     assert "multi-queue-num-queues" in negotiated(int(sh("xl domid u1")))
     sh(f"xl save u1 {tmp_path}/saved 2>&1")
     assert backend.stop() == 0
-    backend.start(*(word for setting in POOR for word in ("--set", setting)))
+    backend.start(*(word for setting in settings for word in ("--set", setting)))
     try:
         sh(f"xl restore {tmp_path}/saved < /dev/null 2>&1")
         table = negotiated(int(sh("xl domid u1")))
         report("Linux's frontend, restored on a backend that offers less", table)
-        assert table.get("feature-max-indirect-segments", ("", "0"))[1] == "0"
         assert table["feature-persistent"][1] == "0"
+        assert not table.keys() & {"ring-page-order", "multi-queue-num-queues"}
+        indirect = table.get("feature-max-indirect-segments", ("", "0"))[1]
+        assert int(indirect) == (0 if settings is POORER else 256)
         verifying()
     finally:
         (tmp_path / "saved").unlink()
