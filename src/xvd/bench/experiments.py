@@ -4,12 +4,13 @@
 from collections.abc import Callable
 from typing import Final
 
-from xvd.bench import disks, limit, published, scale
+from xvd.bench import disks, limit, published, scale, steps
 from xvd.bench.report import Report
 from xvd.bench.run import Run
 
 EXPERIMENTS: Final[dict[str, Callable[[Run], Report]]] = {
     "limit": limit.limit,
+    "instructions": steps.instructions,
     "storage": limit.storage,
     "nbd": limit.nbd,
     "scale": scale.scale,

@@ -190,6 +190,13 @@ cdef class Load:
         """Capsule ``xvd.stepper_ports``, for a `Loop`."""
         return wrap(&self.table, "xvd.stepper_ports")
 
+    def step(self, uint32_t budget=64):
+        """One bounded round, as the thread runs it; its flags: 1 worked, 2 broken, 4 drained."""
+        cdef uint32_t flags
+        with nogil:
+            flags = step(&self.l, budget)
+        return flags
+
     def stop(self):
         """End early: what is on the ring is waited for. Any thread."""
         self.l.wanted = self.l.started
