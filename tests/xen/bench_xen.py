@@ -84,7 +84,10 @@ def table(title: str, found: dict[tuple[Job, str], list[Figure]]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def peers(backend: Backend) -> Iterator[None]:
+    """Linux's backend serves backend/vbd meanwhile, and ours only the tap slot."""
     sh("modprobe xen-blkback; modprobe null_blk gb=1 nr_devices=2; ulimit -l unlimited")
+    assert backend.stop() == 0
+    backend.start("--kind", "vbd3")
     yield
     sh("modprobe -r null_blk xen-blkback")
 
