@@ -29,7 +29,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
         *("backend", "frontend", "export", "sim", "bench"),
         *("engines", "machine", "blkif", "toolstack"),
     ),
-    "bench": ("backend", "frontend", "engines", "machine", "toolstack", "blkif"),
+    "bench": ("backend", "frontend", "engines", "machine", "toolstack", "blkif", "dataplane"),
     "sim": ("backend", "frontend", "engines", "machine", "toolstack", "blkif", "dataplane"),
     # The compiled transmission fills a table, as a fast engine does, for its disk's queues.
     "export": ("frontend", "dataplane.ports", "dataplane.abi", "dataplane.c"),

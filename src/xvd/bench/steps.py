@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from xvd.bench.peers import NotInstalled, missing
-from xvd.bench.report import Report, Table
+from xvd.bench.report import Plot, Report, Table
 from xvd.bench.run import Run
 from xvd.blkif.abi import Abi, Op, nr_ents
 from xvd.dataplane.front import FrontQueue
@@ -107,6 +107,14 @@ def instructions(run: Run) -> Report:
         "counted by callgrind, which counts a copying instruction once for every 8 bytes: 512 of "
         "the front's are the data, and as many of the back's with memory storage.",
         [Table(("storage", "front", "back"), rows)],
+        Plot(
+            "",
+            "instructions of a request",
+            {
+                "front": [(name, front) for name, front, _ in rows],
+                "back": [(name, back) for name, _, back in rows],
+            },
+        ),
     )
 
 
