@@ -15,6 +15,18 @@ choose_suite() {
     mkdir -p "$out"
 }
 
+# find_python [PYTHON]: an interpreter here of the suite's version, with its headers; nothing if none.
+find_python() {
+    local candidate
+    for candidate in "$@" /usr/bin/python3 "python$python" "$HOME"/.pyenv/versions/"$python".*/bin/python3
+    do
+        ! "$candidate" -c 'import os, sys, sysconfig
+sys.exit(sys.argv[1] != "%d.%d" % sys.version_info[:2]
+         or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' "$python" 2>/dev/null ||
+            { echo "$candidate"; return; }
+    done
+}
+
 # need 'command=package'...: end with the line that installs what is missing; with XVD_REQUIRE_TOOLS,
 # as continuous integration has it, install it.
 need() {
