@@ -53,12 +53,12 @@ class GuestLost(AssertionError):
 
 
 def _lost(said: str) -> bool:
-    """Whether a guest ended as those do whose interrupt is delivered twice.
+    """Whether a guest ended in one of the two ways in which the software CPU loses PVH guests.
 
-    QEMU's VMRUN (svm_helper.c; seen with 7.2 and 10.0) may deliver what Xen injects a second time
-    at once, with interrupts off. Either the guest's kernel dies in that, before the first
-    instruction of its handler, or Xen finds its own registers in the guest's: a triple fault. It
-    happens with any backend, and before there is a disk: to one guest in four with xen-blkback.
+    Either its kernel dies at the first instruction of the callback's handler, entered again with
+    interrupts off, because QEMU's VMRUN (svm_helper.c; 7.2 and 10.0) leaves what Xen injects to be
+    delivered once more. Or Xen reports a triple fault. It happens with any backend: to one guest in
+    four with xen-blkback, and before there is a disk (docs/xen.md).
     """
     domids = re.findall(r"\(domid (\d+)\)", said)  # several, where one was started by its reboot
     faulted = any(f"d{domid}v0 Triple fault" in said for domid in domids)
@@ -68,7 +68,7 @@ def _lost(said: str) -> bool:
 def domu(*words: str) -> str:
     """Boot a guest, run its script, and demand that it succeeds; what its console said.
 
-    Raises `GuestLost` if it was no fault of the disk's that it did not.
+    Raises `GuestLost` if it did not because the software CPU has lost it.
     """
     done = subprocess.run(
         ["domu", *words], check=False, capture_output=True, text=True, timeout=900

@@ -3,7 +3,8 @@
 
 Not a test: `xen-rig/test trixie tests/xen/bench_xen.py` prints the tables. Two frontends: a Linux
 guest with fio, and xvd's load generator in dom0, which costs far less and so shows the backend.
-Only ratios of one boot mean anything: all of it is in software emulation.
+Only ratios of one boot mean anything: all of it is in software emulation. The load generator's
+part has not come to its end within the time of a run so far (XEN_LIMIT, seconds).
 """
 
 import json
