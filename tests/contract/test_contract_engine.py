@@ -245,3 +245,10 @@ def test_null_storage_forgets() -> None:
         )  # fmt: skip
         assert [answer.status for answer in answers] == [0] * 4
         assert bytes(world.data(0)) == bytes(4096)
+
+
+def test_null_storage_may_leave_what_is_read_as_it_was() -> None:
+    with QueueWorld("null:1M,read-zeroes=off") as world:
+        world.data(0)[:] = b"n" * 4096
+        [answer] = world.ask(rq(Op.READ, 0, world.segment(0)))
+        assert (answer.status, bytes(world.data(0))) == (0, b"n" * 4096)

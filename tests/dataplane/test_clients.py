@@ -304,7 +304,7 @@ def test_a_queue_that_ends_forgets_what_its_clients_have_under_way() -> None:
         room = Clients(world.fence)
         for transmission in clients.take_back():
             room.join(transmission)
-        del world.queue, world.clients, clients
+        del world.queue, world.front, world.clients, clients
         gc.collect()
         settle(room)
         assert client.listen() == []
@@ -320,7 +320,7 @@ def test_a_set_of_clients_may_go_with_everything_under_way() -> None:
         clients.join(client.transmission)
         client.send(WRITE, 0, 4096, payload=bytes(4096))
         world.on_ring()
-        del world.queue, world.clients, clients
+        del world.queue, world.front, world.clients, clients
         gc.collect()
         client.socket.close()
 

@@ -63,6 +63,7 @@ def test_a_bare_path_is_a_file(form: str, tmp_path: Path) -> None:
         ("file:", "names no storage"),
         ("memory:0", "'0' is no size of a disk: a multiple of 512, above 0"),
         ("null:1000", "no size of a disk"),
+        ("null:1M,zeroes", "null: takes read-zeroes=on or read-zeroes=off after its size, not"),
         ("memory:lots", "'lots' is no size"),
     ],
 )

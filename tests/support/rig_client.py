@@ -12,6 +12,7 @@ from rig_front import FrontWorld
 
 from xvd.blkif.messages import AnyRequest
 from xvd.dataplane.clients import Clients, Fence
+from xvd.dataplane.front import FrontQueue
 from xvd.export import nbd_protocol as nbd
 from xvd.export.transmission import Transmission
 
@@ -122,11 +123,13 @@ class ClientWorld(FrontWorld):
     """A frontend's queue with clients, and the raw ring behind it."""
 
     fence: Fence
+    front: FrontQueue
     clients: Clients
 
     def serve_clients(self, fence: Fence | None = None) -> Clients:
         """From here on the queue is stepped with its clients."""
         self.fence = fence or open_fence()
+        self.front = self.queue
         self.clients = Clients(self.fence, self.queue)
         self.queue = self.clients  # type: ignore[assignment]
         return self.clients

@@ -24,6 +24,8 @@ from xvd.toolstack.xldisk import XlDisk
 from xvd.types import Domid
 
 GUEST = Domid(1)
+NULL = "null:256M,read-zeroes=off"
+"""Storage that costs nothing: neither end moves data for it that a guest has not."""
 ONE_QUEUE = FrontendSettings(max_queues=1)
 MAPPING = BackendSettings(feature_persistent=0)
 COPYING = BackendSettings(copying=True)
@@ -37,7 +39,7 @@ class Setup:
     filled: the span is written first, sequentially, so that there is something to read.
     """
 
-    engine: str = "null:256M"
+    engine: str = NULL
     layers: tuple[str, ...] = ()
     back: BackendSettings = PERSISTENT
     front: FrontendSettings = ONE_QUEUE

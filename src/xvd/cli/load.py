@@ -49,6 +49,9 @@ def load(
     setting: Annotated[
         list[str], typer.Option("--set", metavar="NAME=VALUE", help="As of xvd nbd.")
     ] = ["max_queues=1"],  # noqa: B006  typer needs a literal
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Copy nothing at this end: data stays granted.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", min=1)] = 1,
     json: common.Json = False,
 ) -> int:
@@ -61,8 +64,9 @@ def load(
     if mode not in MODES:
         raise ConfigError(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
     job = Job(
-        parse_size(size), depth, parse_size(span), operations, writes, sequential, verify, seed
-    )
+        parse_size(size), depth, parse_size(span), operations, writes, sequential, verify, seed,
+        in_place,
+    )  # fmt: skip
     settings = parse_settings(setting)
     own = Setup(engine, tuple(layer), MODES[mode], settings, job, filled=True)
 

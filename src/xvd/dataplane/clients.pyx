@@ -16,14 +16,16 @@ sectors on which somebody reads, changes and writes parts of blocks.
 """
 
 from cython cimport no_gc_clear
-from libc.stdint cimport int32_t, uintptr_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
+from posix.uio cimport iovec
 from posix.unistd cimport close, write
 
 from xvd.dataplane.abi cimport BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE
 from xvd.dataplane.c cimport xvd_exchange32, xvd_load_acquire, xvd_store_release
 from xvd.dataplane.front cimport (append, front_may_sleep, front_step, let_go, pthread_mutex_lock,
                                   pthread_mutex_unlock)
+from xvd.dataplane.front_place cimport displace, parts_of, place
 from xvd.dataplane.liburing cimport (
     io_uring_get_sqe, io_uring_prep_poll_add, io_uring_sqe, io_uring_sqe_set_data64,
     io_uring_submit)
@@ -218,9 +220,27 @@ cdef int submit(void *ctx, front_io *io) noexcept nogil:
     io.started = 0
     io.issued = 0
     io.error = 0
+    io.next_page = io.first_page
     io.outstanding = 0
     append(&c.queue.queued, io)
     return 1
+
+
+cdef int place_on(void *ctx, front_io *io) noexcept nogil:
+    cdef client_set *c = <client_set *>ctx
+    if c.queue == NULL or not place(c.queue, io):
+        return 0
+    io.host = &c.host
+    return 1
+
+
+cdef void displace_from(void *ctx, front_io *io) noexcept nogil:
+    displace((<client_set *>ctx).queue, io)
+
+
+cdef uint32_t parts_on(void *ctx, const front_io *io, uint64_t offset, uint64_t size, iovec *parts,
+                       uint32_t room) noexcept nogil:
+    return parts_of(&(<client_set *>ctx).queue.pool, io, offset, size, parts, room)
 
 
 cdef void welcome(client_set *c) noexcept nogil:
@@ -338,6 +358,9 @@ cdef class Clients:
         self.c.fence = &fence.f
         self.c.host.ctx = &self.c
         self.c.host.submit = submit
+        self.c.host.place = place_on
+        self.c.host.displace = displace_from
+        self.c.host.parts = parts_on
         pthread_mutex_init(&self.c.mutex, NULL)
         if queue is None:
             return
@@ -397,6 +420,7 @@ cdef class Clients:
         found = []
         client = self.c.first
         while client != NULL:
+            client.displaced(client.ctx)
             found.append(self.members[<uintptr_t>client])
             client = client.next
         self.c.first = NULL

@@ -30,8 +30,10 @@ cdef struct shadow:
     uint8_t state
     uint8_t operation            # of an indirect request the inner one
     uint8_t nr_indirect          # pages of descriptors; 0 for a direct request
+    uint8_t placed               # its pages of data are its operation's
     uint16_t nr_pages            # pages of data
-    uint32_t first_page          # of the chain in the pool: first the data's, then the descriptors'
+    uint32_t first_page          # of the data's chain in the pool
+    uint32_t first_indirect      # of the descriptors'
     uint32_t size                # bytes of data
     uint64_t at                  # where in the first operation's buffer
     uint64_t begun_ns            # when it was put on the ring
@@ -53,6 +55,7 @@ cdef struct front_queue:
     uint32_t sectors_max         # in one request, whole blocks; above 88 by indirect descriptors
     uint32_t wire_sector         # what the backend counts in: 512-byte sectors to one of its own
     uint32_t unit_sectors        # in what goes on the ring at once, whole guest pages
+    uint32_t unit_pages          # that it needs at most
     uint32_t wipe                # what is not data in a page is zero when the backend sees it
     uint32_t broken              # BREACH_*
     uint32_t stopping

@@ -21,7 +21,8 @@ from xvd.dataplane.abi cimport (
     BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE, BREACH_NONE, blkif_breach_names, blkif_layouts)
 from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.front_answer cimport end_parts, take_responses
-from xvd.dataplane.front_issue cimport indirect_pages, issue
+from xvd.dataplane.front_issue cimport indirect_pages, issue, pages_of_unit
+from xvd.dataplane.front_place cimport placed_most
 from xvd.dataplane.front_pool cimport close_pool, end_idle_grants, open_pool
 from xvd.dataplane.latency cimport latency_lists
 from xvd.dataplane.ports cimport (STEP_BROKEN, STEP_DRAINED, STEP_WORKED, events_of, front_io,
@@ -167,6 +168,8 @@ cdef class FrontQueue:
         if (not self.q.shadows or not self.q.free_ids
                 or not open_pool(&self.q.pool, granter_of(pages), persistent)):
             raise MemoryError(f"no memory for a queue of {nr_ents} requests")
+        self.q.unit_pages = pages_of_unit(&self.q, self.q.unit_sectors, False)
+        self.q.pool.placed_max = placed_most(&self.q)
         for i in range(nr_ents):
             self.q.free_ids[i] = nr_ents - 1 - i
         self.q.nr_free = nr_ents
@@ -336,12 +339,14 @@ cdef class FrontQueue:
     def counters(self):
         """Everything counted, by name. Any thread.
 
-        granted, revoked: grants made and ended; reused: persistent grants found in place.
+        granted, revoked: grants made and ended; reused: persistent grants found in place. placed:
+        pages that operations keep their data in, as of now.
         """
         counts = dict(self.q.count)
         counts["granted"] = self.q.pool.grants
         counts["revoked"] = self.q.pool.ended
         counts["reused"] = self.q.pool.reused
+        counts["placed"] = self.q.pool.placed
         counts["in_flight"] = self.q.in_flight
         return counts
 

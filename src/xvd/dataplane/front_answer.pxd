@@ -78,9 +78,11 @@ cdef inline int finish(front_queue *q, uint32_t id, int16_t status) noexcept nog
     """A checked response: the request is over."""
     cdef shadow *s = &q.shadows[id]
     cdef int32_t error = outcome(status)
-    if error == 0 and s.operation == BLKIF_OP_READ:
+    if error == 0 and s.operation == BLKIF_OP_READ and not s.placed:
         move_data(q, s, False)
-    if not give_pages(&q.pool, s.first_page, s.nr_pages + s.nr_indirect):
+    if not s.placed and not give_pages(&q.pool, s.first_page, s.nr_pages):
+        return BREACH_GRANT_STILL_MAPPED
+    if s.nr_indirect and not give_pages(&q.pool, s.first_indirect, s.nr_indirect):
         return BREACH_GRANT_STILL_MAPPED
     q.count.errors += error != 0
     count_latency(&q.latency, s.operation, q.now_ns - s.begun_ns)

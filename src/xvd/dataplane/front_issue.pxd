@@ -20,7 +20,7 @@ from xvd.dataplane.abi cimport (
 from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_put16, xvd_put32, xvd_put64
 from xvd.dataplane.front cimport (SHADOW_FREE, SHADOW_IN_FLIGHT, front_queue, has_data, is_issued,
                                   is_rw, shadow)
-from xvd.dataplane.front_pool cimport page_data, page_pool, take_page
+from xvd.dataplane.front_pool cimport page_data, take_chain
 from xvd.dataplane.ports cimport front_io
 from xvd.dataplane.ring cimport front_free, front_next_slot
 
@@ -46,8 +46,9 @@ cdef inline uint32_t indirect_pages(uint32_t segments) noexcept nogil:
 
 
 cdef inline bint goes_on(const front_io *io, const front_io *following) noexcept nogil:
-    """Whether `following` begins on the disk where `io` ends, and is of its kind."""
+    """Whether `following` begins on the disk where `io` ends, and may share a request with it."""
     return (following != NULL and is_rw(io) and following.operation == io.operation
+            and not io.placed and not following.placed
             and following.sector_number == io.sector_number + io.nr_sectors)
 
 
@@ -105,14 +106,6 @@ cdef inline void claim(front_queue *q, shadow *s, uint64_t sectors) noexcept nog
         q.count.merged += 1
 
 
-cdef inline uint32_t take_chain(page_pool *p, uint32_t count, bint readonly) noexcept nogil:
-    """The first `count` free pages, granted; they stay chained as they were in the free list."""
-    cdef uint32_t first = p.first, i
-    for i in range(count):
-        take_page(p, readonly)
-    return first
-
-
 cdef inline void wipe_page(front_queue *q, uint32_t page, uint32_t used) noexcept nogil:
     memset(page_data(&q.pool, page) + used, 0, BLKIF_PAGE_SIZE - used)
 
@@ -159,6 +152,7 @@ cdef inline void put_indirect(front_queue *q, uint8_t *slot, uint32_t id, uint64
     cdef shadow *s = &q.shadows[id]
     cdef uint32_t i, here, data = s.first_page, left = s.nr_pages
     cdef uint32_t page = take_chain(&q.pool, s.nr_indirect, True)
+    s.first_indirect = page
     slot[at.rw_operation] = BLKIF_OP_INDIRECT
     slot[at.indirect_op] = s.operation
     xvd_put16(slot + at.indirect_nr_segments, s.nr_pages)
@@ -177,6 +171,17 @@ cdef inline void put_indirect(front_queue *q, uint8_t *slot, uint32_t id, uint64
     q.count.indirect += 1
 
 
+cdef inline void take_placed(front_queue *q, shadow *s) noexcept nogil:
+    """The operation's own pages, from where the last request's ended: requests but the last one
+    end with a page."""
+    cdef uint32_t page = s.io.next_page, i
+    s.placed = 1
+    s.first_page = page
+    for i in range(s.nr_pages):
+        page = q.pool.next[page]
+    s.io.next_page = page
+
+
 cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
                           uint64_t sectors) noexcept nogil:
     """A request with data: the next `sectors` of the queued operations."""
@@ -188,11 +193,15 @@ cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
     claim(q, s, sectors)
     s.nr_pages = <uint16_t>pages_for(sectors)
     s.nr_indirect = <uint8_t>indirect_pages(s.nr_pages)
-    s.first_page = take_chain(&q.pool, s.nr_pages, writes)
+    if s.io.placed:
+        take_placed(q, s)
+    else:
+        s.first_page = take_chain(&q.pool, s.nr_pages, writes)
     if q.wipe:
         wipe_chain(q, s)
     if writes:
-        move_data(q, s, True)
+        if not s.placed:
+            move_data(q, s, True)
         q.count.wr_sect += sectors
     else:
         q.count.rd_sect += sectors
@@ -253,16 +262,20 @@ cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept no
     count_request(q, io.operation)
 
 
-cdef inline bint has_room(front_queue *q, uint64_t sectors) noexcept nogil:
-    """Whether a unit of so many sectors can go out now, whole and with all of its pages."""
+cdef inline uint32_t pages_of_unit(const front_queue *q, uint64_t sectors,
+                                   bint placed) noexcept nogil:
+    """Pages to be taken for a unit of so many sectors; of a placed one, for descriptors only."""
+    cdef uint32_t whole = pages_for(q.sectors_max), rest = pages_for(sectors % q.sectors_max)
     cdef uint32_t requests = <uint32_t>(sectors // q.sectors_max)
-    cdef uint32_t pages = requests * (pages_for(q.sectors_max)
-                                      + indirect_pages(pages_for(q.sectors_max)))
-    cdef uint32_t rest = pages_for(sectors % q.sectors_max)
-    if rest or sectors == 0:
-        requests += 1
-        pages += rest + indirect_pages(rest)
-    return requests <= min(q.nr_free, front_free(&q.ring)) and pages <= q.pool.nr_free
+    cdef uint32_t pages = requests * indirect_pages(whole) + indirect_pages(rest)
+    return pages if placed else pages + requests * whole + rest
+
+
+cdef inline bint has_room(const front_queue *q, const front_io *io, uint64_t sectors) noexcept nogil:
+    """Whether a unit of so many sectors can go out now, whole and with all of its pages."""
+    cdef uint32_t requests = <uint32_t>((sectors + q.sectors_max - 1) // q.sectors_max)
+    return (max(requests, <uint32_t>1) <= min(q.nr_free, front_free(&q.ring))
+            and pages_of_unit(q, sectors, io.placed) <= q.pool.nr_free)
 
 
 cdef inline uint32_t put_unit(front_queue *q, uint64_t sectors) noexcept nogil:
@@ -289,7 +302,7 @@ cdef inline uint32_t issue(front_queue *q, uint32_t budget) noexcept nogil:
     cdef uint64_t sectors
     while q.queued.first != NULL and n < budget:
         sectors = next_sectors(q, q.queued.first) if has_data(q.queued.first) else 0
-        if not has_room(q, sectors):
+        if not has_room(q, q.queued.first, sectors):
             q.count.waits += 1
             break
         n += put_unit(q, sectors)

@@ -3,7 +3,9 @@
 
 The free list and the pages of each request are chains through one array, so that a request of any
 size holds its pages in two numbers. The list is last in, first out: the hot pages stay hot, and the
-backend's mappings of the cold ones grow old and are dropped (Linux blkfront, 0a8704a5).
+backend's mappings of the cold ones grow old and are dropped (Linux blkfront, 0a8704a5). A chain goes
+back in its order: pages that were neighbours in memory stay neighbours in requests, and a backend
+that maps them side by side transfers them as one.
 
 Without persistent grants a page is granted when it is taken and must be free of the peer when it
 is given back. With them it stays granted as long as the peer keeps it mapped: whether it does, only
@@ -27,17 +29,19 @@ cdef struct page_pool:
     uint32_t first, last         # of the free list; NO_PAGE both when it is empty
     uint32_t *next               # of each page: in the free list, or in its request's chain
     uint8_t *granted             # of each page: the peer may map it now
+    uint32_t placed              # pages that operations keep their data in
+    uint32_t placed_max
     uint64_t grants              # made
     uint64_t reused              # found made already
     uint64_t ended
 
 
-cdef inline void put_first(page_pool *p, uint32_t page) noexcept nogil:
-    p.next[page] = p.first
-    p.first = page
+cdef inline void put_before(page_pool *p, uint32_t head, uint32_t tail) noexcept nogil:
+    """A chain, counted already, in front of the list."""
+    p.next[tail] = p.first
+    p.first = head
     if p.last == NO_PAGE:
-        p.last = page
-    p.nr_free += 1
+        p.last = tail
 
 
 cdef inline void put_last(page_pool *p, uint32_t page) noexcept nogil:
@@ -98,34 +102,49 @@ cdef inline uint32_t take_page(page_pool *p, bint readonly) noexcept nogil:
     return page
 
 
-cdef inline bint give_page(page_pool *p, uint32_t page) noexcept nogil:
-    """The request is over. False if the peer holds on to a page that it should have let go.
+cdef inline uint32_t take_chain(page_pool *p, uint32_t count, bint readonly) noexcept nogil:
+    """The first `count` free pages, granted; they stay chained as they were in the free list."""
+    cdef uint32_t first = p.first, i
+    for i in range(count):
+        take_page(p, readonly)
+    return first
 
-    Such a page does not come back (XSA-396). A persistent one that the peer has let go goes last:
-    it costs a grant at its next use.
-    """
-    if p.persistent and (p.ports.lasting or p.ports.revoke(p.ports.ctx, page) != 0):
-        put_first(p, page)
-        return True
-    if not p.persistent and p.ports.revoke(p.ports.ctx, page) != 0:
+
+cdef inline bint ends_grant(page_pool *p, uint32_t page) noexcept nogil:
+    """Whether the peer has let go of a page, which then is granted no more."""
+    if p.persistent and p.ports.lasting or p.ports.revoke(p.ports.ctx, page) != 0:
         return False
     p.granted[page] = 0
     p.ended += 1
-    if p.persistent:
-        put_last(p, page)
-    else:
-        put_first(p, page)
     return True
 
 
 cdef inline bint give_pages(page_pool *p, uint32_t first, uint32_t count) noexcept nogil:
-    """Give back a chain; False as soon as the peer holds on to one."""
-    cdef uint32_t page = first, following, i
+    """The request is over: its chain back to the front of the list. False if the peer holds on to a
+    page that it should have let go.
+
+    Such a page does not come back (XSA-396). A persistent one that the peer has let go goes last:
+    it costs a grant at its next use.
+    """
+    cdef uint32_t page = first, head = NO_PAGE, tail = NO_PAGE, following, i
     for i in range(count):
         following = p.next[page]
-        if not give_page(p, page):
-            return False
+        if not ends_grant(p, page):
+            if not p.persistent:
+                return False
+        elif p.persistent:
+            put_last(p, page)
+            page = following
+            continue
+        if tail == NO_PAGE:
+            head = page
+        else:
+            p.next[tail] = page
+        tail = page
+        p.nr_free += 1
         page = following
+    if tail != NO_PAGE:
+        put_before(p, head, tail)
     return True
 
 

@@ -35,6 +35,9 @@ cdef extern from "liburing.h" nogil:
                                          __kernel_timespec *ts, void *sigmask)
     int io_uring_peek_cqe(io_uring *ring, io_uring_cqe **cqe)
     void io_uring_cqe_seen(io_uring *ring, io_uring_cqe *cqe)
+    void io_uring_prep_read(io_uring_sqe *sqe, int fd, void *buffer, unsigned size, uint64_t offset)
+    void io_uring_prep_write(io_uring_sqe *sqe, int fd, const void *buffer, unsigned size,
+                             uint64_t offset)
     void io_uring_prep_readv(io_uring_sqe *sqe, int fd, const iovec *iov, unsigned n,
                              uint64_t offset)
     void io_uring_prep_writev(io_uring_sqe *sqe, int fd, const iovec *iov, unsigned n,

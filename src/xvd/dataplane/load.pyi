@@ -17,6 +17,7 @@ class Load:
         sequential: bool = False,
         first: int = 0,
         verify: int = 0,
+        in_place: bool = False,
     ) -> None: ...
     @property
     def ports(self) -> object: ...

@@ -6,17 +6,24 @@
 drawn by a small generator of known sequence (xorshift64*), so that a seed means the same load on
 every machine, or at the next place.
 
+With `in_place` the operations' data stays in granted pages, as a guest's would that has nothing
+between its application and the ring: neither end of the load touches more than its first bytes.
+
 With `verify` what is written is a function of its place alone, whatever the order of the writes,
 and what is read has to be that.
 """
 
 from libc.errno cimport EILSEQ
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 
-from xvd.dataplane.abi cimport BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_SECTOR_SIZE
+from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_PAGE_SIZE,
+                                BLKIF_SECTOR_SIZE)
 from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.front cimport FrontQueue, append, front_may_sleep, front_queue, front_step
+from xvd.dataplane.front_place cimport place
+from xvd.dataplane.front_pool cimport page_data
 from xvd.dataplane.ports cimport STEP_DRAINED, front_io, stepper_ports, wrap
 
 from xvd.errors import LocalProtocolError
@@ -89,10 +96,15 @@ cdef void start(load *l, front_io *io) noexcept nogil:
     io.issued = 0
     io.started = 0
     io.error = 0
+    io.next_page = io.first_page
     if l.verify and io.operation == BLKIF_OP_WRITE:
         fill(l, io)
     append(&l.queue.queued, io)
     l.started += 1
+
+
+cdef inline uint64_t first_word(const load *l, const front_io *io) noexcept nogil:
+    return (<uint64_t *>(page_data(&l.queue.pool, io.first_page) if io.placed else io.buffer))[0]
 
 
 cdef void go_on(load *l) noexcept nogil:
@@ -106,7 +118,7 @@ cdef void go_on(load *l) noexcept nogil:
         if l.verify and io.operation == BLKIF_OP_READ and io.error == 0:
             verify(l, io)
         l.errors += io.error != 0
-        l.checksum += (<uint64_t *>io.buffer)[0]
+        l.checksum += first_word(l, io)
         if l.started < l.wanted:
             start(l, io)
         io = following
@@ -139,7 +151,8 @@ cdef class Load:
     write_percent: 0 to 100. sequential: one place after the other, from `first` (bytes, a multiple of
     `size`) on, and round again. What it writes is drawn from the seed too, so that the checksum of
     a later read tells that data moved; with verify (the number of a pattern, not 0) it is what the
-    pattern says of its place, and what is read and is not that counts as an error.
+    pattern says of its place, and what is read and is not that counts as an error. in_place: nothing
+    is copied at this end; not with verify, and only with persistent grants and enough pages.
     """
 
     cdef load l
@@ -148,7 +161,7 @@ cdef class Load:
 
     def __init__(self, FrontQueue queue, *, uint32_t depth, uint32_t size, uint64_t span,
                  uint64_t operations, uint32_t write_percent=0, uint64_t seed=1,
-                 bint sequential=False, uint64_t first=0, uint64_t verify=0):
+                 bint sequential=False, uint64_t first=0, uint64_t verify=0, bint in_place=False):
         cdef uint32_t i
         if size == 0 or size % BLKIF_SECTOR_SIZE or span < size or depth == 0 or operations == 0:
             raise LocalProtocolError(f"no load of {operations} x {size} bytes, {depth} deep, "
@@ -178,12 +191,29 @@ cdef class Load:
             self.l.ios[i].borrowed = 1
             self.l.ios[i].nr_sectors = self.l.sectors
             self.l.ios[i].buffer = self.l.data + <size_t>i * size
+            if in_place:
+                self.place(&self.l.ios[i])
             start(&self.l, &self.l.ios[i])
         self.table.ctx = &self.l
         self.table.step = step
         self.table.may_sleep = may_sleep
         self.table.events = queue.table.events
         self.table.engine = NULL
+
+    cdef place(self, front_io *io):
+        """Its data in granted pages for as long as the load goes on, what it writes with them."""
+        cdef uint64_t size = io.nr_sectors * BLKIF_SECTOR_SIZE, at
+        cdef uint32_t page
+        if self.l.verify or not place(self.l.queue, io):
+            raise LocalProtocolError(
+                f"{size} bytes have no place in granted pages, of which "
+                f"{self.l.queue.pool.placed_max - self.l.queue.pool.placed} are to be had: that needs "
+                "persistent grants, a larger pool (pool_pages) or a smaller depth, and no verifying")
+        page = io.first_page
+        for at in range(0, size, BLKIF_PAGE_SIZE):
+            memcpy(page_data(&self.l.queue.pool, page), io.buffer + at,
+                   min(<uint64_t>BLKIF_PAGE_SIZE, size - at))
+            page = self.l.queue.pool.next[page]
 
     @property
     def ports(self):

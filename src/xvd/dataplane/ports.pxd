@@ -131,6 +131,7 @@ cdef struct stepper_ports:
 # ---- Operations of a frontend queue, and who has them done by its thread ----------------------
 
 cdef struct client_ports
+cdef struct client_host
 
 # What a caller asked for: any length, split into ring requests as slots become free. One request
 # may carry the end of one operation and the beginning of the next.
@@ -144,7 +145,10 @@ cdef struct front_io:
     uint64_t sector_number       # in: of 512 bytes
     uint64_t nr_sectors          # in
     uint64_t issued              # the queue's: sectors put on the ring so far
-    uint8_t *buffer              # in: untouched until the operation is over
+    uint8_t *buffer              # in: untouched until the operation is over; unused while `placed`
+    uint32_t placed              # granted pages that its data lies in; 0: none (front_place.pxd)
+    uint32_t first_page          # of those, a chain
+    uint32_t next_page           # the queue's: of the chain, the first that is not on the ring yet
     uint64_t token               # in: the caller's
     front_io *next               # in whichever list it is
     front_io *follow             # the queue's: which one the request with our last sector goes on with
@@ -152,6 +156,7 @@ cdef struct front_io:
     uint32_t has_view
     # Of a client's operation (clients.pyx), the host's:
     client_ports *client
+    const client_host *host      # of a placed one: whose pages it has
     uint32_t guarded             # a write that unaligned ones on its sectors wait for
     front_io *before             # in the list of those
     front_io *after
@@ -162,6 +167,14 @@ cdef struct client_host:
     # Take a borrowed operation of a client: 1; it comes back by `completed`. 0: not on this queue,
     # or not now; the disk's own methods are the way for it.
     int (*submit)(void *ctx, front_io *io) noexcept nogil
+    # Let a read's or write's data lie in granted pages, which its client fills before or reads
+    # after, instead of in `buffer`: 1; 0 where there are too few for that. They are the client's
+    # until `displace`, or until the host is over (`client_ports.displaced`).
+    int (*place)(void *ctx, front_io *io) noexcept nogil
+    void (*displace)(void *ctx, front_io *io) noexcept nogil
+    # The bytes of a placed operation's data from `offset` on, as at most `room` parts; how many.
+    uint32_t (*parts)(void *ctx, const front_io *io, uint64_t offset, uint64_t size, iovec *parts,
+                      uint32_t room) noexcept nogil
 
 cdef enum client_wish:
     CLIENT_READS = 1             # step me when my descriptor is readable
@@ -178,6 +191,9 @@ cdef struct client_ports:
     void (*completed)(void *ctx, front_io *io) noexcept nogil
     # Submit again, in the same order, what an earlier queue has taken and not completed.
     void (*resume)(void *ctx, const client_host *host) noexcept nogil
+    # The host is over: let no operation lie in its pages any more. What they hold is to be copied
+    # now, if it is wanted.
+    void (*displaced)(void *ctx) noexcept nogil
     # After STEP_DRAINED, when nothing refers to the client any more; the last call.
     void (*left)(void *ctx) noexcept nogil
     # The host's:

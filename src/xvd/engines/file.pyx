@@ -21,9 +21,9 @@ from posix.uio cimport iovec
 
 from xvd.dataplane.liburing cimport (
     IORING_FSYNC_DATASYNC, io_uring, io_uring_get_sqe, io_uring_prep_fallocate,
-    io_uring_prep_fsync, io_uring_prep_readv, io_uring_prep_writev, io_uring_queue_exit,
-    io_uring_queue_init, io_uring_sqe,
-    io_uring_sqe_set_data64, io_uring_submit)
+    io_uring_prep_fsync, io_uring_prep_read, io_uring_prep_readv, io_uring_prep_write,
+    io_uring_prep_writev, io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready,
+    io_uring_sqe, io_uring_sqe_set_data64, io_uring_submit)
 from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE,
                                   engine_io, engine_of, engine_ports, wrap)
 from xvd.engines.channel cimport done_list, finish, reap_list
@@ -31,6 +31,10 @@ from xvd.engines.channel cimport done_list, finish, reap_list
 cdef extern from "<sys/uio.h>" nogil:
     ssize_t preadv(int fd, const iovec *iov, int n, long long offset)
     ssize_t pwritev(int fd, const iovec *iov, int n, long long offset)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int fd, void *buffer, size_t size, long long offset)
+    ssize_t pwrite(int fd, const void *buffer, size_t size, long long offset)
 
 cdef extern from "<sys/vfs.h>" nogil:
     struct statfs:
@@ -49,6 +53,7 @@ cdef extern from "fcntl.h" nogil:
 
 cdef enum:
     IOV_MAX = 1024               # UIO_MAXIOV: the kernel refuses more parts in one operation
+    SUBMITTED_AT_ONCE = 8        # the device begins with the first while the rest is prepared
 
 
 cdef struct file_state:
@@ -73,6 +78,20 @@ cdef bint aligned(const file_state *f, const engine_io *io) noexcept nogil:
     return True
 
 
+cdef void put_transfer(io_uring_sqe *sqe, int fd, engine_io *io) noexcept nogil:
+    """What lies in one piece, as most does, is told so: the kernel then has no list to copy. What is
+    beyond its limit is a short transfer, to be resumed as any other."""
+    cdef uint32_t n = min(io.iovcnt, <uint32_t>IOV_MAX)
+    if n == 1 and io.op == ENGINE_READ:
+        io_uring_prep_read(sqe, fd, io.iov.iov_base, <uint32_t>io.iov.iov_len, io.offset)
+    elif n == 1:
+        io_uring_prep_write(sqe, fd, io.iov.iov_base, <uint32_t>io.iov.iov_len, io.offset)
+    elif io.op == ENGINE_READ:
+        io_uring_prep_readv(sqe, fd, io.iov, n, io.offset)
+    else:
+        io_uring_prep_writev(sqe, fd, io.iov, n, io.offset)
+
+
 cdef void prepare(file_state *f, engine_io *io) noexcept nogil:
     """Put one operation, or what is left of it, on the thread's ring."""
     cdef io_uring_sqe *sqe = io_uring_get_sqe(f.ring)
@@ -94,11 +113,7 @@ cdef void prepare(file_state *f, engine_io *io) noexcept nogil:
             f.direct += 1
         else:
             f.cached += 1
-        # What is beyond the system's limit is a short transfer, to be resumed as any other.
-        if io.op == ENGINE_READ:
-            io_uring_prep_readv(sqe, fd, io.iov, min(io.iovcnt, <uint32_t>IOV_MAX), io.offset)
-        else:
-            io_uring_prep_writev(sqe, fd, io.iov, min(io.iovcnt, <uint32_t>IOV_MAX), io.offset)
+        put_transfer(sqe, fd, io)
     io_uring_sqe_set_data64(sqe, <uint64_t><size_t>io)
 
 
@@ -107,7 +122,11 @@ cdef void transfer(file_state *f, engine_io *io) noexcept nogil:
     cdef int n = min(io.iovcnt, <uint32_t>IOV_MAX)
     cdef ssize_t res
     f.cached += 1
-    if io.op == ENGINE_READ:
+    if n == 1 and io.op == ENGINE_READ:
+        res = pread(f.cached_fd, io.iov.iov_base, io.iov.iov_len, io.offset)
+    elif n == 1:
+        res = pwrite(f.cached_fd, io.iov.iov_base, io.iov.iov_len, io.offset)
+    elif io.op == ENGINE_READ:
         res = preadv(f.cached_fd, io.iov, n, io.offset)
     else:
         res = pwritev(f.cached_fd, io.iov, n, io.offset)
@@ -130,6 +149,8 @@ cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
             f.discards.submit(f.discards.ctx, &ios[i], 1)
         else:
             begin(f, ios[i])
+            if io_uring_sq_ready(f.ring) >= SUBMITTED_AT_ONCE:
+                io_uring_submit(f.ring)
 
 
 cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
-"""Storage that is not there: reads give zeros, writes are forgotten. For measuring the rest."""
+"""Storage that is not there: reads give zeros, writes are forgotten. For measuring the rest.
+
+Zeros are data, and moving them costs what data cost. With `read_zeroes` off a read leaves the guest's
+pages as they are, as Linux's null_blk does and QEMU's null-co without its option of that name.
+"""
 
 from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memset
@@ -11,17 +15,23 @@ from xvd.engines.channel cimport done_list, finish, reap_list
 from xvd.engines.interface import Engine, EngineInfo, ThreadModel
 
 
+cdef struct nothing:
+    uint32_t read_zeroes
+    done_list done
+
+
 cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
+    cdef nothing *c = <nothing *>ctx
     cdef uint32_t i, j
     for i in range(n):
-        if ios[i].op == ENGINE_READ:
+        if ios[i].op == ENGINE_READ and c.read_zeroes:
             for j in range(ios[i].iovcnt):
                 memset(ios[i].iov[j].iov_base, 0, ios[i].iov[j].iov_len)
-        finish(<done_list *>ctx, ios[i], 0)
+        finish(&c.done, ios[i], 0)
 
 
 cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
-    return reap_list(<done_list *>ctx, out, room)
+    return reap_list(&(<nothing *>ctx).done, out, room)
 
 
 cdef void attach(void *ctx, void *io_uring) noexcept nogil:
@@ -35,11 +45,12 @@ cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
 cdef class NullChannel:
     """`Channel` of `NullEngine`."""
 
-    cdef done_list done
+    cdef nothing c
     cdef engine_ports table
 
-    def __init__(self):
-        self.table.ctx = &self.done
+    def __init__(self, bint read_zeroes):
+        self.c.read_zeroes = read_zeroes
+        self.table.ctx = &self.c
         self.table.fd = -1
         self.table.submit = submit
         self.table.reap = reap
@@ -56,9 +67,10 @@ cdef class NullChannel:
 
 
 class NullEngine(Engine):
-    """``null:SIZE``."""
+    """``null:SIZE``, ``null:SIZE,read-zeroes=off``."""
 
-    def __init__(self, size):
+    def __init__(self, size, read_zeroes=True):
+        self._read_zeroes = read_zeroes
         self._info = EngineInfo(size=size, can_discard=True, thread_model=ThreadModel.PARALLEL)
 
     @property
@@ -67,12 +79,13 @@ class NullEngine(Engine):
         return self._info
 
     def read(self, buffer, offset):
-        """Zeros."""
-        buffer[:] = bytes(len(buffer))
+        """Zeros, or what is there."""
+        if self._read_zeroes:
+            buffer[:] = bytes(len(buffer))
 
     def write(self, buffer, offset):
         """Forget."""
 
     def open_channel(self):
         """A compiled channel."""
-        return NullChannel()
+        return NullChannel(self._read_zeroes)

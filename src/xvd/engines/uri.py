@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what the user writes to an open engine: URIs, sizes, times, and chains of layers.
 
-``file:PATH`` or a bare path, ``memory:SIZE``, ``null:SIZE``; layers as ``NAME`` or
+``file:PATH`` or a bare path, ``memory:SIZE``, ``null:SIZE`` (``null:SIZE,read-zeroes=off`` leaves
+what is read as it was); layers as ``NAME`` or
 ``NAME:key=value,key=value``, the first one nearest to the guest.
 """
 
 import errno
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from xvd.engines.checked import Checked
 from xvd.engines.image import FileEngine
@@ -23,6 +25,7 @@ from xvd.errors import ConfigError
 
 _UNITS = {"": 1, "s": 512, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
 _TIMES = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_READ_ZEROES = {"read-zeroes=on": True, "read-zeroes=off": False}
 _SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
 
 
@@ -59,10 +62,18 @@ def _sized(make: Callable[[int], Engine]) -> Callable[[str, bool, float], Engine
     return build
 
 
+def _null(rest: str, read_only: bool, patience_s: float) -> Engine:
+    size, comma, word = rest.partition(",")
+    if comma and word not in _READ_ZEROES:
+        raise ConfigError(f"null: takes {' or '.join(_READ_ZEROES)} after its size, not {word!r}")
+    make = partial(NullEngine, read_zeroes=_READ_ZEROES.get(word, True))
+    return _sized(make)(size, read_only, patience_s)
+
+
 SCHEMES: dict[str, Callable[[str, bool, float], Engine]] = {
     "file": _file,
     "memory": _sized(MemoryEngine),
-    "null": _sized(NullEngine),
+    "null": _null,
 }
 """Engine URI schemes: (rest of the URI, read-only, patience for locks) -> engine."""
 

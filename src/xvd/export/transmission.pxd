@@ -20,6 +20,16 @@ cdef enum:
     HEAD_MAX = 32                # of a reply: a chunk of data begins with 28 bytes
     INPUT_SIZE = 64 * 1024
 
+# The protocol's numbers (nbd_protocol.py); a test compares them.
+cdef enum:
+    REQUEST_MAGIC = 0x25609513
+    COMMAND_READ = 0
+    COMMAND_WRITE = 1
+    COMMAND_DISC = 2
+    COMMAND_FLUSH = 3
+    FLAG_FUA = 1
+    FLAG_DF = 4
+
 cdef enum slot_state:
     SLOT_FREE = 0
     SLOT_FILLING = 1             # its payload is arriving
@@ -39,12 +49,13 @@ cdef enum news:
 cdef struct slot:
     front_io io                  # first: the address of an operation is that of its slot
     uint32_t state
+    uint32_t plain               # a queue may take it
     uint16_t flags, command
     uint32_t length
     int32_t error                # of the disk: Python has the words for it
     uint64_t cookie, offset
     uint64_t number              # in the order of arrival
-    uint8_t *buffer              # payload, data read, or a long reply
+    uint8_t *buffer              # payload, data read, or a long reply, unless `io` is placed
     size_t capacity
     size_t charge                # bytes of it that count against the client
     uint8_t head[HEAD_MAX]

@@ -21,9 +21,9 @@ from xvd.dataplane.c cimport xvd_exchange32, xvd_load_acquire, xvd_store_release
 from xvd.dataplane.ports cimport (CLIENT_READS, CLIENT_WRITES, STEP_DRAINED, STEP_WORKED,
                                   client_host, wrap)
 from xvd.export.transmission_ask cimport end_input, take_answers, tell
-from xvd.export.transmission_in cimport COMMAND_WRITE, receive, relaunch
+from xvd.export.transmission_in cimport receive, relaunch
 from xvd.export.transmission_out cimport finish, send
-from xvd.export.transmission_slots cimport drop_buffer, ensure_buffer, rounded
+from xvd.export.transmission_slots cimport drop_buffer, ensure_buffer, rounded, unplace
 
 import os
 
@@ -76,6 +76,21 @@ cdef void resume(void *ctx, const client_host *host) noexcept nogil:
             return
         last = following.number
         relaunch(t, following, host)
+
+
+cdef void displaced(void *ctx) noexcept nogil:
+    """What has come of payloads, and what is to be sent of replies, stays."""
+    cdef transmission *t = <transmission *>ctx
+    cdef slot *s
+    cdef uint32_t i
+    for i in range(t.requests_max):
+        s = &t.slots[i]
+        if s.state == SLOT_FILLING:
+            unplace(s, t.filled)
+        elif s.state == SLOT_READY:
+            unplace(s, s.body_size)
+        else:
+            unplace(s, s.length if s.command == COMMAND_WRITE else 0)
 
 
 cdef void close_descriptors(transmission *t) noexcept nogil:
@@ -136,6 +151,7 @@ cdef class Transmission:
         self.t.ports.wishes = wishes
         self.t.ports.completed = completed
         self.t.ports.resume = resume
+        self.t.ports.displaced = displaced
         self.t.ports.left = left
 
     def __dealloc__(self):

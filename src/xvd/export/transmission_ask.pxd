@@ -10,9 +10,9 @@ from posix.unistd cimport write
 
 from xvd.dataplane.c cimport xvd_load_acquire, xvd_store_release
 from xvd.export.transmission cimport (
-    NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, SLOT_ASKED, pthread_mutex_lock, pthread_mutex_unlock, put, slot,
-    slot_list, take, transmission)
-from xvd.export.transmission_slots cimport free_slot, make_ready
+    COMMAND_WRITE, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, SLOT_ASKED, pthread_mutex_lock,
+    pthread_mutex_unlock, put, slot, slot_list, take, transmission)
+from xvd.export.transmission_slots cimport free_slot, make_ready, unplace
 
 cdef extern from "<sys/socket.h>" nogil:
     int shutdown(int fd, int how)
@@ -21,8 +21,10 @@ cdef extern from "<sys/socket.h>" nogil:
 
 
 cdef inline void ask(transmission *t, slot *s) noexcept nogil:
-    """A request is Python's until it is answered."""
+    """A request is Python's until it is answered. It sees the payload of a write that was not
+    tried."""
     cdef uint64_t one = 1
+    unplace(s, s.length if s.command == COMMAND_WRITE and s.error == 0 else 0)
     s.state = SLOT_ASKED
     pthread_mutex_lock(&t.mutex)
     if t.asked.first == NULL:

@@ -8,7 +8,7 @@ there. What is not a plain read, write or flush is asked of Python, which knows 
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memmove, memset
 from posix.uio cimport iovec
 
 from xvd.dataplane.abi cimport (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE,
@@ -16,10 +16,11 @@ from xvd.dataplane.abi cimport (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_O
 from xvd.dataplane.c cimport xvd_get16, xvd_get32, xvd_get64
 from xvd.dataplane.ports cimport client_host
 from xvd.export.transmission cimport (
-    HEADER_SIZE, INPUT_SIZE, NEWS_EOF, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, SLOT_FILLING,
-    SLOT_ON_QUEUE, slot, transmission)
+    COMMAND_DISC, COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, FLAG_DF, FLAG_FUA, HEADER_SIZE,
+    INPUT_SIZE, NEWS_EOF, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, REQUEST_MAGIC,
+    SLOT_FILLING, SLOT_ON_QUEUE, slot, transmission)
 from xvd.export.transmission_ask cimport ask, end_input
-from xvd.export.transmission_slots cimport has_room, take_slot
+from xvd.export.transmission_slots cimport copy_data, data_parts, has_room, take_slot
 
 cdef extern from "<endian.h>" nogil:
     uint16_t be16toh(uint16_t v)
@@ -34,19 +35,10 @@ cdef extern from "<sys/socket.h>" nogil:
     enum:
         MSG_DONTWAIT
 
-# The protocol's numbers (nbd_protocol.py); a test compares them.
-cdef enum:
-    REQUEST_MAGIC = 0x25609513
-    COMMAND_READ = 0
-    COMMAND_WRITE = 1
-    COMMAND_DISC = 2
-    COMMAND_FLUSH = 3
-    FLAG_FUA = 1
-    FLAG_DF = 4
-
 cdef enum:
     CALLS_MAX = 16               # to receive, in one step: other clients have their turn
     LONG = 16 * 1024             # payloads from this size on are received in their place
+    PARTS = 64                   # of a payload, in one call
 
 
 cdef inline bint is_plain(const slot *s) noexcept nogil:
@@ -67,20 +59,27 @@ cdef inline uint8_t operation_of(uint16_t command) noexcept nogil:
     return BLKIF_OP_WRITE if command == COMMAND_WRITE else BLKIF_OP_FLUSH_DISKCACHE
 
 
+cdef inline void prepare(transmission *t, slot *s, const client_host *host) noexcept nogil:
+    """What a queue may take becomes an operation, and its data gets a place."""
+    s.plain = is_plain(s)
+    if not s.plain:
+        return
+    memset(&s.io, 0, sizeof(s.io))
+    s.io.operation = operation_of(s.command)
+    s.io.client = &t.ports
+    if s.command != COMMAND_FLUSH:
+        s.io.sector_number = s.offset // BLKIF_SECTOR_SIZE
+        s.io.nr_sectors = s.length // BLKIF_SECTOR_SIZE
+        s.io.buffer = s.buffer
+        host.place(host.ctx, &s.io)
+
+
 cdef inline void launch(transmission *t, slot *s, const client_host *host) noexcept nogil:
     """A request is here whole: on the queue with it, or to Python."""
-    if is_plain(s):
-        memset(&s.io, 0, sizeof(s.io))
-        s.io.operation = operation_of(s.command)
-        s.io.client = &t.ports
-        if s.command != COMMAND_FLUSH:
-            s.io.sector_number = s.offset // BLKIF_SECTOR_SIZE
-            s.io.nr_sectors = s.length // BLKIF_SECTOR_SIZE
-            s.io.buffer = s.buffer
-        if host.submit(host.ctx, &s.io):
-            s.state = SLOT_ON_QUEUE
-            return
-    ask(t, s)
+    if s.plain and host.submit(host.ctx, &s.io):
+        s.state = SLOT_ON_QUEUE
+    else:
+        ask(t, s)
 
 
 cdef inline void relaunch(transmission *t, slot *s, const client_host *host) noexcept nogil:
@@ -121,6 +120,7 @@ cdef inline bint begin(transmission *t, const client_host *host) noexcept nogil:
     s.offset = be64toh(xvd_get64(at + 16))
     s.length = length
     s.error = 0
+    prepare(t, s, host)
     t.start += HEADER_SIZE
     t.long_payloads = command == COMMAND_WRITE and length >= LONG
     if command == COMMAND_WRITE and length:
@@ -136,7 +136,7 @@ cdef inline bint fill(transmission *t, const client_host *host) noexcept nogil:
     """Payload that came with headers goes to its place; False: more has to come."""
     cdef slot *s = t.filling
     cdef size_t size = min(t.end - t.start, s.length - t.filled)
-    memcpy(s.buffer + t.filled, t.input + t.start, size)
+    copy_data(s, t.filled, t.input + t.start, size, True)
     t.start += size
     t.filled += size
     if t.filled < s.length:
@@ -162,30 +162,32 @@ cdef inline void take_units(transmission *t, const client_host *host) noexcept n
 
 cdef inline ssize_t receive_some(transmission *t, size_t *room) noexcept nogil:
     """One call: the rest of a payload to its place, what follows to the input."""
-    cdef iovec parts[2]
+    cdef iovec parts[PARTS + 1]
     cdef msghdr message
     cdef ssize_t got
-    cdef uint32_t n = 0
+    cdef size_t payload = 0, left = 0
+    cdef uint32_t n = 0, i
     memmove(t.input, t.input + t.start, t.end - t.start)
     t.end -= t.start
     t.start = 0
-    room[0] = (HEADER_SIZE if t.long_payloads else INPUT_SIZE) - t.end
     memset(&message, 0, sizeof(message))
     if t.filling != NULL:
-        parts[0].iov_base = t.filling.buffer + t.filled
-        parts[0].iov_len = t.filling.length - t.filled
-        room[0] += parts[0].iov_len
-        n = 1
-    parts[n].iov_base = t.input + t.end
-    parts[n].iov_len = (HEADER_SIZE if t.long_payloads else INPUT_SIZE) - t.end
+        left = t.filling.length - t.filled
+        n = data_parts(t.filling, t.filled, left, parts, PARTS)
+    for i in range(n):
+        payload += parts[i].iov_len
+    room[0] = payload
+    if payload == left:
+        parts[n].iov_base = t.input + t.end
+        parts[n].iov_len = (HEADER_SIZE if t.long_payloads else INPUT_SIZE) - t.end
+        room[0] += parts[n].iov_len
+        n += 1
     message.msg_iov = parts
-    message.msg_iovlen = n + 1
+    message.msg_iovlen = n
     got = recvmsg(t.fd, &message, MSG_DONTWAIT)
-    if got > 0 and n:
-        t.filled += min(<size_t>got, parts[0].iov_len)
-        t.end += <size_t>got - min(<size_t>got, parts[0].iov_len)
-    elif got > 0:
-        t.end += got
+    if got > 0:
+        t.filled += min(<size_t>got, payload)
+        t.end += <size_t>got - min(<size_t>got, payload)
     return got
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From finished requests to bytes: as many replies as one call takes.
 
-Replies leave whole and in the order in which they became ready; data goes from where the disk has
-put it.
+Replies leave whole and in the order in which they became ready; data goes from where the backend
+has put it, or from the slot's buffer.
 """
 
 from libc.errno cimport EAGAIN, EINTR, EOPNOTSUPP, errno
@@ -12,11 +12,11 @@ from libc.string cimport memset
 from posix.uio cimport iovec
 
 from xvd.dataplane.c cimport xvd_put16, xvd_put32, xvd_put64
-from xvd.export.transmission cimport (NEWS_GONE, slot, take, transmission)
+from xvd.export.transmission cimport (COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, NEWS_GONE, slot,
+                                      take, transmission)
 from xvd.export.transmission_ask cimport ask, end_input
-from xvd.export.transmission_in cimport (COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, MSG_DONTWAIT,
-                                         msghdr)
-from xvd.export.transmission_slots cimport free_slot, make_ready
+from xvd.export.transmission_in cimport MSG_DONTWAIT, msghdr
+from xvd.export.transmission_slots cimport data_parts, free_slot, make_ready
 
 cdef extern from "<endian.h>" nogil:
     uint16_t htobe16(uint16_t v)
@@ -35,7 +35,7 @@ cdef enum:
     CHUNK_OFFSET_DATA = 1
 
 cdef enum:
-    REPLIES_PER_CALL = 64
+    PARTS = 512                  # of replies, in one call
 
 
 cdef inline void put_simple(slot *s) noexcept nogil:
@@ -80,24 +80,23 @@ cdef inline void finish(transmission *t, slot *s) noexcept nogil:
 
 
 cdef inline size_t gather(const transmission *t, iovec *parts, uint32_t *count) noexcept nogil:
-    """The unsent bytes of the first replies; how many."""
+    """The unsent bytes of the first replies, as far as there is room for parts; how many."""
     cdef const slot *s = t.ready.first
     cdef size_t skip = t.sent, total = 0
-    cdef uint32_t n = 0
-    while s != NULL and n <= 2 * (REPLIES_PER_CALL - 1):
+    cdef uint32_t n = 0, i
+    while s != NULL and n + 2 <= PARTS:
         if skip < s.head_size:
             parts[n].iov_base = <void *>(s.head + skip)
             parts[n].iov_len = s.head_size - skip
-            total += parts[n].iov_len
             n += 1
             skip = s.head_size
         if s.body_size:
-            parts[n].iov_base = s.buffer + (skip - s.head_size)
-            parts[n].iov_len = s.body_size - (skip - s.head_size)
-            total += parts[n].iov_len
-            n += 1
+            skip -= s.head_size
+            n += data_parts(s, skip, s.body_size - skip, &parts[n], PARTS - n)
         skip = 0
         s = s.next
+    for i in range(n):
+        total += parts[i].iov_len
     count[0] = n
     return total
 
@@ -116,7 +115,7 @@ cdef inline void drop_sent(transmission *t, size_t size) noexcept nogil:
 
 cdef inline bint send(transmission *t) noexcept nogil:
     """Send what is ready, as far as the client has room for it; whether anything went."""
-    cdef iovec parts[2 * REPLIES_PER_CALL]
+    cdef iovec parts[PARTS]
     cdef msghdr message
     cdef ssize_t sent
     cdef size_t total

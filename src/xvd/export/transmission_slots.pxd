@@ -4,13 +4,19 @@
 Every byte of data counts against its client from the header of its request to the end of the reply.
 A free slot keeps its buffer, up to a total; large ones are fresh pages, so that a payload that is
 announced and never sent takes no memory.
+
+Where the queue has pages for it, data lies in those that the backend reads and fills, and goes
+between them and the socket; the slot's buffer is for what finds no place there, and for what has to
+leave it.
 """
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
 from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap,
                          munmap)
+from posix.uio cimport iovec
 
 from xvd.export.transmission cimport (SLOT_FREE, SLOT_READY, put, slot, transmission)
 
@@ -20,6 +26,7 @@ cdef enum:
     FINE = 4096                  # what small capacities are multiples of
     COARSE = 64 * 1024           # and large ones
     PAGES_FROM = 1 << 20         # buffers from this size on are pages of their own
+    PARTS = 64                   # of data that is copied, at a time
 
 
 cdef inline size_t rounded(size_t size) noexcept nogil:
@@ -54,6 +61,44 @@ cdef inline bint ensure_buffer(slot *s, size_t capacity) noexcept nogil:
     return True
 
 
+# ---- Where the data lies ---------------------------------------------------------------------
+
+cdef inline uint32_t data_parts(const slot *s, size_t offset, size_t size, iovec *parts,
+                                uint32_t room) noexcept nogil:
+    """`size` bytes of a request's data from `offset` on, or the first of them that `room` parts
+    hold; how many parts."""
+    if s.io.placed:
+        return s.io.host.parts(s.io.host.ctx, &s.io, offset, size, parts, room)
+    parts[0].iov_base = s.buffer + offset
+    parts[0].iov_len = size
+    return 1
+
+
+cdef inline void copy_data(const slot *s, size_t offset, uint8_t *other, size_t size,
+                           bint to_slot) noexcept nogil:
+    """Between a request's data and memory of ours."""
+    cdef iovec parts[PARTS]
+    cdef uint32_t n, i
+    cdef size_t done = 0
+    while done < size:
+        n = data_parts(s, offset + done, size - done, parts, PARTS)
+        for i in range(n):
+            if to_slot:
+                memcpy(parts[i].iov_base, other + done, parts[i].iov_len)
+            else:
+                memcpy(other + done, parts[i].iov_base, parts[i].iov_len)
+            done += parts[i].iov_len
+
+
+cdef inline void unplace(slot *s, size_t wanted) noexcept nogil:
+    """Its data into the slot's buffer, the first `wanted` bytes of it; the pages go back."""
+    if s.io.placed:
+        copy_data(s, 0, s.buffer, wanted, False)
+        s.io.host.displace(s.io.host.ctx, &s.io)
+
+
+# ---- Slots -----------------------------------------------------------------------------------
+
 cdef inline bint has_room(const transmission *t, size_t size) noexcept nogil:
     """Whether the client may have another request, with so many bytes of data."""
     return t.free != NULL and t.held + rounded(size) <= t.bytes_max
@@ -80,6 +125,7 @@ cdef inline slot *take_slot(transmission *t, size_t size) noexcept nogil:
 
 
 cdef inline void free_slot(transmission *t, slot *s) noexcept nogil:
+    unplace(s, 0)
     t.in_progress -= s.state != SLOT_READY
     t.in_use -= 1
     t.held -= s.charge

@@ -25,7 +25,9 @@ class Job:
     span: bytes of the disk, from its beginning, that it may touch. write_percent: 0 to 100.
     sequential: each queue goes through a part of the span of its own, instead of at random. verify:
     what is written is a function of its place and the seed, and what is read has to be that: the
-    span must have been written by such a job before.
+    span must have been written by such a job before. in_place: the data stays in granted pages and
+    is not copied at this end, as in a guest without persistent grants, or whose application has its
+    buffers there; not with verify.
     """
 
     size: int = 4096
@@ -36,6 +38,7 @@ class Job:
     sequential: bool = False
     verify: bool = False
     seed: int = 1
+    in_place: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +157,7 @@ def _share(queue: FrontQueue, job: Job, shares: int, number: int) -> Load:
         sequential=job.sequential,
         first=places * number // shares * job.size,
         verify=job.seed if job.verify else 0,
+        in_place=job.in_place,
     )
 
 

@@ -105,13 +105,8 @@ cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
     f.unmapped += mapped
 
 
-cdef void map_set(foreign *f, grant_mapping *wanted) noexcept nogil:
+cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *base) noexcept nogil:
     cdef uint32_t i, last = NO_TRACK, first = 0
-    cdef size_t size = <size_t>wanted.count * 4096
-    cdef uint8_t *base = <uint8_t *>mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-    wanted.status = GNTST_NO_DEVICE_SPACE
-    if <void *>base == MAP_FAILED:
-        return
     for i in range(wanted.count):
         wanted.status = map_page(f, wanted.grefs[i], base + <size_t>i * 4096, wanted.writable,
                                  &last, &first)
@@ -123,9 +118,20 @@ cdef void map_set(foreign *f, grant_mapping *wanted) noexcept nogil:
 
 
 cdef void map_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
+    """Side by side in one piece of address space, each to be unmapped by itself: what is transferred
+    together is then one part for the storage, and one area for the kernel."""
     cdef uint32_t i
+    cdef size_t pages = 0
+    cdef uint8_t *at
     for i in range(n):
-        map_set(<foreign *>ctx, &sets[i])
+        pages += sets[i].count
+        sets[i].status = GNTST_NO_DEVICE_SPACE
+    at = <uint8_t *>mmap(NULL, pages * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if <void *>at == MAP_FAILED:
+        return
+    for i in range(n):
+        map_set(<foreign *>ctx, &sets[i], at)
+        at += <size_t>sets[i].count * 4096
 
 
 cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
@@ -291,7 +297,7 @@ cdef class EmulatedMapping:
         self.m.grefs = self.grefs
         self.m.count = len(values)
         self.m.writable = writable
-        map_set(&grants.f, &self.m)
+        map_sets(&grants.f, &self.m, 1)
         if self.m.status != GNTST_OKAY:
             raise grants.error("map", values if len(values) > 1 else values[0], self.m.status)
 

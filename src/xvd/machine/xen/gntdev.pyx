@@ -12,7 +12,8 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.errno cimport EAGAIN, ENOMEM, ENOSPC, errno
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
+                         PROT_READ, PROT_WRITE, mmap, munmap)
 from posix.unistd cimport close
 
 from xvd.dataplane.ports cimport grant_copy, grant_mapping, grant_ports, wrap
@@ -69,13 +70,11 @@ cdef void forget(foreign *f, uint64_t index, uint32_t count) noexcept nogil:
         ioctl(f.fd, XVD_GNTDEV_UNMAP, &request)
 
 
-cdef void map_set(foreign *f, grant_mapping *wanted) noexcept nogil:
+cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *at) noexcept nogil:
+    """Over the reserved pages at `at`."""
     cdef uint32_t i
-    cdef void *base
+    cdef size_t size = <size_t>wanted.count * 4096
     cdef int prot = PROT_READ | PROT_WRITE if wanted.writable else PROT_READ
-    if wanted.count > SET_PAGES_MAX or f.fd < 0:
-        wanted.status = GNTST_NO_SPACE
-        return
     f.request.count = wanted.count
     for i in range(wanted.count):
         f.request.refs[i].domid = f.domid
@@ -84,20 +83,34 @@ cdef void map_set(foreign *f, grant_mapping *wanted) noexcept nogil:
         wanted.status = status_of(errno)
         return
     wanted.handle = f.request.index
-    base = mmap(NULL, <size_t>wanted.count * 4096, prot, MAP_SHARED, f.fd, f.request.index)
-    if base == MAP_FAILED:
+    if mmap(at, size, prot, MAP_SHARED | MAP_FIXED, f.fd, f.request.index) == MAP_FAILED:
         wanted.status = status_of(errno)
         forget(f, wanted.handle, wanted.count)
         return
-    wanted.base = <uint8_t *>base
+    wanted.base = at
     wanted.status = GNTST_OKAY
     f.mapped += wanted.count
 
 
 cdef void map_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
+    """Side by side in one piece of address space, each to be unmapped by itself: what is transferred
+    together is then one part for the storage."""
+    cdef foreign *f = <foreign *>ctx
     cdef uint32_t i
+    cdef size_t pages = 0
+    cdef uint8_t *at
     for i in range(n):
-        map_set(<foreign *>ctx, &sets[i])
+        pages += sets[i].count
+        sets[i].status = GNTST_NO_SPACE
+    at = <uint8_t *>mmap(NULL, pages * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if <void *>at == MAP_FAILED:
+        return
+    for i in range(n):
+        if sets[i].count <= SET_PAGES_MAX and f.fd >= 0:
+            map_set(f, &sets[i], at)
+        if sets[i].status != GNTST_OKAY:
+            munmap(at, <size_t>sets[i].count * 4096)
+        at += <size_t>sets[i].count * 4096
 
 
 cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
@@ -281,7 +294,7 @@ cdef class XenMapping:
         self.m.grefs = self.grefs
         self.m.count = len(values)
         self.m.writable = writable
-        map_set(&grants.f, &self.m)
+        map_sets(&grants.f, &self.m, 1)
         if self.m.status != GNTST_OKAY:
             raise grants.blame(values, self.m.status)
 
