@@ -19,7 +19,7 @@ from posix.unistd cimport close
 from xvd.dataplane.abi cimport (
     BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER,
     BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE, BREACH_NONE, blkif_breach_names, blkif_layouts)
-from xvd.dataplane.c cimport monotonic_ns
+from xvd.dataplane.c cimport monotonic_ns, xvd_load64
 from xvd.dataplane.front_answer cimport end_parts, take_responses
 from xvd.dataplane.front_issue cimport indirect_pages, issue, pages_of_unit
 from xvd.dataplane.front_place cimport placed_most
@@ -53,8 +53,11 @@ cdef front_io *take_all(front_queue *q, io_list *ios) noexcept nogil:
 
 
 cdef void accept(front_queue *q) noexcept nogil:
-    cdef front_io *io = take_all(q, &q.incoming)
+    cdef front_io *io
     cdef front_io *following
+    if xvd_load64(&q.incoming.first) == 0:
+        return                   # without the lock, in every step of an idle queue
+    io = take_all(q, &q.incoming)
     while io != NULL:
         following = io.next
         append(&q.queued, io)

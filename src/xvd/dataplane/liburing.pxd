@@ -25,12 +25,14 @@ cdef extern from "liburing.h" nogil:
         IORING_CQE_F_MORE
         IORING_FSYNC_DATASYNC
         IORING_SETUP_CLAMP
+        IOSQE_CQE_SKIP_SUCCESS
 
     int io_uring_queue_init(unsigned entries, io_uring *ring, unsigned flags)
     void io_uring_queue_exit(io_uring *ring)
     io_uring_sqe *io_uring_get_sqe(io_uring *ring)
     int io_uring_submit(io_uring *ring)
     unsigned io_uring_sq_ready(const io_uring *ring)
+    unsigned io_uring_sq_space_left(const io_uring *ring)
     int io_uring_submit_and_wait_timeout(io_uring *ring, io_uring_cqe **cqe, unsigned wait_nr,
                                          __kernel_timespec *ts, void *sigmask)
     int io_uring_peek_cqe(io_uring *ring, io_uring_cqe **cqe)
@@ -47,4 +49,5 @@ cdef extern from "liburing.h" nogil:
                                  long long length)
     void io_uring_prep_poll_add(io_uring_sqe *sqe, int fd, unsigned mask)
     void io_uring_prep_poll_multishot(io_uring_sqe *sqe, int fd, unsigned mask)
+    void io_uring_sqe_set_flags(io_uring_sqe *sqe, unsigned flags)
     void io_uring_sqe_set_data64(io_uring_sqe *sqe, uint64_t data)

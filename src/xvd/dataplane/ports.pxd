@@ -69,10 +69,11 @@ cdef struct granter_ports:
 
 cdef struct event_ports:
     void *ctx
-    int fd                       # readable while an event is pending; -1: somebody else wakes us
+    int fd                       # polled by edges: each event ends a wait; -1: somebody else wakes us
     void (*notify)(void *ctx) noexcept nogil
-    # Acknowledge: 1 if an event was pending. The ring must be looked at after this, not before.
-    int (*consume)(void *ctx) noexcept nogil
+    # An event has come: let the next one in, at once or by what is put on the thread's io_uring to be
+    # done with its next wait. 0: there was no room on that. The ring is to be looked at after this.
+    int (*acknowledge)(void *ctx, void *io_uring) noexcept nogil
 
 
 # ---- Storage, as one queue sees it -----------------------------------------------------------

@@ -28,6 +28,7 @@ cdef struct loop_state:
     uint64_t event_due_ns        # when it is to be acknowledged; 0: not decided
     uint64_t poll_max_ns, poll_ns  # how long to look before a sleep: at most, and as of now
     uint64_t idle_since_ns       # nothing was to be done since then; 0: something was
+    uint64_t yielded_ns          # when others last had the CPU offered
     uint64_t sleeps, wakeups, watchdogs, spurious
 
 

@@ -7,7 +7,7 @@ and a control wake-up. Before it blocks it asks the peer for an event and looks 
 more (`may_sleep`). A watchdog ends each sleep after some seconds: a lost event costs a delay, not
 the disk.
 
-An event is acknowledged after a look at the ring, and the ring is looked at again after that. A
+An event is acknowledged when the thread is about to sleep, and the ring is looked at after that. A
 peer that sends events with nothing behind them is heard less and less often: its next event is let
 in only after a pause that doubles each time, from a millisecond to a second (XSA-332, XSA-391;
 Linux's late EOI). One with something behind them never waits: work of any kind ends the row.
@@ -53,6 +53,7 @@ cdef enum:
     PAUSE_NS = 1000000
     PAUSE_DOUBLINGS = 10
     POLL_LEAST_NS = 4000
+    YIELD_NS = 2000              # a system call each time would be most of what looking costs
 
 
 cdef int fd_of(loop_state *s, uint32_t tag) noexcept nogil:
@@ -123,18 +124,17 @@ cdef void judge_event(loop_state *s) noexcept nogil:
         s.event_due_ns += <uint64_t>PAUSE_NS << doublings
 
 
-cdef bint acknowledge(loop_state *s) noexcept nogil:
-    """Let further events in if it is time to; True: the ring is to be looked at after this."""
+cdef void acknowledge(loop_state *s) noexcept nogil:
+    """Let further events in if it is time to, and if there is room to say so."""
     if not s.event:
-        return False
+        return
     if s.event_due_ns == 0:
         judge_event(s)
     if s.idle_events > IDLE_EVENTS_FREE and monotonic_ns() < s.event_due_ns:
-        return False
-    s.event = s.worked = 0
-    s.event_due_ns = 0
-    s.stepper.events.consume(s.stepper.events.ctx)
-    return True
+        return
+    if s.stepper.events.acknowledge(s.stepper.events.ctx, &s.ring):
+        s.event = s.worked = 0
+        s.event_due_ns = 0
 
 
 cdef int sleep(loop_state *s) noexcept nogil:
@@ -159,7 +159,8 @@ cdef int sleep(loop_state *s) noexcept nogil:
 
 
 cdef bint poll_on(loop_state *s) noexcept nogil:
-    """Whether to look once more instead of sleeping; whoever else is ready to run goes first."""
+    """Whether to look once more instead of sleeping; whoever else is ready to run does not wait for
+    long."""
     cdef uint64_t now
     if s.poll_max_ns == 0:
         return False
@@ -168,7 +169,9 @@ cdef bint poll_on(loop_state *s) noexcept nogil:
         s.idle_since_ns = now
     if now - s.idle_since_ns >= s.poll_ns:
         return False
-    sched_yield()
+    if now - s.yielded_ns >= YIELD_NS:
+        sched_yield()
+        s.yielded_ns = now
     return True
 
 
@@ -186,7 +189,6 @@ cdef void adapt(loop_state *s) noexcept nogil:
 cdef int run(loop_state *s) noexcept nogil:
     """Until the queue is drained or broken, or `leave`; 0 or -errno of a failed wait."""
     cdef uint32_t flags
-    cdef bint busy
     cdef int rc
     while not s.leave:
         flags = s.stepper.step(s.stepper.ctx, s.budget)
@@ -194,9 +196,8 @@ cdef int run(loop_state *s) noexcept nogil:
             return 0
         s.worked |= flags & STEP_WORKED
         arm(s)
-        busy = acknowledge(s) or flags & STEP_WORKED
         # At work too: what has come for others than those who keep us at work is not to wait.
-        if reap(s) or busy:
+        if reap(s) or flags & STEP_WORKED:
             if io_uring_sq_ready(&s.ring):
                 io_uring_submit(&s.ring)
             s.idle_since_ns = 0
@@ -205,6 +206,7 @@ cdef int run(loop_state *s) noexcept nogil:
             if io_uring_sq_ready(&s.ring):
                 io_uring_submit(&s.ring)
             continue
+        acknowledge(s)
         if s.stepper.may_sleep(s.stepper.ctx):
             rc = sleep(s)
             if rc < 0:

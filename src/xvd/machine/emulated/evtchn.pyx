@@ -5,7 +5,8 @@
 Sending sets the remote port's pending mark and, if it was clear, writes the remote end's eventfd:
 events on a pending port collapse into one, as on Xen. Consuming clears the eventfd first and the
 mark second. An event that arrives between the two finds the mark still set and writes nothing; but
-its sender published its ring index before, and the ring is looked at after the mark is clear.
+its sender published its ring index before, and the ring is looked at after the mark is clear. Who
+polls by edges leaves the eventfd as it is: every write to it ends a wait, whatever it holds.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -37,8 +38,12 @@ cdef void notify(void *ctx) noexcept nogil:
         write(c.peer_fd, &one, 8)
 
 
-cdef int consume(void *ctx) noexcept nogil:
-    cdef channel *c = <channel *>ctx
+cdef int acknowledge(void *ctx, void *io_uring) noexcept nogil:
+    xvd_exchange32(&(<channel *>ctx).slot.pending, 0)
+    return 1
+
+
+cdef int consume(channel *c) noexcept nogil:
     cdef uint64_t drained = 0
     read(c.fd, &drained, 8)
     return xvd_exchange32(&c.slot.pending, 0)
@@ -68,7 +73,7 @@ cdef class EmulatedEventChannel:
         self.table.ctx = &self.c
         self.table.fd = self.c.fd
         self.table.notify = notify
-        self.table.consume = consume
+        self.table.acknowledge = acknowledge
 
     def __dealloc__(self):
         close(self.c.fd)

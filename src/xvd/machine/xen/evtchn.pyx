@@ -4,15 +4,17 @@
 
 One descriptor for each port makes the descriptor's readiness the port's, so that a queue's thread
 waits on it directly and nobody has to sort events. A port that was read stays masked until its
-number is written back. Both happen before the ring is looked at: an event that arrives after the
-write makes the descriptor readable again, and one that arrived before it announced entries which
-the look at the ring finds.
+number is written back; an event that arrives meanwhile is kept by Xen and delivered then. So both
+may be done by the same system call that waits for the next event.
 """
 
 from cpython.exc cimport PyErr_SetFromErrno
 from libc.stdint cimport uint16_t, uint32_t
 from posix.unistd cimport close, read, write
 
+from xvd.dataplane.liburing cimport (
+    IOSQE_CQE_SKIP_SUCCESS, io_uring, io_uring_get_sqe, io_uring_prep_read, io_uring_prep_write,
+    io_uring_sq_space_left, io_uring_sqe, io_uring_sqe_set_data64, io_uring_sqe_set_flags)
 from xvd.dataplane.ports cimport event_ports, wrap
 from xvd.machine.xen.devices cimport (XVD_EVTCHN_BIND_INTERDOMAIN, XVD_EVTCHN_BIND_UNBOUND,
                                       XVD_EVTCHN_NOTIFY, XVD_EVTCHN_RESTRICT, ioctl,
@@ -37,6 +39,7 @@ _REMEDIES = {
 cdef struct channel:
     int fd                       # -1: closed
     uint32_t port
+    uint32_t read                # where the port's number goes that says there was an event
 
 
 cdef void notify(void *ctx) noexcept nogil:
@@ -45,8 +48,24 @@ cdef void notify(void *ctx) noexcept nogil:
     ioctl(c.fd, XVD_EVTCHN_NOTIFY, &c.port)
 
 
-cdef int consume(void *ctx) noexcept nogil:
+cdef int acknowledge(void *ctx, void *ring) noexcept nogil:
+    """Both end where they begin, the descriptor being one that does not block, and in this order."""
     cdef channel *c = <channel *>ctx
+    cdef io_uring_sqe *sqe
+    if io_uring_sq_space_left(<io_uring *>ring) < 2:
+        return 0
+    sqe = io_uring_get_sqe(<io_uring *>ring)
+    io_uring_prep_read(sqe, c.fd, &c.read, sizeof(c.read), 0)
+    io_uring_sqe_set_flags(sqe, IOSQE_CQE_SKIP_SUCCESS)
+    io_uring_sqe_set_data64(sqe, 0)
+    sqe = io_uring_get_sqe(<io_uring *>ring)
+    io_uring_prep_write(sqe, c.fd, &c.port, sizeof(c.port), 0)
+    io_uring_sqe_set_flags(sqe, IOSQE_CQE_SKIP_SUCCESS)
+    io_uring_sqe_set_data64(sqe, 0)
+    return 1
+
+
+cdef int consume(channel *c) noexcept nogil:
     cdef uint32_t port = 0
     if read(c.fd, &port, sizeof(port)) != sizeof(port):
         return 0
@@ -66,7 +85,7 @@ cdef class XenEventChannel:
         self.table.ctx = &self.c
         self.table.fd = -1
         self.table.notify = notify
-        self.table.consume = consume
+        self.table.acknowledge = acknowledge
 
     def __dealloc__(self):
         if self.c.fd >= 0:
