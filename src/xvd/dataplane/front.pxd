@@ -102,6 +102,7 @@ cdef inline bint is_issued(const front_io *io) noexcept nogil:
 cdef void let_go(front_queue *q) noexcept nogil
 cdef uint32_t front_step(void *ctx, uint32_t budget) noexcept nogil
 cdef int front_may_sleep(void *ctx) noexcept nogil
+cdef int front_peek(void *ctx) noexcept nogil
 
 
 cdef class FrontQueue:

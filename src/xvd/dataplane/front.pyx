@@ -27,7 +27,7 @@ from xvd.dataplane.front_pool cimport close_pool, end_idle_grants, open_pool
 from xvd.dataplane.latency cimport latency_lists
 from xvd.dataplane.ports cimport (STEP_BROKEN, STEP_DRAINED, STEP_WORKED, events_of, front_io,
                                   granter_of, wrap)
-from xvd.dataplane.ring cimport check_ring, front_final_check, front_push
+from xvd.dataplane.ring cimport check_ring, front_final_check, front_has_news, front_push
 
 import os
 
@@ -95,6 +95,11 @@ cdef uint32_t front_step(void *ctx, uint32_t budget) noexcept nogil:
 cdef int front_may_sleep(void *ctx) noexcept nogil:
     cdef front_queue *q = <front_queue *>ctx
     return not front_final_check(&q.ring)
+
+
+cdef int front_peek(void *ctx) noexcept nogil:
+    cdef front_queue *q = <front_queue *>ctx
+    return (front_has_news(&q.ring) or xvd_load64(&q.incoming.first) != 0)
 
 
 cdef void drop(front_io *io) noexcept with gil:
@@ -179,6 +184,7 @@ cdef class FrontQueue:
         self.table.ctx = &self.q
         self.table.step = front_step
         self.table.may_sleep = front_may_sleep
+        self.table.peek = front_peek
         self.table.events = self.q.events
         self.table.engine = NULL
 

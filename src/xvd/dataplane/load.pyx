@@ -21,7 +21,7 @@ from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_PAGE_SIZE,
                                 BLKIF_SECTOR_SIZE)
 from xvd.dataplane.c cimport monotonic_ns
-from xvd.dataplane.front cimport FrontQueue, append, front_may_sleep, front_queue, front_step
+from xvd.dataplane.front cimport FrontQueue, append, front_may_sleep, front_peek, front_queue, front_step
 from xvd.dataplane.front_place cimport place
 from xvd.dataplane.front_pool cimport page_data
 from xvd.dataplane.ports cimport STEP_DRAINED, front_io, stepper_ports, wrap
@@ -144,6 +144,10 @@ cdef int may_sleep(void *ctx) noexcept nogil:
     return front_may_sleep((<load *>ctx).queue)
 
 
+cdef int peek(void *ctx) noexcept nogil:
+    return front_peek((<load *>ctx).queue)
+
+
 cdef class Load:
     """Run by a `Loop` in place of the queue: `Loop(Load(queue, ...)).run()` returns at the end.
 
@@ -197,6 +201,7 @@ cdef class Load:
         self.table.ctx = &self.l
         self.table.step = step
         self.table.may_sleep = may_sleep
+        self.table.peek = peek
         self.table.events = queue.table.events
         self.table.engine = NULL
 

@@ -123,6 +123,9 @@ cdef struct stepper_ports:
     uint32_t (*step)(void *ctx, uint32_t budget) noexcept nogil
     # Ask for an event and look once more: 1 if the thread may sleep, 0 if there is work after all.
     int (*may_sleep)(void *ctx) noexcept nogil
+    # Between two steps that find nothing: 1 if the next one would, as far as one look at the ring
+    # tells. NULL: only a step tells.
+    int (*peek)(void *ctx) noexcept nogil
     event_ports *events
     engine_ports *engine         # NULL when there is none
     # When to step again though nothing happens, by the monotonic clock; 0: never. NULL: never.

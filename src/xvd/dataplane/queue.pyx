@@ -42,7 +42,7 @@ from xvd.dataplane.ports cimport (
 from xvd.dataplane.purge cimport purge, purge_all
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
-    RING_BROKEN, back_attach, back_final_check, back_peek, back_pending, check_ring)
+    RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending, check_ring)
 from xvd.dataplane.space cimport (LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space,
                                   take_space)
 from xvd.dataplane.storage cimport collect, start
@@ -297,6 +297,10 @@ cdef int may_sleep(void *ctx) noexcept nogil:
     return not back_final_check(&q.ring)
 
 
+cdef int peek(void *ctx) noexcept nogil:
+    return back_has_news(&(<backend_queue *>ctx).ring)
+
+
 cdef check_offer(uint32_t offered, uint32_t indirect_max):
     """Refuse to make a queue that would answer OKAY to what it cannot do."""
     if indirect_max > BLKIF_MAX_INDIRECT_SEGMENTS:
@@ -359,6 +363,7 @@ cdef class BackendQueue:
         self.table.ctx = &self.q
         self.table.step = step
         self.table.may_sleep = may_sleep
+        self.table.peek = peek
         self.table.events = self.q.events
         self.table.engine = self.q.engine
         self.table.due_ns = &self.q.resume_ns

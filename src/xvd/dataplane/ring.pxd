@@ -109,6 +109,11 @@ cdef inline bint back_push(back_ring *r) noexcept nogil:
     return publish(r.sring + SRING_RSP_PROD, r.sring + SRING_RSP_EVENT, r.rsp_prod_pvt)
 
 
+cdef inline bint back_has_news(const back_ring *r) noexcept nogil:
+    """Whether the frontend has published more than was taken, or a lie: one load, for waiting."""
+    return xvd_load_acquire(r.sring + SRING_REQ_PROD) != r.req_cons
+
+
 cdef inline bint back_final_check(back_ring *r) noexcept nogil:
     """Ask for an event at the next request and look once more: True if there is one already."""
     cdef uint32_t count
@@ -165,6 +170,10 @@ cdef inline void front_copy(front_ring *r, void *private_copy) noexcept nogil:
     xvd_copy_slot(private_copy, slot_at(r.sring, r.layout, r.nr_ents, r.rsp_cons),
                   r.layout.response_size)
     r.rsp_cons += 1
+
+
+cdef inline bint front_has_news(const front_ring *r) noexcept nogil:
+    return xvd_load_acquire(r.sring + SRING_RSP_PROD) != r.rsp_cons
 
 
 cdef inline bint front_final_check(front_ring *r) noexcept nogil:
