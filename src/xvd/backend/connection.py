@@ -8,6 +8,7 @@ and nothing else; each has a thread, a journal and counters of its own (Linux 2f
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from xvd.backend.budget import Lease
 from xvd.backend.counters import merge_counters
@@ -22,6 +23,12 @@ from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
+
+WATCHDOG_S: Final = 60.0
+"""How long a queue's thread sleeps at most.
+
+Short of storage that does not say that it has finished, what a thread has missed is found sooner,
+and for less, by `Connection.wake_overdue`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +151,9 @@ class Connection:
         for link in self.links:
             try:
                 link.thread = QueueThread(
-                    link.queue, link.name, self._ends(link), poll_s=poll_us / 1e6
-                )
+                    link.queue, link.name, self._ends(link), poll_s=poll_us / 1e6,
+                    watchdog_s=WATCHDOG_S,
+                )  # fmt: skip
             except OSError as error:
                 if link is self.links[0]:
                     raise
@@ -184,6 +192,12 @@ class Connection:
         for link in self.links:
             link.queue.squeeze(seconds)
             if link.thread is not None:
+                link.thread.wake()
+
+    def wake_overdue(self) -> None:
+        """Wake the threads that sleep though there is something to do: an event was lost, say."""
+        for link in self.links:
+            if link.thread is not None and link.queue.overdue:
                 link.thread.wake()
 
     def set_capacity(self, sectors: int) -> None:

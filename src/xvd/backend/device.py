@@ -10,9 +10,10 @@ import contextlib
 import errno
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from xvd.backend.budget import AGREED, LIVE, NEGOTIABLE, Budget, Claim, Lease
 from xvd.backend.connection import Connection, Plan
@@ -68,6 +69,7 @@ from xvd.machine.xs.pace import Pace
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
 from xvd.types import RING_SECTOR_SIZE
 
+_T = TypeVar("_T")
 StorageOpener = Callable[[BackendAssignment], Awaitable[Engine]]
 
 
@@ -120,6 +122,7 @@ class Device:
         self._log = _DeviceLog(logging.getLogger(__name__), {"device": path})
         self._events = Inbox()
         self._sizing = asyncio.Lock()  # one look at the size, or change of it, at a time
+        self._storage = threading.Lock()  # one thread that measures, resizes or closes it
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._released: asyncio.Event = asyncio.Event()
@@ -185,7 +188,7 @@ class Device:
         if self.engine is not None:
             async with self._sizing:
                 engine, self.engine = self.engine, None
-                await asyncio.to_thread(engine.close)
+                await self._with_storage(engine.close)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -517,13 +520,32 @@ class Device:
                 if size < self.engine.info.size and self.connection is not None:
                     # Before what lies behind it goes; the guest is told when it has gone.
                     self.connection.set_capacity(size // RING_SECTOR_SIZE)
-                await asyncio.to_thread(self.engine.resize, size)
+                await self._with_storage(self.engine.resize, size)
         finally:
-            self._set_sectors(await asyncio.to_thread(self.engine.measure) // RING_SECTOR_SIZE)
+            self._set_sectors(await self._with_storage(self.engine.measure) // RING_SECTOR_SIZE)
         return self.features.sectors
 
+    async def _with_storage(self, call: Callable[..., _T], *arguments: object) -> _T:
+        """Do it in a thread, as storage may hang, and with nobody else at the storage."""
+
+        def alone() -> _T:
+            with self._storage:
+                return call(*arguments)
+
+        return await asyncio.to_thread(alone)
+
+    def has_another_size(self) -> bool:
+        """Whether the storage has not the size that the disk has. In any thread: it may hang."""
+        with self._storage:
+            if self.connection is None or self.engine is None or self.features is None:
+                return False
+            try:
+                return self.engine.measure() // RING_SECTOR_SIZE != self.features.sectors
+            except (OSError, XvdError):
+                return False
+
     async def follow_size(self) -> None:
-        """Look whether the storage has grown, as blkback does before each request."""
+        """Let the disk have its storage's size, as blkback does before each request."""
         if self.connection is not None and self.engine is not None:
             with contextlib.suppress(OSError, XvdError):
                 await self.resize()
@@ -539,6 +561,11 @@ class Device:
         self.put(BackendEvent.RESIZED)
 
     # ---- Figures ----
+
+    def wake_overdue(self) -> None:
+        """A lost event is to cost a delay, not the disk."""
+        if self.connection is not None:
+            self.connection.wake_overdue()
 
     def log_figures(self) -> None:
         """One line of what was counted, if ``log_stats`` is set."""

@@ -25,13 +25,15 @@ logger = logging.getLogger(__name__)
 CLEAR_DELAY_S: Final = 0.5
 """How long a disk of a driver domain reads Closed before its nodes go."""
 
-LOOK_S: Final = 5.0
-"""How often a disk's storage is asked for its size."""
-
-_LOG_TICKS: Final = 2
-"""Of those, how many until figures are logged: ten seconds, as in blkback."""
+LOOK_S: Final = 10.0
+"""How often a disk's figures are logged, as in blkback, its storage is asked for its size, and its
+queues for what they have missed."""
 
 _GONE: Final = {"online": "0", "state": str(int(XenbusState.CLOSED))}
+
+
+def _resized(devices: Sequence[Device]) -> list[Device]:
+    return [device for device in devices if device.has_another_size()]
 
 
 class Server:
@@ -67,7 +69,7 @@ class Server:
         self._closing = False
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
-        self._ticker: asyncio.Task[None] | None = None
+        self._lookers: list[asyncio.Task[None]] = []
         self._pages = XentopPages(store)
 
     async def start(self) -> None:
@@ -76,22 +78,28 @@ class Server:
             watch = await self._store.watch(f"backend/{kind}")
             self._watches.append(watch)
             self._followers.append(asyncio.create_task(self._follow(kind, watch)))
-        self._ticker = asyncio.create_task(self._tick())
+        looks = (self._look_at_queues(), self._look_at_sizes())
+        self._lookers = [asyncio.create_task(look) for look in looks]
 
     async def wait(self) -> None:
         """Return when the store is lost."""
         await asyncio.gather(*self._followers)
 
-    async def _tick(self) -> None:
-        """What is looked at now and then, rather than told."""
-        ticks = 0
+    async def _look_at_queues(self) -> None:
+        """One timer for all disks: a thread that wakes up by itself costs fifty times the look."""
         while True:
             await asyncio.sleep(LOOK_S)
-            ticks += 1
-            for device in list(self.devices.values()):
+            for device in self.devices.values():
+                device.wake_overdue()
+                device.log_figures()
+
+    async def _look_at_sizes(self) -> None:
+        """In a thread, as storage may hang; in one for all, which costs less than one for each."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            devices = list(self.devices.values())
+            for device in await asyncio.to_thread(_resized, devices):
                 await device.follow_size()
-                if ticks % _LOG_TICKS == 0:
-                    device.log_figures()
 
     def device(self, name: str) -> Device:
         """The disk with the directory `name`, or with ``DOMID/VDEV`` at its end; `ConfigError`."""
@@ -133,7 +141,7 @@ class Server:
     async def close(self) -> None:
         """Drain and release every disk, leaving its nodes for whoever serves it next."""
         self._closing = True
-        tasks = [*self._followers, *self._again, *([self._ticker] if self._ticker else [])]
+        tasks = [*self._followers, *self._again, *self._lookers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -39,7 +39,7 @@ SETTINGS = replace(ONE_QUEUE, pool_pages=32)
 """Of many idle disks: a domain has grants for so many with so few pages each."""
 
 GUESTS = 10
-IDLE_S = 5.0
+IDLE_S = 10.0
 """As long as the daemon takes to look at everything it looks at now and then."""
 
 ALONE = 15
@@ -105,7 +105,7 @@ async def _round(each: int, alone: int) -> dict[str, float]:
             await asyncio.gather(*(_tell(guest) for guest in guests))
             attached = time.monotonic() - begun
             used = (_resident() - memory) / (GUESTS * each)
-            await asyncio.sleep(IDLE_S / 5)  # what connecting has left to do
+            await asyncio.sleep(IDLE_S / 10)  # what connecting has left to do
             cpu_s = -backend_cpu(others) - time.thread_time()
             await asyncio.sleep(IDLE_S)
             cpu_s += backend_cpu(others) + time.thread_time()

@@ -35,7 +35,8 @@ from xvd.dataplane.latency cimport latency_lists
 from xvd.dataplane.pending cimport (
     BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER,
     backend_queue, pending)
-from xvd.dataplane.persistent cimport close_book, open_book, persistent_grant
+from xvd.dataplane.persistent cimport (
+    NOBODY, close_book, idle_too_long, open_book, persistent_grant)
 from xvd.dataplane.ports cimport (
     ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
     STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
@@ -534,6 +535,20 @@ cdef class BackendQueue:
     def due_ns(self):
         """When to step again though nothing happens, as `set_time` counts; 0 if there is no need."""
         return self.q.resume_ns
+
+    @property
+    def overdue(self):
+        """Whether a thread that sleeps has missed something: requests that were not taken, or grants
+        unused for too long. Any thread. Of one that is awake it says nothing.
+        """
+        cdef backend_queue *q = &self.q
+        cdef uint32_t oldest = q.kept.oldest
+        if q.broken or q.stopping:
+            return False
+        if xvd_load_acquire(q.ring.sring + SRING_REQ_PROD) != q.ring.req_cons:
+            return True
+        return (q.persistent and oldest != NOBODY
+                and idle_too_long(&q.kept, &q.kept.grants[oldest], monotonic_ns()))
 
     @property
     def in_flight(self):

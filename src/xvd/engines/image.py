@@ -202,8 +202,10 @@ class FileEngine(Engine):
     def measure(self) -> int:
         """Look how long the file or the device is; a part of a sector at its end is left out."""
         size = os.lseek(self._cached_fd, 0, os.SEEK_END)
-        self._info = dataclasses.replace(self._info, size=size - size % 512)
-        return self._info.size
+        size -= size % 512
+        if size != self._info.size:
+            self._info = dataclasses.replace(self._info, size=size)
+        return size
 
     def resize(self, size: int) -> None:
         """Cut a file, or make it longer by a hole. A device has the size that it has."""
