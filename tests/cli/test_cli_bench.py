@@ -55,6 +55,8 @@ def test_an_experiment_that_does_not_exist() -> None:
 def test_an_experiment_in_its_tiny_form_makes_a_page(name: str, tmp_path: Path) -> None:
     page = tmp_path / "benchmarks.md"
     result = run_xvd("bench", name, "--tiny", "--json", "--out", str(page))
+    if "not to be had" in result.stderr:
+        pytest.skip(result.stderr)
 
     assert result.returncode == 0, result.stderr
     (found,) = json.loads(result.stdout)["experiments"]

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from xvd.bench import disks, limit, published, scale, steps
+from xvd.bench import disks, limit, published, scale, steps, vhost
 from xvd.bench.report import Report
 from xvd.bench.run import Run
 
@@ -13,6 +13,7 @@ EXPERIMENTS: Final[dict[str, Callable[[Run], Report]]] = {
     "instructions": steps.instructions,
     "storage": limit.storage,
     "nbd": limit.nbd,
+    "vhost-user": vhost.vhost_user,
     "scale": scale.scale,
     "disks": disks.disks,
     "persistent": published.persistent,
