@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A discrete-event model of guests on one backend process, for hosts with more CPUs than this one.
 
-Each guest has two batches of half its depth under way. A batch is worked on by the guest's
-frontend thread, then by its backend thread, and so on; each needs one of the host's CPUs for as
-long as was measured. Without persistent grants the backend's work on a batch holds, for a part of
-it, the one lock that guards its process' mappings, and longer by what each other CPU that runs this
-process costs to be told (the TLB shootdown).
+Each guest has a thread, and so has its disk in the backend. A thread takes all the operations that
+wait for it, works on them on one of the host's CPUs, and hands them to the other end. As long as
+each thread has a CPU of its own, an operation's slot and responses go from CPU to CPU; where there
+are more threads than CPUs, both ends of a ring are mostly on one, as a thread that looks in vain
+gives way to the other, and each turn begins with a switch from another thread instead. Without
+persistent grants the backend's work holds, for most of it, the one lock that guards its process'
+mappings, and longer for each other CPU that maps in this process too (waiting for the lock, and the
+TLB shootdown); who waits for the lock keeps its CPU, as Linux's waiters do that spin.
 
-The costs are measured on this machine with one guest; how the model does is checked against several
-guests on this machine. What it leaves out: caches, memory bandwidth, wake-ups, and all of Xen.
+What each of this costs is measured by `calibrate`, without any guest; the model is checked against
+guests on this machine. It leaves out caches, memory bandwidth, sleeping and waking, and all of Xen.
 """
 
 from collections.abc import Generator
@@ -20,16 +23,20 @@ from xvd.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """CPU time of one operation, nanoseconds.
+    """CPU time, nanoseconds.
 
-    front, back: of either end, without mapping. mapping: under the lock. shootdown: more of the
-    same, for each further CPU that runs the backend.
+    front, back: of one operation at either end, without mapping; apart: the same of either where
+    the ends are on two CPUs. switch: of going on with another process' thread. mapping: of mapping
+    and unmapping one operation, under the lock; shared: more of the same, for each further CPU that
+    maps in the backend.
     """
 
     front: float
     back: float
+    apart: tuple[float, float]
+    switch: float
     mapping: float = 0.0
-    shootdown: float = 0.0
+    shared: float = 0.0
 
 
 def predict(
@@ -45,35 +52,36 @@ def predict(
         raise ConfigError("the model needs simpy; install xvd[bench]") from None
     env = simpy.Environment()
     processors, lock = simpy.Resource(env, cpus), simpy.Resource(env, 1)
-    batch = max(1, depth // 2)
-    done = [0]
-    warm = seconds * 1e8
-    # Every backend thread on a CPU of its own, as far as there are CPUs, is one to be told.
-    mapping = costs.mapping + costs.shootdown * (min(guests, cpus) - 1)
+    shared = 2 * guests > cpus
+    turn = costs.switch if shared else 0.0
+    front, back = (costs.front, costs.back) if shared else costs.apart
+    mapping = costs.mapping + costs.shared * (min(guests, cpus) - 1)
+    warm, done = seconds * 1e8, [0]
 
-    def on_a_cpu(ns: float) -> Generator[Any, Any, None]:
-        with processors.request() as cpu:
-            yield cpu
-            yield env.timeout(ns)
-
-    def under_way(front: Any, back: Any) -> Generator[Any, Any, None]:
+    def thread(
+        inbox: Any, outbox: Any, ns: float, locked_ns: float, count: list[int]
+    ) -> Generator[Any, Any, None]:
         while True:
-            with front.request() as mine:
-                yield mine
-                yield from on_a_cpu(costs.front * batch)
-            with back.request() as mine:
-                yield mine
-                yield from on_a_cpu(costs.back * batch)
-                if mapping:
+            waiting = yield inbox.get()
+            with processors.request() as cpu:
+                yield cpu
+                waiting += sum(inbox.items)
+                inbox.items.clear()
+                yield env.timeout(turn + ns * waiting)
+                if locked_ns:
                     with lock.request() as held:
                         yield held
-                        yield from on_a_cpu(mapping * batch)
+                        yield env.timeout(locked_ns * waiting)
+            outbox.put(waiting)
             if env.now >= warm:
-                done[0] += batch
+                count[0] += waiting
 
     for _ in range(guests):
-        front, back = simpy.Resource(env, 1), simpy.Resource(env, 1)
-        for _ in range(2 if depth > 1 else 1):
-            env.process(under_way(front, back))
+        requests, responses = simpy.Store(env), simpy.Store(env)
+        requests.put(depth - depth // 2)
+        if depth > 1:
+            responses.put(depth // 2)
+        env.process(thread(responses, requests, front, 0.0, [0]))
+        env.process(thread(requests, responses, back, mapping, done))
     env.run(until=warm + seconds * 1e9)
     return done[0] / seconds

@@ -2,10 +2,11 @@
 """The published experiments on blkback and blkfront, done with both ends here."""
 
 import asyncio
+import os
 from dataclasses import replace
 
 from xvd.backend.settings import Settings as BackendSettings
-from xvd.bench import guests, model
+from xvd.bench import calibrate, guests, model
 from xvd.bench.report import Plot, Report, Table
 from xvd.bench.ring import COPYING, MAPPING, ONE_QUEUE, PERSISTENT, Setup, case
 from xvd.bench.run import Run, cpu, iops, mib, per_operation
@@ -17,18 +18,29 @@ MODES = {"persistent": PERSISTENT, "mapping": MAPPING, "grant copy": COPYING}
 HOST_CPUS = 24
 """Of the machine that the published figures are from, as far as they say."""
 
+MAPPED = "null:256M"
+"""Storage for mapping: it touches what was mapped, as storage does. What nobody has touched is in
+no CPU's TLB, and costs no shootdown when it is unmapped."""
+
+CALIBRATION_S = 0.3
+"""How long each of the model's costs is measured."""
+
 
 def persistent(run: Run) -> Report:
     """Persistent grants against mapping and copying, over the number of guests."""
     counts = (1, 2, 5, 10) if run.scale >= 1 else (1, 2)
     job = Job(operations=run.operations(500_000), seed=run.seed)
+    setups = {mode: Setup(back=back, job=job) for mode, back in MODES.items()}
     slow = replace(job, operations=run.operations(30_000))
-    cases = [
-        _guests(f"{mode} {n}", Setup(back=back, job=slow if mode == "mapping" else job), n)
-        for n in counts
-        for mode, back in MODES.items()
-    ]
+    setups["mapping"] = replace(setups["mapping"], engine=MAPPED, job=slow)
+    cases = [_guests(f"{mode} {n}", setups[mode], n) for n in counts for mode in MODES]
     rounds = run.measure(cases)
+    costs = calibrate.costs(
+        job,
+        seconds=CALIBRATION_S * min(1.0, run.scale * 10),
+        lasting=Setup().engine,
+        passing=MAPPED,
+    )
     columns = ("guests", "mode", "IOPS", "mapped/op", "shootdowns/op", "backend ns/op")
     rows = [
         (
@@ -44,8 +56,10 @@ def persistent(run: Run) -> Report:
         "persistent",
         "Persistent grants, over the number of guests",
         "Null storage, 4 KiB random reads, depth 32, one queue and one page of ring each; every "
-        "guest is a process, the backend is one process with a thread for each disk.",
-        [Table(columns, rows), _predicted(rounds)],
+        "guest is a process, the backend is one process with a thread for each disk. With mapping "
+        "the storage fills what is read with zeros, so that the pages are touched. The model knows "
+        "the costs below, each measured by itself, and none of the measured points.",
+        [Table(columns, rows), _predicted(rounds, costs), calibrate.table(costs)],
         Plot("guests", "IOPS, all guests", lines),
         published="650,000 IOPS at 5 guests, and 400,000 still at 10 where the grants are not "
         "persistent and everything falls behind (Linux 0a8704a5, on a 24-CPU host with a ramdisk).",
@@ -62,34 +76,25 @@ def _guests(name: str, setup: Setup, count: int) -> Case:
     return Case(name, lambda: asyncio.run(guests.measure(setup, count)))
 
 
-def _predicted(rounds: Rounds) -> Table:
-    """What the model makes of one guest's costs: for this machine, and for a larger one."""
-    import os
+def _predicted(rounds: Rounds, costs: model.Costs) -> Table:
+    """What the model says of every measured point, and of a larger host."""
+    lasting = replace(costs, mapping=0.0, shared=0.0)
+    rows: list[tuple[str | float, ...]] = []
+    for mode, of_mode in (("persistent", lasting), ("mapping", costs)):
+        for count in (1, 2, 5, 10, 20):
+            measured = iops(rounds[name]) if (name := f"{mode} {count}") in rounds else None
+            rows.append((str(count), mode, *_compared(measured, of_mode, count)))
+    return Table(("guests", "mode", *_COMPARED), rows)
 
-    here = os.cpu_count() or 1
-    quick, slow = rounds["persistent 1"], rounds["mapping 1"]
-    lasting = model.Costs(front=cpu(quick, "front"), back=cpu(quick, "back"))
-    more = max(0.0, cpu(slow, "back") - lasting.back)
-    # Half of the cost of unmapping is taken for the telling, where there is somebody to be told.
-    passing = replace(lasting, mapping=more / 2, shootdown=more / 2)
-    rows = []
-    for count in (1, 2, 5, 10, 20):
-        measured = [
-            iops(rounds[f"{mode} {count}"]) if f"{mode} {count}" in rounds else "-"
-            for mode in ("persistent", "mapping")
-        ]
-        predicted = [
-            model.predict(costs, guests=count, cpus=cpus)
-            for cpus in (here, HOST_CPUS)
-            for costs in (lasting, passing)
-        ]
-        rows.append((str(count), measured[0], measured[1], *predicted))
-    columns = (
-        "guests", "persistent, measured", "mapping, measured", f"persistent, model {here} CPUs",
-        f"mapping, model {here} CPUs", f"persistent, model {HOST_CPUS} CPUs",
-        f"mapping, model {HOST_CPUS} CPUs",
-    )  # fmt: skip
-    return Table(columns, rows)
+
+HERE = os.cpu_count() or 1
+_COMPARED = ("measured", f"model, {HERE} CPUs", "of measured", f"model, {HOST_CPUS} CPUs")
+
+
+def _compared(measured: float | None, costs: model.Costs, count: int) -> tuple[str | float, ...]:
+    """The cells under `_COMPARED`."""
+    here, there = (model.predict(costs, guests=count, cpus=cpus) for cpus in (HERE, HOST_CPUS))
+    return measured or "-", here, here / measured if measured else "-", there
 
 
 def indirect(run: Run) -> Report:
@@ -170,8 +175,6 @@ def ring_pages(run: Run) -> Report:
 
 def queues(run: Run) -> Report:
     """Queues of a disk."""
-    import os
-
     counts = (1, 2, 4, 8)
     setups = {
         n: Setup(
@@ -182,28 +185,27 @@ def queues(run: Run) -> Report:
         for n in counts
     }
     rounds = run.measure([case(str(n), setup) for n, setup in setups.items()])
-    cost = model.Costs(front=cpu(rounds["1"], "front"), back=cpu(rounds["1"], "back"))
-    here = os.cpu_count() or 1
+    costs = calibrate.costs(
+        setups[1].job, seconds=CALIBRATION_S * min(1.0, run.scale * 10), lasting=setups[1].engine
+    )
     rows = [
         (
-            str(n), iops(rounds[str(n)]), cpu(rounds[str(n)], "front"), cpu(rounds[str(n)], "back"),
-            model.predict(cost, guests=n, cpus=here),
-            model.predict(cost, guests=n, cpus=HOST_CPUS),
+            str(n), cpu(rounds[str(n)], "front"), cpu(rounds[str(n)], "back"),
+            *_compared(iops(rounds[str(n)]), costs, n),
         )
         for n in counts
     ]  # fmt: skip
-    columns = ("queues", "IOPS", "front ns/op", "back ns/op", f"model, {here} CPUs",
-               f"model, {HOST_CPUS} CPUs")  # fmt: skip
+    columns = ("queues", "front ns/op", "back ns/op", *_COMPARED)
     both = {n: cpu(rounds[str(n)], "front") + cpu(rounds[str(n)], "back") for n in counts}
     return Report(
         "queues",
         "Queues of a disk",
         "Null storage, 4 KiB random reads, depth 32 for each queue, persistent grants. A queue of "
         "the model is a guest of its own with one queue: they share nothing but the CPUs.",
-        [Table(columns, rows)],
+        [Table(columns, rows), calibrate.table(costs)],
         Plot("queues", "IOPS", {
-            "measured": [(n, iops(rounds[str(n)])) for n in counts],
-            f"model, {HOST_CPUS} CPUs": [(int(row[0]), float(row[5])) for row in rows],
+            name: [(int(row[0]), float(row[columns.index(name)])) for row in rows]
+            for name in ("measured", f"model, {HERE} CPUs", f"model, {HOST_CPUS} CPUs")
         }),
         published="810,000 to 1,410,000 IOPS for 4 queues, 780,000 to 1,354,000 for 8 "
         "(random read and write, null_blk, the patches before Linux d62d8600).",

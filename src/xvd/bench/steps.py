@@ -11,65 +11,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+from xvd.bench.pair import ENTRIES, Pair
 from xvd.bench.peers import NotInstalled, missing
 from xvd.bench.report import Plot, Report, Table
 from xvd.bench.run import Run
-from xvd.blkif.abi import Abi, Op, nr_ents
-from xvd.dataplane.front import FrontQueue
-from xvd.dataplane.load import Load
-from xvd.dataplane.queue import BackendQueue
-from xvd.dataplane.ring import FrontRing
-from xvd.engines.uri import open_engine
 from xvd.errors import ConfigError
-from xvd.machine.emulated.host import Host
-from xvd.machine.emulated.machine import EmulatedMachine
-from xvd.machine.xs.client import XenstoreClient
-from xvd.types import Domid
+from xvd.frontend.load import Job
 
-ENTRIES = nr_ents(1, Abi.X86_64)
 STEPS = {
     "front": "__pyx_f_3xvd_9dataplane_4load_step",
     "back": "__pyx_f_3xvd_9dataplane_5queue_step",
 }
 """The compiled functions that are one round of an end, as the linker knows them."""
 
-
 CASES = (("null:1M", 1), ("null:1M", ENTRIES), ("memory:1M", ENTRIES))
-
-
-async def _no_store() -> XenstoreClient:
-    raise AssertionError("a queue needs no xenstore")
 
 
 def drive(engine: str, depth: int, operations: int) -> None:
     """Write 4 KiB at random places with persistent grants, stepping one end, then the other."""
-    host = Host()
-    ends = []
-    for domid in (Domid(0), Domid(1)):
-        host.create_domain(domid)
-        ends.append(EmulatedMachine(host.open(domid), _no_store))
-    back, front = ends
-    ring = front.grants.share(Domid(0), 1)
-    pages = front.grants.share(Domid(0), ENTRIES)
-    port = front.event_channels.alloc_unbound(Domid(0))
-    FrontRing(ring.view, ENTRIES, Abi.X86_64.number).init()
-    queue = FrontQueue(
-        ring.view, ENTRIES, Abi.X86_64.number, pages, port, segments_max=1, persistent=True
-    )
-    load = Load(
-        queue, depth=depth, size=4096, span=1 << 20, operations=operations, write_percent=100
-    )
-    storage = open_engine(engine)
-    grants = back.grants.foreign(Domid(1))
-    mapping = grants.map(ring.grefs)
-    server = BackendQueue(
-        mapping.view, ENTRIES, Abi.X86_64.number, grants,
-        back.event_channels.bind_interdomain(Domid(1), port.port), storage.open_channel(),
-        capacity=storage.info.size // 512, offered=1 << Op.WRITE, persistent=True,
-    )  # fmt: skip
-    while load.result[0] < operations:
-        load.step()
-        server.step()
+    job = Job(depth=depth, span=1 << 20, operations=operations, write_percent=100)
+    pair = Pair(engine, job)
+    while pair.load.result[0] < operations:
+        pair.load.step()
+        pair.back.step()
 
 
 def count(engine: str, depth: int, operations: int, directory: Path) -> dict[str, int]:

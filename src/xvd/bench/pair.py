@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both ends of a ring without threads: whoever made them steps one, then the other."""
+
+from xvd.blkif.abi import Abi, Op, nr_ents
+from xvd.dataplane.front import FrontQueue
+from xvd.dataplane.load import Load
+from xvd.dataplane.queue import BackendQueue
+from xvd.dataplane.ring import FrontRing
+from xvd.engines.uri import open_engine
+from xvd.frontend.load import Job
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.xs.client import XenstoreClient
+from xvd.types import Domid
+
+ENTRIES = nr_ents(1, Abi.X86_64)
+
+
+async def _no_store() -> XenstoreClient:
+    raise AssertionError("a queue needs no xenstore")
+
+
+class Pair:
+    """A disk of one queue with a page of ring, and a job on it; `step` the `load`, then the `back`.
+
+    The job's operations are of 4 KiB at most, and 32 at most are under way.
+    """
+
+    def __init__(self, engine: str, job: Job, *, persistent: bool = True) -> None:
+        self.depth = job.depth
+        host = Host()
+        ends = []
+        for domid in (Domid(0), Domid(1)):
+            host.create_domain(domid)
+            ends.append(EmulatedMachine(host.open(domid), _no_store))
+        back, front = ends
+        ring = front.grants.share(Domid(0), 1)
+        pages = front.grants.share(Domid(0), ENTRIES)
+        port = front.event_channels.alloc_unbound(Domid(0))
+        FrontRing(ring.view, ENTRIES, Abi.X86_64.number).init()
+        queue = FrontQueue(
+            ring.view, ENTRIES, Abi.X86_64.number, pages, port, segments_max=1,
+            persistent=persistent,
+        )  # fmt: skip
+        self.load = Load(
+            queue, depth=job.depth, size=job.size, span=job.span, operations=job.operations,
+            write_percent=job.write_percent, seed=job.seed, in_place=job.in_place,
+        )  # fmt: skip
+        storage = open_engine(engine)
+        grants = back.grants.foreign(Domid(1))
+        mapping = grants.map(ring.grefs)
+        self.back = BackendQueue(
+            mapping.view, ENTRIES, Abi.X86_64.number, grants,
+            back.event_channels.bind_interdomain(Domid(1), port.port), storage.open_channel(),
+            capacity=storage.info.size // 512, offered=1 << Op.READ | 1 << Op.WRITE,
+            persistent=persistent,
+        )  # fmt: skip
