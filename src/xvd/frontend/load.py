@@ -102,11 +102,13 @@ async def run_load(
     job: Job,
     *,
     settings: Settings | None = None,
+    on_start: Callable[[], None] | None = None,
     on_end: Callable[[], None] | None = None,
 ) -> LoadResult:
     """Connect to a disk, do the job, close the disk again.
 
-    on_end: called when the last operation has ended, before the disk is closed.
+    on_start, on_end: called when the disk is connected, before the first operation, and when the
+    last has ended, before the disk is closed.
 
     Raises as `Disk.open` does, `LocalProtocolError` for a job that is none, and OSError (ENODEV)
     for a backend that leaves before the end.
@@ -116,6 +118,8 @@ async def run_load(
     def stepper(queues: Sequence[FrontQueue]) -> list[Load]:
         shares = min(len(queues), job.depth, job.operations)
         loads.extend(_share(queue, job, shares, i) for i, queue in enumerate(queues[:shares]))
+        if on_start is not None:
+            on_start()
         return loads
 
     user = _User()
