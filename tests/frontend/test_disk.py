@@ -239,10 +239,19 @@ def test_a_load_measures_and_leaves_the_disk_as_it_was() -> None:
         async with disk_world() as world:
             vbd = await world.attach()
             machine, store = await world.guest()
+            told: list[str] = []
             for _ in range(2):
                 job = Job(depth=8, span=8 << 20, operations=200, write_percent=50)
-                result = await run_load(machine, store, f"device/vbd/{vbd.vdev}", job)
+                result = await run_load(
+                    machine,
+                    store,
+                    f"device/vbd/{vbd.vdev}",
+                    job,
+                    on_start=lambda: told.append("start"),
+                    on_end=lambda: told.append("end"),
+                )
                 assert (result.operations, result.errors) == (200, 0)
+            assert told == ["start", "end"] * 2
 
     run(work())
 

@@ -27,11 +27,13 @@ from xvd.frontend.settings import Settings
 from xvd.machine.xen.machine import XenMachine
 
 FIGURES = Path(os.environ.get("XVD_FIGURES", "/tmp/figures.jsonl"))
-ROUNDS, BUDGET_S = 5, 240
+ROUNDS, BUDGET_S = 5, 210
 """Rounds for either frontend, and how long they may take: fewer on a slower machine."""
 SECONDS = 2
 TRIED = 500
+"""Operations by which the speed of a backend is found, which decides how many are measured."""
 TRIES, DRIFT_MAX = 5, 0.05
+"""How often something is measured whose seconds were longer or shorter than the host's by more."""
 SAME = Settings(max_queues=1, max_ring_page_order=0, feature_persistent=True)
 """What both frontends ask of every backend, and all three could do: one queue, one page of ring.
 Persistent grants, which QEMU does not have."""
@@ -181,14 +183,33 @@ class Rounds:
         note(f"{markdown(found)}{text}")
 
 
+AGREED = {
+    "protocol",
+    "feature-persistent",
+    "feature-max-indirect-segments",
+    "ring-page-order",
+    "max-ring-page-order",
+    "multi-queue-num-queues",
+    "multi-queue-max-queues",
+    "sector-size",
+}
+
+
 def report_agreements(frontend: str, agreed: dict[str, dict[str, tuple[str, str]]]) -> None:
-    names = sorted(set().union(*agreed.values()))
-    lines = [f"{frontend}: what was agreed on", f"  {'node (frontend / backend)':<32}"]
-    lines[-1] += "".join(f"{peer:>24}" for peer in agreed)
-    for name in names:
-        cells = (" / ".join(nodes.get(name, ("", ""))) for nodes in agreed.values())
-        lines.append(f"  {name:<32}" + "".join(f"{cell:>24}" for cell in cells))
+    """A number of queues or an order of pages that the frontend has not written is 1 or 0."""
+    lines = [f"{frontend}: what was agreed on, as the frontend / the backend has it\n"]
+    lines.append(f"| node | {' | '.join(agreed)} |")
+    lines.append("|---|" + "---|" * len(agreed))
+    for name in sorted(AGREED):
+        cells = (
+            " / ".join(side or "-" for side in nodes.get(name, ("", "")))
+            for nodes in agreed.values()
+        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     note("\n".join(lines))
+    for nodes in agreed.values():
+        assert nodes.get("ring-page-order", ("",))[0] in ("", "0")
+        assert nodes.get("multi-queue-num-queues", ("",))[0] in ("", "1")
 
 
 class Console:
