@@ -242,6 +242,7 @@ class Console:
 def test_a_linux_guest_with_fio(peers: list[Peer]) -> None:
     disks = " ".join(f"-d '{peer.line}'" for peer in peers)
     asked = "xen_blkfront.max_queues=1 xen_blkfront.max_ring_page_order=0"
+    asked += " tsc=reliable clocksource=tsc"  # as dom0 has it (xen-rig/run)
     sh(f"domu -n u1 -m 384 -b -k '{asked}' {disks}")
     console = Console("u1")
 
