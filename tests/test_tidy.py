@@ -38,7 +38,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "toolstack": ("blkif", "machine.xs"),
     "engines": ("dataplane.ports", "dataplane.liburing", "dataplane.c"),
     "machine.emulated": ("machine.interface", "machine.xs", "dataplane.ports", "dataplane.c"),
-    "machine.xen": ("machine.interface", "machine.xs", "dataplane.ports"),
+    "machine.xen": ("machine.interface", "machine.xs", "dataplane.ports", "dataplane.liburing"),
     "machine.xs": ("machine.xs",),
     "machine": ("machine.xs",),  # interface.py names the store's client for the type checker
     "dataplane": (),

@@ -251,3 +251,43 @@ def test_segments_have_bounds(segments_max: int) -> None:
         FrontQueue(
             world.ring_pages.view, 32, 0, world.pages, world.port, segments_max=segments_max
         )  # fmt: skip
+
+
+# ---- The budget of a step ----
+
+
+def test_a_step_issues_and_takes_no_more_than_its_budget() -> None:
+    with FrontWorld() as world:
+        for token in range(4):
+            world.queue.submit(Op.READ, token * 64, 8, bytearray(4096), token)
+        world.queue.step(3)
+        assert world.queue.counters()["requests"] == 3
+        world.serve(b"data")
+        assert [token for token, _ in world.queue.reap()] == [0, 1, 2, 3]
+        for token in range(4):
+            world.queue.submit(Op.READ, token * 64, 8, bytearray(4096), token)
+        for request in world.requests():
+            world.answer(request.id, Op.READ)
+        world.ring.push()
+        world.queue.step(3)
+        assert len(world.queue.reap()) == 3
+        world.queue.step(3)
+        assert len(world.queue.reap()) == 1
+
+
+def test_a_step_moves_no_more_pages_than_its_budget() -> None:
+    """Sixteen pages for each request: the backend has the first while the rest is copied."""
+    with FrontWorld(segments_max=32, pool=264) as world:
+        for token in range(4):
+            world.queue.submit(Op.WRITE, token * 512, 256, bytes(256 * 512), token)
+        world.queue.step(2)
+        assert world.queue.counters()["requests"] == 1
+        requests = world.requests()
+        assert len(requests) == 4
+        for request in requests:
+            world.answer(request.id, Op.WRITE)
+        world.ring.push()
+        world.queue.step(2)
+        assert len(world.queue.reap()) == 1
+        world.queue.step()
+        assert len(world.queue.reap()) == 3

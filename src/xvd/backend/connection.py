@@ -54,6 +54,11 @@ class Plan:
         offered = self.config.persistent and self.features.persistent
         return offered and not self.settings.copying
 
+    @property
+    def budget(self) -> int:
+        """Requests of one step: many where each step maps or copies their grants by one call."""
+        return 8 if self.persistent else 64
+
 
 class Link:
     """One queue of a connection, without its thread."""
@@ -152,7 +157,7 @@ class Connection:
             try:
                 link.thread = QueueThread(
                     link.queue, link.name, self._ends(link), poll_s=poll_us / 1e6,
-                    watchdog_s=WATCHDOG_S,
+                    watchdog_s=WATCHDOG_S, budget=self.plan.budget,
                 )  # fmt: skip
             except OSError as error:
                 if link is self.links[0]:

@@ -72,7 +72,7 @@ cdef uint32_t front_step(void *ctx, uint32_t budget) noexcept nogil:
     q.now_ns = monotonic_ns()
     if q.broken:
         return STEP_BROKEN | STEP_DRAINED
-    taken = take_responses(q)
+    taken = take_responses(q, budget)
     if q.broken:
         return STEP_BROKEN | STEP_DRAINED
     if q.scan:

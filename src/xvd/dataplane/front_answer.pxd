@@ -20,7 +20,7 @@ from xvd.dataplane.front cimport (
 from xvd.dataplane.front_issue cimport move_data
 from xvd.dataplane.front_pool cimport give_pages
 from xvd.dataplane.latency cimport count_latency
-from xvd.dataplane.ports cimport front_io
+from xvd.dataplane.ports cimport PAGES_EACH, front_io
 from xvd.dataplane.ring cimport RING_BROKEN, front_copy, front_pending
 
 
@@ -108,16 +108,17 @@ cdef inline int check(const front_queue *q, uint64_t id, uint8_t operation) noex
     return BREACH_NONE
 
 
-cdef inline uint32_t take_responses(front_queue *q) noexcept nogil:
-    """All that are there by one look; the first lie breaks the device."""
+cdef inline uint32_t take_responses(front_queue *q, uint32_t budget) noexcept nogil:
+    """Those that are there by one look, within the budget; the first lie breaks the device."""
     cdef const blkif_layout *at = q.ring.layout
-    cdef uint32_t count, i
+    cdef uint32_t count, i = 0, pages = 0
     cdef uint64_t id
     cdef int breach
     if front_pending(&q.ring, &count) == RING_BROKEN:
         q.broken = BREACH_RESPONSE_OVERFLOW
         return 0
-    for i in range(count):
+    count = min(count, budget)
+    while i < count and pages < budget * PAGES_EACH:
         front_copy(&q.ring, q.copy)
         id = xvd_get64(q.copy + at.response_id)
         breach = check(q, id, q.copy[at.response_operation])
@@ -126,5 +127,7 @@ cdef inline uint32_t take_responses(front_queue *q) noexcept nogil:
         if breach != BREACH_NONE:
             q.broken = breach
             return i
-    q.count.responses += count
-    return count
+        pages += q.shadows[id].nr_pages
+        i += 1
+    q.count.responses += i
+    return i

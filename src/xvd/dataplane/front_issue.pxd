@@ -21,7 +21,7 @@ from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_put16, xvd_put32, xvd_put64
 from xvd.dataplane.front cimport (SHADOW_FREE, SHADOW_IN_FLIGHT, front_queue, has_data, is_issued,
                                   is_rw, shadow)
 from xvd.dataplane.front_pool cimport page_data, take_chain
-from xvd.dataplane.ports cimport front_io
+from xvd.dataplane.ports cimport PAGES_EACH, front_io
 from xvd.dataplane.ring cimport front_free, front_next_slot
 
 
@@ -299,11 +299,12 @@ cdef inline uint32_t put_unit(front_queue *q, uint64_t sectors) noexcept nogil:
 cdef inline uint32_t issue(front_queue *q, uint32_t budget) noexcept nogil:
     """Move queued operations onto the ring, in order, as far as there is room."""
     cdef uint32_t n = 0
-    cdef uint64_t sectors
-    while q.queued.first != NULL and n < budget:
+    cdef uint64_t sectors, most = <uint64_t>budget * PAGES_EACH * BLKIF_SECTORS_PER_PAGE, all = 0
+    while q.queued.first != NULL and n < budget and all < most:
         sectors = next_sectors(q, q.queued.first) if has_data(q.queued.first) else 0
         if not has_room(q, q.queued.first, sectors):
             q.count.waits += 1
             break
         n += put_unit(q, sectors)
+        all += sectors
     return n

@@ -118,8 +118,13 @@ cdef enum step_flag:
     STEP_BROKEN = 2              # the peer broke the ring: never step again
     STEP_DRAINED = 4             # asked to stop, and nothing is in flight any more
 
+cdef enum:
+    PAGES_EACH = 16              # of data, for each request of a step's budget
+
 cdef struct stepper_ports:
     void *ctx
+    # budget: requests of one step, and sixteen times as many pages. What a step does is seen by the
+    # other end when it is over.
     uint32_t (*step)(void *ctx, uint32_t budget) noexcept nogil
     # Ask for an event and look once more: 1 if the thread may sleep, 0 if there is work after all.
     int (*may_sleep)(void *ctx) noexcept nogil

@@ -38,7 +38,7 @@ from xvd.dataplane.pending cimport (
 from xvd.dataplane.persistent cimport (
     NOBODY, close_book, idle_too_long, open_book, persistent_grant)
 from xvd.dataplane.ports cimport (
-    ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
+    PAGES_EACH, ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
     STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
 from xvd.dataplane.purge cimport purge, purge_all
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
@@ -107,7 +107,7 @@ cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
     One that has to wait stays on the ring, and all behind it: they are looked at again when
     something has been answered.
     """
-    cdef uint32_t count, i, taken = 0
+    cdef uint32_t count, i, taken = 0, pages = 0
     cdef int refusal
     cdef bint again = q.stalled
     cdef pending *p
@@ -130,6 +130,9 @@ cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
         mark_taken(q.journal, p.entry, q.ring.req_cons)
         begin(q, p, refusal)
         taken += 1
+        pages += p.rq.nr_segments
+        if pages >= budget * PAGES_EACH:
+            break
     q.count.requests += taken
     return taken
 

@@ -23,8 +23,8 @@ class Queue(Protocol):
 class QueueThread:
     """Runs a queue until it is drained or broken, then calls `on_exit` in the event loop's thread.
 
-    `on_exit` gets the exception that ended the loop, or None. poll_s, watchdog_s: as for
-    `Loop`. Made and used in the event loop's thread.
+    `on_exit` gets the exception that ended the loop, or None. The options are
+    `Loop`'s. Made and used in the event loop's thread.
     """
 
     def __init__(
@@ -35,11 +35,12 @@ class QueueThread:
         *,
         poll_s: float = 0.0,
         watchdog_s: float = 5.0,
+        budget: int = 8,
     ) -> None:
         self._queue = queue
         self._on_exit = on_exit
         self._events = asyncio.get_running_loop()
-        self.loop = Loop(queue, poll_s=poll_s, watchdog_s=watchdog_s)
+        self.loop = Loop(queue, poll_s=poll_s, watchdog_s=watchdog_s, budget=budget)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 

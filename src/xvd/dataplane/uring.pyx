@@ -232,12 +232,13 @@ cdef int run(loop_state *s) noexcept nogil:
 cdef class Loop:
     """A queue's loop: make it, `run` it in a thread of its own, `wake` it after any change.
 
-    queue: an object with the stepper's capsule as ``ports``. watchdog_s: longest sleep, seconds.
+    queue: an object with the stepper's capsule as ``ports``. budget: requests of one step; few, so
+    that both ends work at once: one has the first while the other does the rest. watchdog_s: longest sleep, seconds.
     poll_s: longest time that is spent looking before a sleep, seconds; 0: none, as
     on a single CPU.
     """
 
-    def __init__(self, queue, *, int budget=64, double watchdog_s=5.0, double poll_s=0.0):
+    def __init__(self, queue, *, int budget=8, double watchdog_s=5.0, double poll_s=0.0):
         if self.open:
             raise LocalProtocolError("a loop is made once")
         self.keep = queue
