@@ -90,7 +90,7 @@ def peers(backend: Backend) -> Iterator[list[Peer]]:
     backend.start("--kind", "vbd3")
     qdisk = "format=raw,vdev=xvdd,access=rw,backendtype=qdisk,target=/dev/nullb1"
     yield [
-        Peer("xvd", "xvdb", Slot.TAP.line("null:1G", "xvdb"), lambda _: [backend.pid]),
+        Peer("xvd", "xvdb", Slot.TAP.line("null:1G,read-zeroes=off", "xvdb"), lambda _: [backend.pid]),
         Peer(
             "xen-blkback",
             "xvdc",
