@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the model's costs are on this machine, each measured by itself and without any guest.
 
-One thread steps both ends of a ring in turn, with half of the depth under way, as the model's
-threads find it: nobody waits or looks in vain. It may move to another CPU and back in between,
-which is what it costs when the ends are on two. Two threads that do so without
+One thread steps both ends of a ring in turn, with as much under way as one step takes, half of the
+depth where that is all there is: nobody waits or looks in vain. It may move to another CPU and
+back in between, which is what it costs when the ends are on two. Two threads that do so without
 persistent grants, each with a ring of its own, show what mapping costs where two CPUs do it in one
 process; two processes that yield one CPU to each other show what a switch costs. A figure is the
 median of many short times, so that what else runs on the machine does not count.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from xvd.bench.model import Costs
-from xvd.bench.pair import Pair
+from xvd.bench.pair import BUDGET, Pair
 from xvd.bench.report import Table
 from xvd.frontend.load import Job
 
@@ -39,9 +39,10 @@ def costs(job: Job, *, seconds: float, lasting: str, passing: str = "") -> Costs
     mapping on the engine `passing`. seconds: how long each measurement takes.
     """
     half = replace(job, depth=job.depth // 2, operations=1 << 40)
-    front, back = _alone(Pair(lasting, half), seconds)
+    few = replace(half, depth=min(BUDGET, half.depth))
+    front, back = _alone(Pair(lasting, few), seconds)
     cpus = sorted(os.sched_getaffinity(0))
-    apart = _alone(Pair(lasting, half), seconds, (cpus[0], cpus[-1]))
+    apart = _alone(Pair(lasting, few), seconds, (cpus[0], cpus[-1]))
     found = Costs(front=front, back=back, apart=apart, switch=_switch(seconds))
     if not passing:
         return found

@@ -24,15 +24,21 @@ compared between rounds, and what is verified is said. "Seen here" is written by
 that the page has unless it says otherwise, and kept beside the plots.
 
 **What they do not say.** The guests are emulated: there is no hypervisor in these figures, and no
-cost of its calls; docs/xen.md has what real Xen shows. The machine is shared and has {cpus} CPUs,
-so that two threads that never sleep take all of it. fio, where it measures beside us, takes one.
+cost of its calls; real Xen, in software emulation, is at the end of the page. The machine is
+shared and has {cpus} CPUs, so that two threads that never sleep take all of it. fio, where it
+measures beside us, takes one.
 """
+
+
+LAST = "xen.md"
+"""What was measured on real Xen, by another command."""
 
 
 def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
     """Write the page, and each plot as an SVG into a folder of the page's name beside it.
 
-    What the folder has to say of an experiment, in NAME.md, becomes its "Seen here".
+    What the folder has to say of an experiment, in NAME.md, becomes its "Seen here"; its `LAST`
+    is the page's end.
     """
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
@@ -47,4 +53,7 @@ def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
         remark = pictures / f"{report.name}.md"
         seen = remark.read_text().strip() if remark.exists() else ""
         parts.append(as_markdown(report, picture, seen))
+    last = pictures / LAST
+    if last.exists():
+        parts.append(last.read_text())
     path.write_text("\n".join(parts))

@@ -13,7 +13,8 @@ from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import Domid
 
-ENTRIES = nr_ents(1, Abi.X86_64)
+BUDGET = 8
+"""Requests of one step, as the threads of queues with persistent grants have it."""
 
 
 async def _no_store() -> XenstoreClient:
@@ -21,25 +22,28 @@ async def _no_store() -> XenstoreClient:
 
 
 class Pair:
-    """A disk of one queue with a page of ring, and a job on it; `step` the `load`, then the `back`.
+    """A disk of one queue, and a job on it; `step` the `load`, then the `back`.
 
     The job's operations are of 4 KiB at most, and 32 at most are under way.
     """
 
-    def __init__(self, engine: str, job: Job, *, persistent: bool = True) -> None:
+    def __init__(
+        self, engine: str, job: Job, *, persistent: bool = True, ring_pages: int = 1
+    ) -> None:
         self.depth = job.depth
+        entries = nr_ents(ring_pages, Abi.X86_64)
         host = Host()
         ends = []
         for domid in (Domid(0), Domid(1)):
             host.create_domain(domid)
             ends.append(EmulatedMachine(host.open(domid), _no_store))
         back, front = ends
-        ring = front.grants.share(Domid(0), 1)
-        pages = front.grants.share(Domid(0), ENTRIES)
+        ring = front.grants.share(Domid(0), ring_pages)
+        pages = front.grants.share(Domid(0), entries)
         port = front.event_channels.alloc_unbound(Domid(0))
-        FrontRing(ring.view, ENTRIES, Abi.X86_64.number).init()
+        FrontRing(ring.view, entries, Abi.X86_64.number).init()
         queue = FrontQueue(
-            ring.view, ENTRIES, Abi.X86_64.number, pages, port, segments_max=1,
+            ring.view, entries, Abi.X86_64.number, pages, port, segments_max=1,
             persistent=persistent,
         )  # fmt: skip
         self.load = Load(
@@ -50,7 +54,7 @@ class Pair:
         grants = back.grants.foreign(Domid(1))
         mapping = grants.map(ring.grefs)
         self.back = BackendQueue(
-            mapping.view, ENTRIES, Abi.X86_64.number, grants,
+            mapping.view, entries, Abi.X86_64.number, grants,
             back.event_channels.bind_interdomain(Domid(1), port.port), storage.open_channel(),
             capacity=storage.info.size // 512, offered=1 << Op.READ | 1 << Op.WRITE,
             persistent=persistent,

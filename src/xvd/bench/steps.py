@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from xvd.bench.pair import ENTRIES, Pair
+from xvd.bench.pair import BUDGET, Pair
 from xvd.bench.peers import NotInstalled, missing
 from xvd.bench.report import Plot, Report, Table
 from xvd.bench.run import Run
@@ -24,22 +24,28 @@ STEPS = {
 }
 """The compiled functions that are one round of an end, as the linker knows them."""
 
-CASES = (("null:1M", 1), ("null:1M", ENTRIES), ("memory:1M", ENTRIES))
+CASES = (
+    ("null:1M", 1, 1),
+    ("null:1M", BUDGET, 1),
+    ("null:1M", BUDGET, 64),
+    ("memory:1M", BUDGET, 1),
+)
+"""Storage, requests of a step, and pages of the ring."""
 
 
-def drive(engine: str, depth: int, operations: int) -> None:
+def drive(engine: str, depth: int, ring_pages: int, operations: int) -> None:
     """Write 4 KiB at random places with persistent grants, stepping one end, then the other."""
     job = Job(depth=depth, span=1 << 20, operations=operations, write_percent=100)
-    pair = Pair(engine, job)
+    pair = Pair(engine, job, ring_pages=ring_pages)
     while pair.load.result[0] < operations:
         pair.load.step()
         pair.back.step()
 
 
-def count(engine: str, depth: int, operations: int, directory: Path) -> dict[str, int]:
+def count(case: tuple[str, int, int], operations: int, directory: Path) -> dict[str, int]:
     """Instructions of either end for all of it."""
     out = directory / "callgrind.out"
-    words = [sys.executable, "-m", "xvd.bench.steps", engine, str(depth), str(operations)]
+    words = [sys.executable, "-m", "xvd.bench.steps", *map(str, case), str(operations)]
     subprocess.run(
         ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", *words],
         check=True, capture_output=True,
@@ -64,9 +70,11 @@ def instructions(run: Run) -> Report:
     operations = run.operations(10_000)
     rows = []
     # Starting Python under valgrind takes ten seconds: a look is at one case.
-    for engine, depth in CASES if run.scale >= 1 else CASES[-1:]:
-        found = count(engine, depth, operations, run.directory)
+    for case in CASES if run.scale >= 1 else CASES[-1:]:
+        engine, depth, pages = case
+        found = count(case, operations, run.directory)
         name = f"{engine.partition(':')[0]}, {depth} in a step"
+        name += f", {pages} pages of ring" if pages > 1 else ""
         rows.append((name, found["front"] / operations, found["back"] / operations))
     return Report(
         "instructions",
@@ -87,4 +95,4 @@ def instructions(run: Run) -> Report:
 
 
 if __name__ == "__main__":
-    drive(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    drive(sys.argv[1], *map(int, sys.argv[2:]))
