@@ -7,13 +7,13 @@ import pytest
 
 from xvd.bench.model import Costs, predict
 
-COSTS = Costs(front=200.0, back=100.0, apart=(400.0, 300.0), switch=1600.0)
+COSTS = Costs(front=200.0, back=100.0, switch=1600.0)
 MAPPING = replace(COSTS, mapping=5000.0, shared=1000.0)
 
 
 def test_a_cpu_for_each_thread_goes_as_fast_as_the_slower_end() -> None:
-    assert predict(COSTS, guests=1, cpus=2, seconds=0.001) == pytest.approx(1e9 / 400, rel=0.05)
-    assert predict(COSTS, guests=3, cpus=6, seconds=0.001) == pytest.approx(3e9 / 400, rel=0.05)
+    assert predict(COSTS, guests=1, cpus=2, seconds=0.001) == pytest.approx(1e9 / 200, rel=0.05)
+    assert predict(COSTS, guests=3, cpus=6, seconds=0.001) == pytest.approx(3e9 / 200, rel=0.05)
 
 
 def test_one_cpu_does_the_work_of_both_ends_and_switches() -> None:

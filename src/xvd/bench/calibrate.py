@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the model's costs are on this machine, each measured by itself and without any guest.
 
-One thread steps both ends of a ring in turn, with as much under way as one step takes, half of the
-depth where that is all there is: nobody waits or looks in vain. It may move to another CPU and
-back in between, which is what it costs when the ends are on two. Two threads that do so without
-persistent grants, each with a ring of its own, show what mapping costs where two CPUs do it in one
-process; two processes that yield one CPU to each other show what a switch costs. A figure is the
-median of many short times, so that what else runs on the machine does not count.
+One thread steps both ends of a ring in turn, with all of the depth under way: nobody waits or
+looks in vain, and what Python costs falls out. Two threads that do so without persistent grants,
+each with a ring of its own, show what mapping costs where two CPUs do it in one process; two
+processes that yield one CPU to each other show what a switch costs. A figure is the median of many
+short times, so that what else runs on the machine does not count.
 """
 
 import os
@@ -15,11 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 from xvd.bench.model import Costs
-from xvd.bench.pair import BUDGET, Pair
+from xvd.bench.pair import Pair
 from xvd.bench.report import Table
 from xvd.frontend.load import Job
 
@@ -38,16 +37,13 @@ def costs(job: Job, *, seconds: float, lasting: str, passing: str = "") -> Costs
     """Of the job with persistent grants on the engine `lasting`, and, where it is given, with
     mapping on the engine `passing`. seconds: how long each measurement takes.
     """
-    half = replace(job, depth=job.depth // 2, operations=1 << 40)
-    few = replace(half, depth=min(BUDGET, half.depth))
-    front, back = _alone(Pair(lasting, few), seconds)
-    cpus = sorted(os.sched_getaffinity(0))
-    apart = _alone(Pair(lasting, few), seconds, (cpus[0], cpus[-1]))
-    found = Costs(front=front, back=back, apart=apart, switch=_switch(seconds))
+    endless = replace(job, operations=1 << 40)
+    front, back = _alone(Pair(lasting, endless), seconds)
+    found = Costs(front=front, back=back, switch=_switch(seconds))
     if not passing:
         return found
-    _, mapped = _alone(Pair(passing, half, persistent=False), seconds)
-    together = _together([Pair(passing, half, persistent=False) for _ in range(2)], seconds)
+    _, mapped = _alone(Pair(passing, endless, persistent=False), seconds)
+    together = _together([Pair(passing, endless, persistent=False) for _ in range(2)], seconds)
     # Of two that always wait for each other, each takes as long as both hold the lock.
     shared = max(0.0, together / 2 - mapped)
     return replace(found, mapping=max(0.0, mapped - back), shared=shared)
@@ -56,10 +52,10 @@ def costs(job: Job, *, seconds: float, lasting: str, passing: str = "") -> Costs
 def table(found: Costs) -> Table:
     """The costs for a report."""
     rows = [
-        ("front, each", found.front), ("back, each", found.back),
-        ("front, each, the ends on two CPUs", found.apart[0]),
-        ("back, each, the ends on two CPUs", found.apart[1]), ("switch", found.switch),
-    ]  # fmt: skip
+        ("front, each", found.front),
+        ("back, each", found.back),
+        ("switch", found.switch),
+    ]
     if found.mapping:
         rows += [
             ("mapping, each", found.mapping),
@@ -68,23 +64,16 @@ def table(found: Costs) -> Table:
     return Table(("the model's costs", "ns"), rows)
 
 
-def _turn(pair: Pair, cpus: Sequence[int] = ()) -> tuple[float, float]:
-    """Nanoseconds of all that is under way at either end, each on a CPU of those. The load issues
-    at its second step what ended at its first."""
-    _move(cpus[:1])
+def _turn(pair: Pair) -> tuple[float, float]:
+    """Nanoseconds of all that is under way at either end. The load issues at its second step what
+    ended at its first."""
     begun = time.perf_counter_ns()
     pair.load.step()
     pair.load.step()
     front = time.perf_counter_ns() - begun
-    _move(cpus[1:])
     begun = time.perf_counter_ns()
     pair.back.step()
     return front, time.perf_counter_ns() - begun
-
-
-def _move(cpus: Collection[int]) -> None:
-    if cpus:
-        os.sched_setaffinity(0, cpus)
 
 
 def _repeat(seconds: float, work: Callable[[], None]) -> None:
@@ -93,12 +82,10 @@ def _repeat(seconds: float, work: Callable[[], None]) -> None:
         work()
 
 
-def _alone(pair: Pair, seconds: float, cpus: Sequence[int] = ()) -> tuple[float, float]:
+def _alone(pair: Pair, seconds: float) -> tuple[float, float]:
     """Nanoseconds of one operation at either end."""
     turns: list[tuple[float, float]] = []
-    allowed = os.sched_getaffinity(0)
-    _repeat(seconds, lambda: turns.append(_turn(pair, cpus)))
-    _move(allowed)
+    _repeat(seconds, lambda: turns.append(_turn(pair)))
     front, back = (statistics.median(times) / pair.depth for times in zip(*turns, strict=True))
     return front, back
 

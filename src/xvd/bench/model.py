@@ -2,10 +2,8 @@
 """A discrete-event model of guests on one backend process, for hosts with more CPUs than this one.
 
 Each guest has a thread, and so has its disk in the backend. A thread takes all the operations that
-wait for it, works on them on one of the host's CPUs, and hands them to the other end. As long as
-each thread has a CPU of its own, an operation's slot and responses go from CPU to CPU; where there
-are more threads than CPUs, both ends of a ring are mostly on one, as a thread that looks in vain
-gives way to the other, and each turn begins with a switch from another thread instead. Without
+wait for it, works on them on one of the host's CPUs, and hands them to the other end. Where there
+are more threads than CPUs, each turn begins with a switch from another thread. Without
 persistent grants the backend's work holds, for most of it, the one lock that guards its process'
 mappings, and longer for each other CPU that maps in this process too (waiting for the lock, and the
 TLB shootdown); who waits for the lock keeps its CPU, as Linux's waiters do that spin.
@@ -25,15 +23,13 @@ from xvd.errors import ConfigError
 class Costs:
     """CPU time, nanoseconds.
 
-    front, back: of one operation at either end, without mapping; apart: the same of either where
-    the ends are on two CPUs. switch: of going on with another process' thread. mapping: of mapping
-    and unmapping one operation, under the lock; shared: more of the same, for each further CPU that
-    maps in the backend.
+    front, back: of one operation at either end, without mapping. switch: of going on with another
+    process' thread. mapping: of mapping and unmapping one operation, under the lock; shared: more
+    of the same, for each further CPU that maps in the backend.
     """
 
     front: float
     back: float
-    apart: tuple[float, float]
     switch: float
     mapping: float = 0.0
     shared: float = 0.0
@@ -52,9 +48,7 @@ def predict(
         raise ConfigError("the model needs simpy; install xvd[bench]") from None
     env = simpy.Environment()
     processors, lock = simpy.Resource(env, cpus), simpy.Resource(env, 1)
-    shared = 2 * guests > cpus
-    turn = costs.switch if shared else 0.0
-    front, back = (costs.front, costs.back) if shared else costs.apart
+    turn = costs.switch if 2 * guests > cpus else 0.0
     mapping = costs.mapping + costs.shared * (min(guests, cpus) - 1)
     warm, done = seconds * 1e8, [0]
 
@@ -81,7 +75,7 @@ def predict(
         requests.put(depth - depth // 2)
         if depth > 1:
             responses.put(depth // 2)
-        env.process(thread(responses, requests, front, 0.0, [0]))
-        env.process(thread(requests, responses, back, mapping, done))
+        env.process(thread(responses, requests, costs.front, 0.0, [0]))
+        env.process(thread(requests, responses, costs.back, mapping, done))
     env.run(until=warm + seconds * 1e9)
     return done[0] / seconds
