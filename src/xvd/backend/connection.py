@@ -18,7 +18,7 @@ from xvd.backend.settings import Settings
 from xvd.blkif.abi import nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
 from xvd.dataplane.queue import BackendQueue, unanswered
-from xvd.dataplane.thread import QueueThread
+from xvd.dataplane.thread import BUDGET, QueueThread
 from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
 from xvd.machine.interface import Machine
@@ -57,7 +57,7 @@ class Plan:
     @property
     def budget(self) -> int:
         """Requests of one step: many where each step maps or copies their grants by one call."""
-        return 8 if self.persistent else 64
+        return BUDGET if self.persistent else 64
 
 
 class Link:

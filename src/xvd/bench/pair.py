@@ -13,9 +13,6 @@ from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import Domid
 
-BUDGET = 8
-"""Requests of one step, as the threads of queues with persistent grants have it."""
-
 
 async def _no_store() -> XenstoreClient:
     raise AssertionError("a queue needs no xenstore")

@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from xvd.bench.pair import BUDGET, Pair
+from xvd.bench.pair import Pair
 from xvd.bench.peers import NotInstalled, missing
 from xvd.bench.report import Plot, Report, Table
 from xvd.bench.run import Run
+from xvd.dataplane.thread import BUDGET
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job
 

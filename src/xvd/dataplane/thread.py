@@ -8,6 +8,9 @@ from typing import Protocol
 
 from xvd.dataplane.uring import Loop
 
+BUDGET = 8
+"""Requests of one step, where grants stay mapped: few, so that both ends work at once."""
+
 
 class Queue(Protocol):
     """What both kinds of queue can do for their thread."""
@@ -35,7 +38,7 @@ class QueueThread:
         *,
         poll_s: float = 0.0,
         watchdog_s: float = 5.0,
-        budget: int = 8,
+        budget: int = BUDGET,
     ) -> None:
         self._queue = queue
         self._on_exit = on_exit
