@@ -112,7 +112,7 @@ def test_what_a_restarted_backend_finds_on_the_ring_is_served_once() -> None:
 
     async def work() -> None:
         async with disk_world() as world:
-            vbd = await world.attach()
+            vbd = await world.attach("null:8M")
             machine, store = await world.guest()
             frontend = RawFrontend(machine, store, vbd)
             await frontend.publish()
@@ -176,7 +176,7 @@ def test_a_successor_that_would_offer_less_keeps_what_was_promised() -> None:
 
     async def work() -> None:
         async with disk_world() as world:
-            vbd = await world.attach()
+            vbd = await world.attach("null:8M")
             machine, store = await world.guest()
             frontend = RawFrontend(machine, store, vbd)
             await frontend.publish()

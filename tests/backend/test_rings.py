@@ -21,8 +21,10 @@ CONNECTED, FAILED = 4, 6
 WIDE = Settings(max_ring_page_order=6, max_queues=8)
 
 
-async def connected(world: World, *, queues: int = 1, order: int = 0) -> tuple[RawFrontend, Vbd]:
-    vbd = await world.attach()
+async def connected(
+    world: World, target: str = "memory:8M", *, queues: int = 1, order: int = 0
+) -> tuple[RawFrontend, Vbd]:
+    vbd = await world.attach(target)
     machine, store = await world.guest()
     frontend = RawFrontend(machine, store, vbd, queues=queues, order=order)
     await frontend.publish()
@@ -228,13 +230,13 @@ def test_a_frontend_comes_back_with_fewer_queues_and_smaller_rings() -> None:
 
 
 def journals(world: World) -> list[str]:
-    return sorted(path.name for path in Path(world.journals.name).iterdir())
+    return sorted(path.name for path in Path(world.journals.name).glob("*.ring"))
 
 
 def test_a_successor_takes_up_every_queue_from_its_own_journal() -> None:
     async def work() -> None:
         async with disk_world(settings=WIDE) as world:
-            frontend, _ = await connected(world, queues=3, order=1)
+            frontend, _ = await connected(world, "null:8M", queues=3, order=1)
             assert world.server is not None
             assert len(journals(world)) == 3
             await world.server.close()

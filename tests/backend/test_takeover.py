@@ -7,8 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rig_disk import World, disk_world, opener, run, until
+from rig_guest import RawFrontend, backend_error, backend_reaches
+from rig_queue import rq
 from served_disk import rigged_disk
 
+from xvd.blkif.abi import Op
+from xvd.blkif.handshake import BackendState
+from xvd.blkif.messages import Segment
 from xvd.frontend.disk import Disk
 
 BLOCK = 4096
@@ -35,11 +41,11 @@ async def check_all(disk: Disk, data: dict[int, bytes]) -> None:
         assert await disk.read(at, BLOCK) == block
 
 
-def test_a_disk_may_be_closed_while_a_successor_takes_over() -> None:
+def test_a_disk_may_be_closed_while_a_successor_takes_over(image: Path) -> None:
     # The frontend waited for answers from a backend that, seeing it close, had not taken up the
     # ring at all: both waited for ever.
     async def scenario() -> None:
-        async with rigged_disk("memory:64M") as rig:
+        async with rigged_disk(str(image)) as rig:
             data = bytes(BLOCK)
             writes = [asyncio.create_task(rig.disk.write(n * BLOCK, data)) for n in range(16)]
             await asyncio.sleep(0)
@@ -84,3 +90,91 @@ def test_without_a_journal_the_frontend_begins_anew_and_nothing_is_lost(
             return rig.disk.connections
 
     assert asyncio.run(scenario()) == 2
+
+
+def the_state(world: World) -> BackendState | None:
+    assert world.server is not None
+    return next((device.state for device in world.server.devices.values()), None)
+
+
+def another_of_the_same_name(image: Path) -> None:
+    """What an editor or a copying tool does: a new file takes the old one's name."""
+    new = image.with_name("new.img")
+    new.touch()
+    os.truncate(new, 4 << 20)
+    new.rename(image)
+
+
+def test_a_successor_does_not_serve_another_file_of_the_same_name(
+    image: Path, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("it is not what the guest is connected to")
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach(str(image))
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, 4)
+            assert world.server is not None
+            await world.server.close()
+            another_of_the_same_name(image)
+            for _ in range(2):  # nor does the one after it, whatever the nodes say by then
+                await world.serve(opener())
+                await until(
+                    lambda: the_state(world) in (BackendState.LOST, BackendState.NO_STORAGE)
+                )
+                assert "put the other one back" in await backend_error(world, vbd)
+                await world.server.close()
+            frontend.close()
+
+    run(work())
+
+
+def test_a_frontend_that_left_meanwhile_may_have_another_file(image: Path) -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach(str(image))
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, 4)
+            assert world.server is not None
+            await world.server.close()
+            await store.write(f"{vbd.frontend}/state", "1")
+            another_of_the_same_name(image)
+            await world.serve(opener())
+            await backend_reaches(world, vbd, 2)
+            frontend.close()
+
+    run(work())
+
+
+def test_a_ring_that_took_anothers_place_gets_none_of_its_requests(
+    image: Path, expect_log: Callable[[str], None]
+) -> None:
+    """A guest starts over while nobody serves it, and gets the same references and port again."""
+    expect_log("is set aside: it is of another ring")
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach(str(image))
+            machine, store = await world.guest()
+            frontend = RawFrontend(machine, store, vbd)
+            await frontend.publish()
+            await backend_reaches(world, vbd, 4)
+            page = frontend.pages
+            page.view[:BLOCK] = b"1" * BLOCK
+            assert world.server is not None
+            write = rq(Op.WRITE, 0, Segment(page.grefs[0]), id=9)
+            assert (await frontend.ask(write)).status == 0
+            await world.server.close()
+            frontend.ring.init()
+            await world.serve(opener())
+            await until(lambda: the_state(world) is BackendState.CONNECTED)
+            answer = await frontend.ask(rq(Op.READ, 0, Segment(page.grefs[1]), id=10))
+            assert (answer.id, frontend.ring.outstanding()) == (10, 0)
+            frontend.close()
+
+    run(work())

@@ -2,6 +2,7 @@
 """Garbage in a frontend's directory: its device fails and says why; the next disk never notices."""
 
 import asyncio
+from collections.abc import Callable
 
 import pytest
 from rig_disk import disk_world, run, until
@@ -11,6 +12,8 @@ from rig_queue import rq
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op
 from xvd.blkif.messages import Segment
+from xvd.machine.xs.client import XenstoreClient
+from xvd.machine.xs.messages import MessageType
 
 GARBAGE = ["", " ", "-1", "0x10", "1e3", "99999999999999999999", "4294967296", "x", "1 2", "\u0661"]
 FAILED, CONNECTED = 6, 4
@@ -288,3 +291,35 @@ def test_events_and_nodes_after_the_device_has_failed(expect_log) -> None:
 
     run(work())
     assert len(expect_log.lines) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stray{}", "ring-ref{}", "queue-{}", "queue-0/ring-ref{}"])
+def test_a_directory_filled_with_nodes_costs_no_more_than_an_honest_one(
+    name: str, expect_log: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the quota lets a guest write: 3000 nodes are 48 KB of names."""
+    asked: list[str] = []
+    real = XenstoreClient._ask_path
+
+    async def counting(store: XenstoreClient, kind: MessageType, path: str) -> bytes:
+        asked.append(path)
+        return await real(store, kind, path)
+
+    expect_log("holds more nodes than any driver writes")
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach()
+            machine, _ = await world.guest()
+            for number in range(3000):
+                await world.store.write(f"{vbd.frontend}/{name.format(number)}", "1")
+            frontend = RawFrontend(machine, world.store, vbd)  # domain 0 has no quota
+            monkeypatch.setattr(XenstoreClient, "_ask_path", counting)
+            await frontend.publish({"multi-queue-num-queues": "1"})
+            await backend_reaches(world, vbd, 5, 6)
+            frontend.close()
+
+    run(work())
+    looked = [path for path in asked if path.startswith("/local/domain/1/device/vbd/51712")]
+    assert len(looked) < 200

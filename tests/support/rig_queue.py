@@ -24,7 +24,8 @@ from xvd.blkif.messages import (
     pack_segments,
 )
 from xvd.blkif.ring import FrontRing, Outcome
-from xvd.dataplane.queue import BackendQueue, journal_size
+from xvd.dataplane.journal import journal_size
+from xvd.dataplane.queue import BackendQueue
 from xvd.dataplane.uring import Loop
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
@@ -112,7 +113,7 @@ class QueueWorld:
         self.max_pages = max_pages
         self.queue = self.make_queue()
 
-    def make_queue(self) -> BackendQueue:
+    def make_queue(self, *, resume: bool = False) -> BackendQueue:
         """The queue, or its successor on the same ring and with the same journal."""
         return BackendQueue(
             self.mapping.view,
@@ -132,13 +133,14 @@ class QueueWorld:
             persistent_max=self.persistent or 0,
             max_pages=self.max_pages,
             journal=self.journal,
+            resume=resume,
         )
 
     def succeed(self) -> None:
         """The backend dies as by SIGKILL, and another takes the ring up with fresh storage."""
         self.queue.abandon()
         self.channel = self.engine.open_channel()
-        self.queue = self.make_queue()
+        self.queue = self.make_queue(resume=True)
 
     def __enter__(self) -> Self:
         return self

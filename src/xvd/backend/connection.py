@@ -15,12 +15,14 @@ from xvd.backend.counters import merge_counters
 from xvd.backend.features import offered_operations
 from xvd.backend.journal import Journal
 from xvd.backend.settings import Settings
+from xvd.backend.state import DiskState
 from xvd.blkif.abi import nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
-from xvd.dataplane.queue import BackendQueue, unanswered
+from xvd.dataplane.journal import unanswered
+from xvd.dataplane.queue import BackendQueue
 from xvd.dataplane.thread import BUDGET, QueueThread
 from xvd.engines.interface import Engine
-from xvd.errors import PeerProtocolError
+from xvd.errors import ConfigError, PeerProtocolError
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
 
@@ -36,7 +38,8 @@ class Plan:
     """What all queues of a connection have in common.
 
     settings: as far as there is room for them. lease: what the connection has taken of the host's
-    budget; it gives that back. resume: the rings are live, and were served by a predecessor.
+    budget; it gives that back. state: where its journals are. resume: the rings are live, and were
+    served by a predecessor.
     """
 
     machine: Machine
@@ -46,6 +49,7 @@ class Plan:
     engine: Engine
     settings: Settings
     lease: Lease
+    state: DiskState
     resume: bool = False
 
     @property
@@ -61,20 +65,24 @@ class Plan:
 
 
 class Link:
-    """One queue of a connection, without its thread."""
+    """One queue of a connection, without its thread.
 
-    def __init__(self, plan: Plan, nodes: QueueConfig, name: str) -> None:
+    set_aside: why a predecessor's journal was not taken up, in words; mostly empty.
+    """
+
+    def __init__(self, plan: Plan, nodes: QueueConfig, number: int, name: str) -> None:
         self._undo: list[Callable[[], None]] = []
         self.name = name
+        self.set_aside = ""
         self.thread: QueueThread | None = None
         try:
-            self.queue = self._build(plan, nodes)
+            self.queue = self._build(plan, nodes, number)
             self._undo.append(self.queue.release)
         except BaseException:
             self.release()
             raise
 
-    def _build(self, plan: Plan, nodes: QueueConfig) -> BackendQueue:
+    def _build(self, plan: Plan, nodes: QueueConfig, number: int) -> BackendQueue:
         grants = plan.machine.grants.foreign(plan.peer)
         self._undo.append(grants.close)
         ring = grants.map(nodes.ring_refs)
@@ -86,13 +94,8 @@ class Link:
         self._undo.append(storage.close)
         config, features, settings = plan.config, plan.features, plan.settings
         entries = nr_ents(config.ring_pages, config.abi)
-        ring_name = f"{nodes.ring_refs[0]}-{nodes.event_channel}"
-        self.journal = Journal(settings.state_dir, self.name, ring_name, entries)
-        if plan.resume and not self.journal.found and unanswered(ring.view):
-            raise PeerProtocolError(
-                "its ring holds requests of a backend that left no journal: what was answered "
-                "cannot be known; the frontend has to reconnect"
-            )
+        left = self._find_journal(plan, number, ring.view, entries) if plan.resume else None
+        self._journal = left or plan.state.new_journal(number, entries)
         return BackendQueue(
             ring.view,
             entries,
@@ -111,8 +114,27 @@ class Link:
             persistent_max=settings.persistent_grants_of(config.ring_pages),
             persistent_idle_s=settings.persistent_grant_unused_seconds,
             max_pages=settings.max_buffer_pages,
-            journal=self.journal.memory,
+            journal=self._journal.memory,
+            resume=left is not None,
         )
+
+    def _find_journal(
+        self, plan: Plan, number: int, ring: memoryview, entries: int
+    ) -> Journal | None:
+        """What a predecessor left for this ring. Without it a ring can be served on if all that is
+        on it was answered; `PeerProtocolError` if not."""
+        reason = "a backend that left no journal"
+        try:
+            found = plan.state.find_journal(number, ring, entries, plan.config.abi.number)
+        except ConfigError as error:
+            found, self.set_aside = None, str(error)
+            reason = f"its predecessor ({error})"
+        if found is None and unanswered(ring):
+            raise PeerProtocolError(
+                f"its ring holds requests of {reason}: what was answered cannot be known; the "
+                "frontend has to reconnect"
+            )
+        return found
 
     def release(self) -> None:
         """Unmap and unbind; only after the thread has ended."""
@@ -123,7 +145,8 @@ class Link:
 class Connection:
     """One frontend, served, once `start` was called. Its thread names begin with `name`.
 
-    Raises `GrantError`, `EventChannelError`, `PeerProtocolError` or OSError, holding nothing.
+    Raises `GrantError`, `EventChannelError`, `PeerProtocolError`, `BudgetError`, `ConfigError` or
+    OSError, holding nothing.
     """
 
     def __init__(self, plan: Plan, name: str) -> None:
@@ -135,9 +158,11 @@ class Connection:
         several = len(plan.config.queues) > 1
         try:
             if not plan.resume:
-                Journal.forget(plan.settings.state_dir, name)
+                plan.state.disconnected()
+            plan.state.remember(plan.engine.identity)
             for number, nodes in enumerate(plan.config.queues):
-                self.links.append(Link(plan, nodes, f"{name}-{number}" if several else name))
+                link_name = f"{name}-{number}" if several else name
+                self.links.append(Link(plan, nodes, number, link_name))
         except BaseException:
             self.release()
             raise
@@ -223,6 +248,11 @@ class Connection:
         return "persistent grants" if self.plan.persistent else "mapping"
 
     @property
+    def set_aside(self) -> str:
+        """Why journals of a predecessor were not taken up, in words; mostly empty."""
+        return "; ".join(link.set_aside for link in self.links if link.set_aside)
+
+    @property
     def broken(self) -> bool:
         """Whether the frontend broke one of its rings."""
         return any(link.queue.broken for link in self.links)
@@ -271,11 +301,6 @@ class Connection:
             if link.thread is not None:
                 total = merge_counters(total, dict(link.thread.loop.counters()))
         return total
-
-    def end_journals(self) -> None:
-        """The connection is closed: nobody will take it up."""
-        for link in self.links:
-            link.journal.end()
 
     def release(self) -> None:
         """Unmap and unbind; only after the threads have ended."""

@@ -11,23 +11,26 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from xvd.backend.budget import AGREED, LIVE, NEGOTIABLE, Budget, Claim, Lease
+from xvd.backend.blocking import in_own_thread
+from xvd.backend.budget import Budget
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.counters import merge_counters, without_now
 from xvd.backend.features import (
     agreed_unit,
-    claim_of,
     features_of,
     promised,
-    within,
     without,
 )
 from xvd.backend.inbox import Inbox
+from xvd.backend.log import DeviceLog, LogLimit
+from xvd.backend.reading import frontends_node, own_node
+from xvd.backend.room import Room
 from xvd.backend.settings import Settings
+from xvd.backend.state import DiskState
 from xvd.blkif.abi import Abi, XenbusState
 from xvd.blkif.handshake import (
     BackendAction,
@@ -40,10 +43,8 @@ from xvd.blkif.handshake import (
     removal_event,
 )
 from xvd.blkif.nodes import (
-    NODES,
     BackendAssignment,
     BackendFeatures,
-    FrontendConfig,
     NodeChanges,
     Side,
     format_backend,
@@ -52,11 +53,9 @@ from xvd.blkif.nodes import (
     parse_backend_assignment,
     parse_frontend,
     parse_state,
-    stale_frontend_nodes,
 )
 from xvd.engines.interface import Engine
 from xvd.errors import (
-    BudgetError,
     ConfigError,
     PeerClosed,
     PeerProtocolError,
@@ -70,32 +69,18 @@ from xvd.machine.xs.xenbus import change_device, read_directory, report_error
 from xvd.types import RING_SECTOR_SIZE
 
 _T = TypeVar("_T")
+
+STORAGE_PATIENCE_S = 5.0
+"""How long the end of a disk waits for storage that does not answer."""
+
 StorageOpener = Callable[[BackendAssignment], Awaitable[Engine]]
-
-
-def _own_node(name: str) -> bool:
-    return (Side.BACKEND, name) in NODES
-
-
-def _frontends_node(name: str) -> bool:
-    return (Side.FRONTEND, name) in NODES or bool(stale_frontend_nodes([name]))
-
-
-class _DeviceLog(logging.LoggerAdapter[logging.Logger]):
-    """Begins each line with the disk's directory."""
-
-    def process(
-        self, msg: object, kwargs: MutableMapping[str, Any]
-    ) -> tuple[str, MutableMapping[str, Any]]:
-        """Put the directory first."""
-        return f"{self.extra['device'] if self.extra else ''}: {msg}", kwargs
 
 
 class Device:
     """One disk of this backend domain; `run` returns when it is gone or `stop` has ended it.
 
     path: its directory, relative to this domain (``backend/vbd/1/51712``). budget: what this host
-    has for it and others; without end if there is none.
+    has for it and others; without end if there is none. log_limit: its guest's.
     """
 
     def __init__(
@@ -107,6 +92,7 @@ class Device:
         settings: Settings | None = None,
         *,
         budget: Budget | None = None,
+        log_limit: LogLimit | None = None,
     ) -> None:
         self.path = path
         self.state = BackendState.STARTING
@@ -118,8 +104,9 @@ class Device:
         self._store = store
         self._open_storage = open_storage
         self._settings = settings or Settings()
-        self._budget = budget or Budget()
-        self._log = _DeviceLog(logging.getLogger(__name__), {"device": path})
+        self._kept = DiskState(self._settings.state_dir, path)
+        self._log = DeviceLog(logging.getLogger(__name__), path, log_limit or LogLimit(None))
+        self._room = Room(budget or Budget(), self._log)
         self._events = Inbox()
         self._sizing = asyncio.Lock()  # one look at the size, or change of it, at a time
         self._storage = threading.Lock()  # one thread that measures, resizes or closes it
@@ -139,10 +126,11 @@ class Device:
         """Serve the disk until the toolstack removes it, or `stop`."""
         watches: list[Watch] = []
         try:
-            nodes = await read_directory(self._store, self.path, _own_node)
+            nodes = await read_directory(self._store, self.path, own_node)
             self.assignment = parse_backend_assignment(nodes)
             self._written = own = parse_state(Side.BACKEND, nodes.get("state"))
             self.state = initial_backend(own, await self._frontend_state()).state
+            self._forget_others(own)
             for path in (f"{self.assignment.frontend}/state", self.path):
                 watches.append(await self._store.watch(path))
                 self._spawn(self._follow(watches[-1]))
@@ -182,6 +170,13 @@ class Device:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        closing = asyncio.ensure_future(self._close_storage())
+        if (await asyncio.wait([closing], timeout=STORAGE_PATIENCE_S))[1]:
+            self._log.error("its storage does not answer: left alone, to be closed if it does")
+            _LEFT_ALONE.add(closing)
+            closing.add_done_callback(_LEFT_ALONE.discard)
+
+    async def _close_storage(self) -> None:
         if self._opening is not None:
             # Not cancelled: what it opens would be nobody's, and stay open and locked.
             await self._opening
@@ -277,41 +272,41 @@ class Device:
 
     # ---- Storage ----
 
+    def _forget_others(self, own: XenbusState) -> None:
+        """What is kept of a disk of this name is of the one before, if this one is new; and of a
+        connection that is over, if its frontend has let go meanwhile."""
+        if own in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
+            self._kept.gone()
+        elif own is XenbusState.CONNECTED and self.state is not BackendState.RESUMING:
+            self._kept.disconnected()
+
     async def _open(self) -> None:
         assert self.assignment is not None
         try:
             self.engine = await self._open_storage(self.assignment)
+            self._kept.check_identity(self.engine.identity)
         except (OSError, XvdError) as error:
+            if self.engine is not None:
+                engine, self.engine = self.engine, None
+                await self._with_storage(engine.close)
             self._error = f"cannot open {self.assignment.image!r}: {error}"
             self._log.error("%s", self._error)
             self.put(BackendEvent.STORAGE_FAILED)
             return
-        self.features = features_of(self.engine, self.assignment, self._settings)
+        self.features = self._features_now()
         self.put(BackendEvent.STORAGE_READY)
+
+    def _features_now(self) -> BackendFeatures:
+        assert self.engine is not None
+        assert self.assignment is not None
+        return features_of(self.engine, self.assignment, self._settings)
 
     # ---- Actions ----
 
     async def _do_offer(self) -> None:
-        assert self.engine is not None
-        assert self.assignment is not None
         # Anew for each frontend: what was promised to the last one, or withdrawn, ends with it.
-        self.features = self._affordable(features_of(self.engine, self.assignment, self._settings))
+        self.features = self._room.affordable(self._features_now(), self._settings)
         await self._write(format_offer(self.features))
-
-    def _affordable(self, features: BackendFeatures) -> BackendFeatures:
-        """What of it this host has room for now; all of it if not even the least can be had, and
-        then the connection is refused, unless there is room by then."""
-        wanted = claim_of(features, self._settings)
-        try:
-            claim = self._budget.fit(wanted, NEGOTIABLE)
-        except BudgetError:
-            return features
-        self._say_less(wanted, claim)
-        return within(features, claim)
-
-    def _say_less(self, wanted: Claim, claim: Claim) -> None:
-        if claim != wanted:
-            self._log.info("this host has no room for all: %s", claim.instead_of(wanted))
 
     async def _do_publish(self) -> None:
         assert self.features is not None
@@ -337,38 +332,9 @@ class Device:
 
     async def _connect(self, resume: bool) -> None:
         assert self.assignment is not None
-        assert self.engine is not None
-        assert self.features is not None
         try:
-            published = None
-            if resume:
-                own = await read_directory(self._store, self.path, _own_node)
-                self.features = promised(self.features, own)
-                published = own.get("sectors")
-            nodes = await read_directory(self._store, self.assignment.frontend, _frontends_node)
-            config = parse_frontend(
-                nodes,
-                host_abi=Abi.native(),
-                max_ring_page_order=self.features.max_ring_page_order,
-                max_queues=self.features.max_queues,
-            )
-            unit = agreed_unit(config, self.features, self._settings)
-            self.features = replace(self.features, unit=unit)
-            grown = resume and published != str(self.features.sectors // unit)
-            self._released.clear()
-            self._broken = False
-            self._failures = 0
-            lease = self._take_room(config)
-            plan = Plan(
-                self._machine,
-                self.assignment.frontend_domid,
-                config,
-                self.features,
-                self.engine,
-                self._settings.within(lease.claim),
-                lease,
-                resume=resume,
-            )
+            await self._measure()
+            plan, grown = await self._negotiate(resume)
             name = f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}"
             self.connection = Connection(plan, name)
             self.connection.start(self._threads_ended)
@@ -377,26 +343,69 @@ class Device:
                 self.connection.release()
                 self.connection = None
             self._error = f"cannot connect to {self.assignment.frontend}: {error}"
+            if not resume:
+                self._kept.disconnected()
             ours = not isinstance(error, XvdError | OSError)
-            self._log.error("%s", self._error, exc_info=ours)
+            frontend = self.assignment.frontend
+            self._log.error("cannot connect to %s: %s", frontend, error, exc_info=ours)
             self.put(BackendEvent.CONNECT_FAILED)
             return
         if resume:
             self.connection.kick()
+        if self.connection.set_aside:
+            self._log.warning("%s; nothing was unanswered", self.connection.set_aside)
         self.connection.listen(self._alarmed)
+        config = plan.config
         layout = f"queues: {len(config.queues)}, ring pages: {config.ring_pages}"
         self._log.info("connected (%s, %s, %s)", config.abi.protocol, self.mode, layout)
         self.put(BackendEvent.CONNECT_DONE)
         if grown:
             self.put(BackendEvent.RESIZED)  # while nobody served it; the state has to be repeated
 
-    def _take_room(self, config: FrontendConfig) -> Lease:
-        """Take what a connection keeps, or less of it; `BudgetError` says what there is none of."""
+    async def _negotiate(self, resume: bool) -> tuple[Plan, bool]:
+        """Read what the frontend published, and agree; (how to serve it, whether the disk grew)."""
+        assert self.assignment is not None
+        assert self.engine is not None
         assert self.features is not None
-        wanted = claim_of(self.features, self._settings, config)
-        lease = self._budget.take(wanted, AGREED)
-        self._say_less(wanted, lease.claim)
-        return lease
+        published = None
+        if resume:
+            own = await read_directory(self._store, self.path, own_node)
+            self.features = promised(self.features, own)
+            published = own.get("sectors")
+        wanted = frontends_node(self.features)
+        nodes = await read_directory(self._store, self.assignment.frontend, wanted)
+        config = parse_frontend(
+            nodes,
+            host_abi=Abi.native(),
+            max_ring_page_order=self.features.max_ring_page_order,
+            max_queues=self.features.max_queues,
+        )
+        unit = agreed_unit(config, self.features, self._settings)
+        self.features = replace(self.features, unit=unit)
+        grown = resume and published != str(self.features.sectors // unit)
+        self._released.clear()
+        self._broken = False
+        self._failures = 0
+        lease = self._room.take(self.features, self._settings, config)
+        plan = Plan(
+            self._machine,
+            self.assignment.frontend_domid,
+            config,
+            self.features,
+            self.engine,
+            self._settings.within(lease.claim),
+            lease,
+            self._kept,
+            resume=resume,
+        )
+        return plan, grown
+
+    async def _measure(self) -> None:
+        """A frontend that connects is told the size that the storage has then."""
+        async with self._sizing:
+            if self.engine is not None and self.features is not None:
+                sectors = await self._with_storage(self.engine.measure) // RING_SECTOR_SIZE
+                self.features = replace(self.features, sectors=sectors)
 
     @property
     def mode(self) -> str:
@@ -458,7 +467,7 @@ class Device:
         connection = self.connection
         await self._disconnect()
         if connection is not None:
-            connection.end_journals()
+            self._kept.disconnected()
         self.put(BackendEvent.DISCONNECT_DONE)
 
     async def _disconnect(self) -> None:
@@ -472,6 +481,7 @@ class Device:
             await self._released.wait()
 
     async def _do_unregister(self) -> None:
+        self._kept.gone()
         self._log.info("gone")
 
     def apply(self, settings: Settings) -> None:
@@ -479,22 +489,9 @@ class Device:
         offer on."""
         self._settings = settings
         if self.connection is not None:
-            self.connection.apply(self._affordable_now(self.connection, settings))
-
-    def _affordable_now(self, connection: Connection, settings: Settings) -> Settings:
-        """The settings, as far as there is room for them beside what others have taken."""
-        plan = connection.plan
-        wanted = replace(
-            plan.lease.claim,
-            kept=settings.persistent_grants_of(plan.config.ring_pages),
-            buffer_pages=settings.max_buffer_pages,
-        )
-        try:
-            claim = plan.lease.change(wanted, LIVE)
-        except BudgetError as error:
-            self._log.warning("%s: what it keeps stays as it was", error)
-            claim = plan.lease.claim
-        return settings.within(claim)
+            plan = self.connection.plan
+            pages = plan.config.ring_pages
+            self.connection.apply(self._room.change(plan.lease, pages, settings))
 
     def squeeze(self) -> None:
         """Give back memory that is not in use, and keep none for the time that is set."""
@@ -532,7 +529,7 @@ class Device:
             with self._storage:
                 return call(*arguments)
 
-        return await asyncio.to_thread(alone)
+        return await in_own_thread(alone)
 
     def has_another_size(self) -> bool:
         """Whether the storage has not the size that the disk has. In any thread: it may hang."""
@@ -580,6 +577,9 @@ class Device:
             return dict(self.totals)
         return merge_counters(self.totals, self.connection.counters())
 
+
+_LEFT_ALONE: set[asyncio.Future[None]] = set()
+"""What waits for storage that may never answer, kept from being collected."""
 
 _QUIET_S = 10.0
 _REMEDIES = {

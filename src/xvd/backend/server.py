@@ -6,11 +6,14 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from xvd.backend.budget import Budget
 from xvd.backend.device import Device, StorageOpener
+from xvd.backend.log import LogLimit
 from xvd.backend.settings import Settings, parse_settings
 from xvd.backend.sharing import SharedStorage
+from xvd.backend.sizes import SizeLook
 from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState
@@ -18,7 +21,7 @@ from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.xenbus import remove_device
-from xvd.types import DOM0
+from xvd.types import DOM0, Domid
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +33,6 @@ LOOK_S: Final = 10.0
 queues for what they have missed."""
 
 _GONE: Final = {"online": "0", "state": str(int(XenbusState.CLOSED))}
-
-
-def _resized(devices: Sequence[Device]) -> list[Device]:
-    return [device for device in devices if device.has_another_size()]
 
 
 class Server:
@@ -71,6 +70,7 @@ class Server:
         self._followers: list[asyncio.Task[None]] = []
         self._lookers: list[asyncio.Task[None]] = []
         self._pages = XentopPages(store)
+        self._log_limits: WeakValueDictionary[str, LogLimit] = WeakValueDictionary()
 
     async def start(self) -> None:
         """Watch, and serve what is assigned already."""
@@ -94,12 +94,13 @@ class Server:
                 device.log_figures()
 
     async def _look_at_sizes(self) -> None:
-        """In a thread, as storage may hang; in one for all, which costs less than one for each."""
+        sizes: SizeLook[Device] = SizeLook()
         while True:
             await asyncio.sleep(LOOK_S)
-            devices = list(self.devices.values())
-            for device in await asyncio.to_thread(_resized, devices):
-                await device.follow_size()
+            for device in await sizes.look(list(self.devices.values())):
+                following = asyncio.ensure_future(device.follow_size())  # it may hang
+                self._again.add(following)
+                following.add_done_callback(self._again.discard)
 
     def device(self, name: str) -> Device:
         """The disk with the directory `name`, or with ``DOMID/VDEV`` at its end; `ConfigError`."""
@@ -181,12 +182,27 @@ class Server:
             return
         settings = self.settings_of(path)
         device = Device(
-            self._machine, self._store, path, self._open_storage, settings, budget=self._budget
+            self._machine,
+            self._store,
+            path,
+            self._open_storage,
+            settings,
+            budget=self._budget,
+            log_limit=self._log_limit(path),
         )
         self.devices[path] = device
         task = asyncio.create_task(self._serve(device))
         self._running[path] = task
         task.add_done_callback(lambda _: self._ended(path))
+
+    def _log_limit(self, path: str) -> LogLimit:
+        """The one for all disks of the guest in ``backend/KIND/DOMID/VDEV``, while it has any."""
+        name = path.split("/")[2]
+        limit = self._log_limits.get(name)
+        if limit is None:
+            limit = LogLimit(Domid(int(name)) if name.isdigit() else None)
+            self._log_limits[name] = limit
+        return limit
 
     async def _serve(self, device: Device) -> None:
         with contextlib.suppress(PeerClosed, XenstoreError):

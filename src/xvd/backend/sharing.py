@@ -84,6 +84,10 @@ class _Lease(Engine):
     def info(self) -> EngineInfo:
         return self._engine.info
 
+    @property
+    def identity(self) -> str:
+        return self._engine.identity
+
     def read(self, buffer: memoryview, offset: int) -> None:
         self._engine.read(buffer, offset)
 

@@ -30,6 +30,7 @@ __all__ = [
     "SECTORS_PER_PAGE",
     "SEGMENT",
     "SEGMENTS_PER_INDIRECT_PAGE",
+    "SRING_INSTANCE",
     "SRING_REQ_EVENT",
     "SRING_REQ_PROD",
     "SRING_RSP_EVENT",
@@ -117,6 +118,9 @@ SRING_REQ_PROD: Final = 0
 SRING_REQ_EVENT: Final = 4
 SRING_RSP_PROD: Final = 8
 SRING_RSP_EVENT: Final = 12
+SRING_INSTANCE: Final = 24
+"""Where xvd's backend numbers a ring's instance, 8 bytes: in the padding that a frontend clears
+when it makes a ring (ring.h, SHARED_RING_INIT), and that nobody reads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ import msgspec
 import typer
 from rich.console import Console
 
+from xvd.backend.blocking import in_own_thread
 from xvd.backend.budget import XEN_MAPTRACK, Budget, descriptor_limits, limits_of_host
 from xvd.blkif.nodes import BackendAssignment
 from xvd.blkif.vdev import parse_vdev
@@ -229,13 +231,14 @@ LOCK_PATIENCE_S = 5.0
 
 async def open_assigned(assignment: BackendAssignment, layers: list[str]) -> Engine:
     """Open the storage of an assigned disk without holding up the event loop."""
-    return await asyncio.to_thread(
+    opening = partial(
         open_engine,
         storage_uri(assignment),
         read_only=not assignment.writable,
         layers=layers,
         patience_s=LOCK_PATIENCE_S,
     )
+    return await in_own_thread(opening)
 
 
 def parse_tcp(text: str) -> tuple[str, int]:

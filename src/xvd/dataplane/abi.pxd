@@ -29,6 +29,7 @@ cdef extern from "abi_gen.h" nogil:
         SRING_REQ_EVENT
         SRING_RSP_PROD
         SRING_RSP_EVENT
+        SRING_INSTANCE
 
     enum:
         REFUSAL_NONE

@@ -39,6 +39,7 @@ enum blkif_constant {
   SRING_REQ_EVENT = 4,
   SRING_RSP_PROD = 8,
   SRING_RSP_EVENT = 12,
+  SRING_INSTANCE = 24,
 };
 
 /* Where each field of a ring slot lies, in bytes; one table per ABI. */

@@ -14,5 +14,4 @@ cdef class BackendQueue:
 
     cdef bint open_kept(self) except -1
     cdef allocate(self, uint32_t nr_ents)
-    cdef bint open_journal(self, object journal, uint32_t nr_ents) except -1
-    cdef attach(self, bint resume)
+    cdef attach(self, object journal, bint resume)

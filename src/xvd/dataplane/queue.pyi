@@ -2,9 +2,7 @@ from typing_extensions import Buffer, disjoint_base
 
 from xvd.dataplane.types import HasPorts
 
-def journal_size(nr_ents: int) -> int: ...
 def memory_of(nr_ents: int, indirect_max: int, persistent_max: int) -> int: ...
-def unanswered(ring: Buffer) -> int: ...
 
 @disjoint_base
 class BackendQueue:
@@ -29,6 +27,7 @@ class BackendQueue:
         persistent_idle_s: float = 60,
         max_pages: int = 1024,
         journal: Buffer | None = None,
+        resume: bool = False,
     ) -> None: ...
     @property
     def ports(self) -> object: ...

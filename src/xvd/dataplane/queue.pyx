@@ -15,22 +15,20 @@ journal.pxd says what outlives this process, and why.
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
 from posix.unistd cimport close, read
 
 from xvd.dataplane.abi cimport (
     BLKIF_DISCARD_SECURE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE,
-    REFUSAL_COUNT, REFUSAL_NONE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts,
-    blkif_refusal_names)
-from xvd.dataplane.answer cimport publish_responses, refuse, respond, use_space
+    REFUSAL_COUNT, REFUSAL_NONE, SRING_REQ_PROD, blkif_layouts, blkif_refusal_names)
+from xvd.dataplane.answer cimport publish_responses, refuse, use_space
 from xvd.dataplane.buffers cimport shrink, take_up
 from xvd.dataplane.c cimport monotonic_ns, xvd_load_acquire, xvd_store_release
 from xvd.dataplane.gather cimport gather, unmap
 from xvd.dataplane.indirect cimport fetch_indirect
 from xvd.dataplane.journal cimport (
-    ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, JOURNAL_MAGIC, journal_entry, journal_header,
-    mark_taken)
+    ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of,
+    journal_entry, journal_header, mark_taken, strike)
 from xvd.dataplane.latency cimport latency_lists
 from xvd.dataplane.pending cimport (
     BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER,
@@ -43,19 +41,16 @@ from xvd.dataplane.ports cimport (
 from xvd.dataplane.purge cimport purge, purge_all
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
-    RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending, check_ring)
+    RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending, back_respond,
+    check_ring)
 from xvd.dataplane.space cimport (LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space,
                                   take_space)
 from xvd.dataplane.storage cimport collect, start
 
 import os
 
+from xvd.dataplane.journal import journal_size
 from xvd.errors import LocalProtocolError, PeerProtocolError
-
-
-def journal_size(nr_ents):
-    """Bytes of a journal for a ring of so many entries."""
-    return sizeof(journal_header) + nr_ents * sizeof(journal_entry)
 
 
 def memory_of(uint32_t nr_ents, uint32_t indirect_max, uint32_t persistent_max):
@@ -67,12 +62,6 @@ def memory_of(uint32_t nr_ents, uint32_t indirect_max, uint32_t persistent_max):
             + large * (sizeof(space) + indirect_max * SEGMENT_BYTES) + kept
             + sets * (sizeof(grant_mapping) + sizeof(uint32_t)) + COPIES * sizeof(grant_copy)
             + journal_size(nr_ents))
-
-
-def unanswered(const uint8_t[::1] ring):
-    """Requests on a ring that have no response yet, by its shared indices."""
-    cdef uint32_t req_prod = xvd_load_acquire(&ring[SRING_REQ_PROD])
-    return <uint32_t>(req_prod - xvd_load_acquire(&ring[SRING_RSP_PROD]))
 
 
 cdef uint32_t large_spaces(uint32_t nr_ents, uint32_t indirect_max) noexcept nogil:
@@ -165,15 +154,15 @@ cdef void take_over(backend_queue *q) noexcept nogil:
     cdef pending *p
     for i in range(q.ring.nr_ents):
         p = &q.pendings[i]
-        if p.entry.state == ENTRY_ANSWERING:
-            parse(p.entry.slot, q.ring.layout, &p.rq)
-            if p.entry.index == q.ring.rsp_prod_pvt:
-                respond(q, p, p.entry.status)
-            xvd_store_release(&p.entry.state, ENTRY_FREE)
+        if p.entry.word & KIND_MASK == ENTRY_ANSWERING:
+            if p.entry.rsp_index == q.ring.rsp_prod_pvt:
+                parse(p.entry.slot, q.ring.layout, &p.rq)
+                back_respond(&q.ring, p.rq.id, p.rq.operation, p.entry.status)
+            strike(q.journal, p.entry, q.ring.rsp_prod_pvt)
     q.nr_free = 0
     for i in range(q.ring.nr_ents):
         p = &q.pendings[i]
-        p.waiting = p.entry.state == ENTRY_TAKEN
+        p.waiting = p.entry.word & KIND_MASK == ENTRY_TAKEN
         if not p.waiting:
             q.free_list[q.nr_free] = p
             q.nr_free += 1
@@ -326,17 +315,18 @@ cdef class BackendQueue:
     mapping, up to `persistent_max` pages stay mapped, each until it was unused for
     `persistent_idle_s` seconds (0: for ever). max_pages: how many pages that data is copied through
     stay in memory between requests. journal: writable memory of
-    `journal_size` bytes that outlives the process, or None; one that a predecessor on the same ring
-    left is taken up, anything else is to be zeroed by the caller.
+    `journal_size` bytes that outlives the process, or None. resume: a predecessor on the same ring
+    left it, and it is taken up; otherwise a new one is begun there.
 
-    Raises PeerProtocolError if the ring's indices are insane (more requests than entries).
+    Raises PeerProtocolError if the ring's indices are insane (more requests than entries), or the
+    journal is not one of this ring, or is damaged (`journal.journal_fault`).
     """
 
     def __init__(self, ring, uint32_t nr_ents, int abi, grants, events, engine, *,
                  uint64_t capacity, uint32_t logical_sectors=1, uint32_t unit=1, bint read_only=False,
                  uint32_t offered=0x3, uint32_t indirect_max=0, bint copying=False,
                  bint persistent=False, uint32_t persistent_max=1056, double persistent_idle_s=60,
-                 uint32_t max_pages=1024, journal=None):
+                 uint32_t max_pages=1024, journal=None, bint resume=False):
         cdef uint8_t[::1] page = ring
         if journal is None:
             journal = bytearray(journal_size(nr_ents))
@@ -363,7 +353,7 @@ cdef class BackendQueue:
         self.set_persistent(persistent_max, persistent_idle_s)
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.allocate(nr_ents)
-        self.attach(self.open_journal(journal, nr_ents))
+        self.attach(journal, resume)
         self.table.ctx = &self.q
         self.table.step = step
         self.table.may_sleep = may_sleep
@@ -372,43 +362,34 @@ cdef class BackendQueue:
         self.table.engine = self.q.engine
         self.table.due_ns = &self.q.resume_ns
 
-    cdef bint open_journal(self, object journal, uint32_t nr_ents) except -1:
-        """Take the journal's memory; whether a predecessor's requests are in it."""
-        cdef uint8_t[::1] memory = journal
-        cdef journal_entry *entries
-        cdef uint32_t i
-        if memory.shape[0] < <Py_ssize_t>journal_size(nr_ents):
-            raise LocalProtocolError(f"a journal of {nr_ents} requests has {journal_size(nr_ents)} "
-                                     f"bytes, not {memory.shape[0]}")
-        self.keep += (journal,)
-        self.q.journal = <journal_header *>&memory[0]
-        entries = <journal_entry *>(self.q.journal + 1)
-        for i in range(nr_ents):
-            self.q.pendings[i].entry = &entries[i]
-        return self.q.journal.magic == JOURNAL_MAGIC and self.q.journal.nr_ents == nr_ents
-
-    cdef attach(self, bint resume):
+    cdef attach(self, object journal, bint resume):
         """Start from the journal, or from what is on the ring. Called by the constructor."""
         cdef backend_queue *q = &self.q
-        cdef uint32_t req_prod, i
-        if resume:
-            q.ring.req_cons, q.ring.rsp_prod_pvt = q.journal.req_cons, q.journal.rsp_prod_pvt
-            for i in range(q.ring.nr_ents):
-                if (q.pendings[i].entry.state == ENTRY_TAKEN
-                        and q.pendings[i].entry.index == q.ring.req_cons):
-                    q.ring.req_cons += 1
-                    break
-            q.recovering = TAKING_OVER
-        req_prod = xvd_load_acquire(q.ring.sring + SRING_REQ_PROD)
-        if not resume and not back_attach(&q.ring) or (
-                <uint32_t>(req_prod - q.ring.rsp_prod_pvt) > q.ring.nr_ents):
-            raise PeerProtocolError(f"the frontend has put more requests on the ring than its "
-                                    f"{q.ring.nr_ents} entries hold")
+        cdef uint8_t[::1] memory = journal
+        cdef const char *fault
+        cdef uint32_t i
+        if memory.shape[0] < <Py_ssize_t>journal_size(q.ring.nr_ents):
+            raise LocalProtocolError(f"a journal of {q.ring.nr_ents} requests has "
+                                     f"{journal_size(q.ring.nr_ents)} bytes, not {memory.shape[0]}")
+        self.keep += (journal,)
+        q.journal = <journal_header *>&memory[0]
+        for i in range(q.ring.nr_ents):
+            q.pendings[i].entry = &entries_of(q.journal)[i]
         if not resume:
-            memset(q.journal, 0, journal_size(q.ring.nr_ents))
-            q.journal.nr_ents = q.ring.nr_ents
-            q.journal.req_cons, q.journal.rsp_prod_pvt = q.ring.req_cons, q.ring.rsp_prod_pvt
-            xvd_store_release(&q.journal.magic, JOURNAL_MAGIC)
+            if not back_attach(&q.ring):
+                raise PeerProtocolError(f"the frontend has put more requests on the ring than its "
+                                        f"{q.ring.nr_ents} entries hold")
+            begin_journal(q.journal, &q.ring, int.from_bytes(os.urandom(8), "little") | 1)
+            return
+        fault = fault_of(q.journal, memory.shape[0], &q.ring)
+        if fault[0]:
+            raise PeerProtocolError(f"the journal of its ring is of no use: {(<bytes>fault).decode()}")
+        q.ring.req_cons, q.ring.rsp_prod_pvt = q.journal.req_cons, q.journal.rsp_prod_pvt
+        for i in range(q.ring.nr_ents):
+            if (q.pendings[i].entry.word & KIND_MASK == ENTRY_TAKEN
+                    and q.pendings[i].entry.index == q.journal.req_cons):
+                q.ring.req_cons += 1
+        q.recovering = TAKING_OVER
 
     cdef allocate(self, uint32_t nr_ents):
         cdef backend_queue *q = &self.q

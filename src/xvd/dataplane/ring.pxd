@@ -8,9 +8,9 @@ to address a slot. Nothing outside this file dereferences the shared page.
 from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from xvd.dataplane.abi cimport (BLKIF_RING_HEADER, SRING_REQ_EVENT, SRING_REQ_PROD,
-                                SRING_RSP_EVENT, SRING_RSP_PROD, blkif_layout)
+                                SRING_INSTANCE, SRING_RSP_EVENT, SRING_RSP_PROD, blkif_layout)
 from xvd.dataplane.c cimport (DEBUG_ASSERT, xvd_copy_slot, xvd_fence, xvd_load_acquire, xvd_put16,
-                              xvd_put64, xvd_store_relaxed, xvd_store_release)
+                              xvd_put64, xvd_store64, xvd_store_relaxed, xvd_store_release)
 
 
 cdef enum ring_outcome:
@@ -131,6 +131,7 @@ cdef inline void front_init(front_ring *r) noexcept nogil:
     """Initialise the shared header of a zeroed page: the frontend's to do, before it publishes."""
     xvd_store_relaxed(r.sring + SRING_REQ_PROD, 0)
     xvd_store_relaxed(r.sring + SRING_RSP_PROD, 0)
+    xvd_store64(r.sring + SRING_INSTANCE, 0)
     xvd_store_relaxed(r.sring + SRING_REQ_EVENT, 1)
     xvd_store_release(r.sring + SRING_RSP_EVENT, 1)
     r.req_prod_pvt = r.rsp_cons = 0

@@ -34,6 +34,11 @@ class Checked(Engine):
         """What the engine behind is."""
         return self._info
 
+    @property
+    def identity(self) -> str:
+        """Which storage is behind."""
+        return self.lower.identity
+
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._info.size:
             raise EngineError(

@@ -12,6 +12,7 @@ import time
 from xvd.engines import block
 from xvd.engines.bridge import ThreadedChannel
 from xvd.engines.file import FileChannel, direct_alignment, punch_hole
+from xvd.engines.identity import identity_of
 from xvd.engines.interface import Channel, Engine, EngineInfo, ThreadModel
 from xvd.errors import EngineError
 
@@ -166,6 +167,11 @@ class FileEngine(Engine):
     def direct(self) -> bool:
         """Whether aligned operations go past the page cache."""
         return self._direct_fd >= 0
+
+    @property
+    def identity(self) -> str:
+        """Which file or device it is."""
+        return identity_of(self._cached_fd)
 
     def read(self, buffer: memoryview, offset: int) -> None:
         """Read it all; what was cut off behind our back reads as zeros."""

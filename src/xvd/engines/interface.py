@@ -74,6 +74,12 @@ class Engine(ABC):
     def info(self) -> EngineInfo:
         """What this engine is."""
 
+    @property
+    def identity(self) -> str:
+        """One line that tells this storage from any other, to a later process too; empty where
+        nothing is lost if it is another."""
+        return ""
+
     @abstractmethod
     def read(self, buffer: memoryview, offset: int) -> None:
         """Fill the whole buffer from `offset` bytes on."""

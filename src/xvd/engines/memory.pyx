@@ -17,6 +17,7 @@ from xvd.errors import EngineError
 from xvd.engines.interface import Engine, EngineInfo, ThreadModel
 
 import errno
+import uuid
 
 cdef extern from "sys/mman.h" nogil:
     int MAP_NORESERVE
@@ -137,11 +138,17 @@ class MemoryEngine(Engine):
                                 discard_granularity=4096, thread_model=ThreadModel.PARALLEL)
         self._region = Region(size)
         self.view = self._region.view()
+        self._identity = f"memory {uuid.uuid4()}"
 
     @property
     def info(self):
         """What this engine is."""
         return self._info
+
+    @property
+    def identity(self):
+        """Another for each engine: what is in memory ends with it."""
+        return self._identity
 
     def read(self, buffer, offset):
         """Copy out."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, Op, nr_ents
 from xvd.dataplane.front import FrontQueue
+from xvd.dataplane.journal import journal_fault
 from xvd.dataplane.queue import BackendQueue
 from xvd.dataplane.ring import FrontRing
 from xvd.engines.bridge import BridgeChannel
@@ -165,6 +166,7 @@ class BackLink(_Link):
             max_pages=shape.max_pages,
             copying=copying,
             journal=journal,
+            resume=not journal_fault(journal, self.mapping.view, shape.entries, shape.abi.number),
         )
         self.channel.notify()
 

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from typing import TypeVar
 
 from xvd.blkif.abi import Abi
-from xvd.dataplane.queue import journal_size
+from xvd.dataplane.journal import journal_size
 from xvd.machine.emulated.host import Host, Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
@@ -154,7 +154,7 @@ class World:
         return SimFrontend(self._machine(FRONT), self._clock, BACK, self._shape)
 
     def _new_journals(self) -> list[bytearray]:
-        """Memory that outlives a backend; a new connection begins with new ones."""
+        """Memory that outlives a backend."""
         size = journal_size(self._shape.entries)
         return [bytearray(size) for _ in range(self._shape.queues)]
 
@@ -390,7 +390,11 @@ class World:
     def _begin_connection(self) -> None:
         """New rings, and the size as it is now; the backend is to come."""
         self._front = self._new_frontend()
-        self._journals = self._new_journals()
+        # A frontend that begins anew while no backend runs finds the journals of the dead one.
+        stale, self._journals = self._journals, self._new_journals()
+        if self._prng.chance(2) and len(stale) == len(self._journals):
+            for journal, old in zip(self._journals, stale, strict=True):
+                journal[: len(old)] = old[: len(journal)]
         self._workload.sectors = self._storage.sectors
 
     def _suffer_replacement(self) -> None:

@@ -17,6 +17,11 @@ class Layer(Engine):
         """What the engine behind is."""
         return self.lower.info
 
+    @property
+    def identity(self) -> str:
+        """Which storage is behind."""
+        return self.lower.identity
+
     def read(self, buffer: memoryview, offset: int) -> None:
         """Pass on."""
         self.lower.read(buffer, offset)

@@ -20,16 +20,18 @@ async def read_directory(
 ) -> dict[str, str]:
     """The nodes below `path`, two levels deep, by relative path; empty if it is not there.
 
-    `wanted` is asked for each name of the first level: what it does not want is not read. A value
+    `wanted` is asked for each name: what it does not want is not read, nor looked into. A value
     that is no text is read as an empty one, which every parser takes as absent. Raises
-    `XenstoreError` E2BIG for a directory of more than `READS_MAX` wanted nodes.
+    `XenstoreError` E2BIG for a directory of more than `READS_MAX` wanted nodes, or of more names
+    than one message holds: somebody filled it to keep us busy.
     """
     found: dict[str, str] = {}
     names = [name for name in await _children(store, path) if wanted(name)]
     paths = [*names]
-    for name in names:
-        if name.startswith("queue-"):
-            paths += [f"{name}/{child}" for child in await _children(store, f"{path}/{name}")]
+    for queue in names:
+        if queue.startswith("queue-"):
+            children = await _children(store, f"{path}/{queue}")
+            paths += [f"{queue}/{child}" for child in children if wanted(child)]
         if len(paths) > READS_MAX:
             raise XenstoreError("E2BIG", f"{path} holds more than {READS_MAX} nodes")
     for name in paths:
@@ -43,10 +45,14 @@ async def read_directory(
 
 async def _children(store: XenstoreClient | Transaction, path: str) -> list[str]:
     try:
-        return await store.ls(path)
+        return await store.ls_short(path)
     except XenstoreError as error:
         if error.code in _ABSENT:
             return []
+        if error.code == "E2BIG":
+            raise XenstoreError(
+                "E2BIG", f"{path} holds more nodes than any driver writes"
+            ) from None
         raise
 
 

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of ours in directories where others may have been before: found by descriptor, never by a
+name that somebody else can turn into a link.
+
+Like errors and types, this may be imported by all.
+"""
+
+import contextlib
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from xvd.errors import ConfigError
+
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+
+
+def own_directory(path: Path, *, mode: int = 0o700) -> int:
+    """Make a directory if it is not there, and open it; its descriptor is the caller's to close.
+
+    Raises `ConfigError` if it is not a directory of this user, or if others may write there, and
+    OSError if it cannot be made.
+    """
+    path.parent.mkdir(mode=mode, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=mode)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except NotADirectoryError:
+        raise ConfigError(f"{path} is not a directory, or a link to one: remove it") from None
+    found = os.fstat(fd)
+    if found.st_uid != os.geteuid():
+        os.close(fd)
+        raise ConfigError(f"{path} belongs to user {found.st_uid}: remove it, or change its owner")
+    if found.st_mode & _OTHERS_WRITE:
+        os.close(fd)
+        raise ConfigError(f"others may write in {path}: chmod go-w {path}")
+    return fd
+
+
+def open_own(directory: int, name: str) -> int | None:
+    """Open a regular file of ours in a directory for reading and writing; None if there is none.
+
+    Raises `ConfigError` with what stands there instead: a link, a pipe, somebody else's file, or
+    one that has a second name.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        fd = os.open(name, flags, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"it cannot be opened ({error.strerror})") from None
+    found = os.fstat(fd)
+    whole = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+    if whole and found.st_uid == os.geteuid():
+        return fd
+    os.close(fd)
+    raise ConfigError("it is not a regular file of this user with one name")
+
+
+def create_own(directory: int, name: str, *, mode: int = 0o600) -> int:
+    """Make a file that was not there and open it; FileExistsError if something is."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(name, flags, mode, dir_fd=directory)
+
+
+def remove(directory: int, name: str) -> None:
+    """Remove whatever has this name in a directory, with what is in it; nothing if there is none.
+
+    Raises OSError for what cannot be removed.
+    """
+    try:
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        return
+    except (IsADirectoryError, PermissionError):
+        shutil.rmtree(name, dir_fd=directory)

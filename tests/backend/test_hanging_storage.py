@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage that never answers, as behind a dead server, costs its own disks only."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from rig_disk import World, disk_world, run, until
+
+from xvd.backend import device as device_module
+from xvd.backend import sizes as sizes_module
+from xvd.backend.blocking import in_own_thread
+from xvd.backend.sizes import SizeLook
+from xvd.blkif.nodes import BackendAssignment
+from xvd.engines.interface import Engine
+from xvd.engines.uri import open_engine
+from xvd.errors import PeerClosed
+from xvd.toolstack.vbd import attach
+from xvd.toolstack.xldisk import parse_xl_disk
+from xvd.types import Domid
+
+
+class Server:
+    """What a dead file server is to its clients: nothing comes back until it lives again."""
+
+    def __init__(self) -> None:
+        self.lives = threading.Event()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(device_module, "STORAGE_PATIENCE_S", 0.01)
+    monkeypatch.setattr(sizes_module, "PATIENCE_S", 0.01)
+    one = Server()
+    yield one
+    one.lives.set()
+
+
+async def add(world: World, vdev: str, target: str) -> None:
+    await world.guest()
+    await attach(world.store, Domid(1), parse_xl_disk(f"vdev={vdev},target={target}"), timeout_s=5)
+
+
+def test_disks_are_attached_beside_any_number_that_hang(
+    server: Server, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("its storage does not answer")
+    hanging = 20
+
+    def open_somehow(assignment: BackendAssignment) -> Engine:
+        if assignment.image != "1M":
+            server.lives.wait()
+        return open_engine("memory:1M")
+
+    async def open_storage(assignment: BackendAssignment) -> Engine:
+        return await in_own_thread(open_somehow, assignment)
+
+    async def work() -> None:
+        async with disk_world(open_storage=open_storage) as world:
+            await world.guest()
+            waiting = [
+                asyncio.ensure_future(
+                    attach(world.store, Domid(1), parse_xl_disk(text), timeout_s=0.5)
+                )
+                for text in (f"vdev=xvd{chr(98 + i)},target=/dead/{i}" for i in range(hanging))
+            ]
+            await until(lambda: len(world.server.devices) == hanging)
+            await add(world, "xvda", "memory:1M")
+            ended = await asyncio.gather(*waiting, return_exceptions=True)
+            assert {type(end) for end in ended} == {PeerClosed}
+
+    run(work())
+
+
+class Disk:
+    """One that may be asked for its size."""
+
+    def __init__(self, server: Server, *, hangs: bool = False) -> None:
+        self.server = server
+        self.hangs = hangs
+        self.asked = 0
+
+    def has_another_size(self) -> bool:
+        self.asked += 1
+        if self.hangs:
+            self.server.lives.wait()
+        return True
+
+
+def test_a_look_at_sizes_goes_past_one_that_hangs_until_it_answers(server: Server) -> None:
+    first, dead, last = disks = Disk(server), Disk(server, hangs=True), Disk(server)
+
+    async def work() -> None:
+        look: SizeLook[Disk] = SizeLook()
+        assert await look.look(disks) == [first, last]
+        assert await look.look(disks) == [first, last]
+        assert [disk.asked for disk in disks] == [2, 1, 2]
+        server.lives.set()
+        await until(lambda: not look.hanging)
+        assert await look.look(disks) == [first, dead, last]
+
+    run(work())
+
+
+def test_what_a_call_in_its_own_thread_raises_is_raised_here() -> None:
+    def fails() -> None:
+        raise ZeroDivisionError("there")
+
+    with pytest.raises(ZeroDivisionError, match="there"):
+        run(in_own_thread(fails))
