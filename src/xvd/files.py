@@ -13,18 +13,26 @@ from pathlib import Path
 
 from xvd.errors import ConfigError
 
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-
 
 def own_directory(path: Path, *, mode: int = 0o700) -> int:
     """Make a directory if it is not there, and open it; its descriptor is the caller's to close.
 
+    mode: of a new one, before the umask; the group may write in one that is there if it may here.
     Raises `ConfigError` if it is not a directory of this user, or if others may write there, and
     OSError if it cannot be made.
     """
     path.parent.mkdir(mode=mode, parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=mode)
+    return open_own_directory(path, group=bool(mode & stat.S_IWGRP))
+
+
+def open_own_directory(path: Path, *, group: bool = False) -> int:
+    """Open a directory that nobody but this user may change; its descriptor is the caller's.
+
+    group: its group may write there too. Raises `ConfigError` if it is another's, a link, or open
+    to others, and OSError if it is not there.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except NotADirectoryError:
@@ -32,10 +40,10 @@ def own_directory(path: Path, *, mode: int = 0o700) -> int:
     found = os.fstat(fd)
     if found.st_uid != os.geteuid():
         os.close(fd)
-        raise ConfigError(f"{path} belongs to user {found.st_uid}: remove it, or change its owner")
-    if found.st_mode & _OTHERS_WRITE:
+        raise ConfigError(f"{path} belongs to user {found.st_uid}: choose another, or be that user")
+    if found.st_mode & (stat.S_IWOTH if group else stat.S_IWOTH | stat.S_IWGRP):
         os.close(fd)
-        raise ConfigError(f"others may write in {path}: chmod go-w {path}")
+        raise ConfigError(f"others may write in {path}: chmod go-w {path}, or choose another")
     return fd
 
 

@@ -8,12 +8,16 @@ import errno
 import os
 import socket
 import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from xvd.errors import ConfigError
 
 _BACKLOG = 128
+
+PATH_MAX = 107
+"""Bytes of a socket's path that a client can connect to (unix(7): sun_path, with its end)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ def claim(
     if `path` is no socket, or if none can be made there.
     """
     where = Path(path).absolute()
+    if len(os.fsencode(where)) > PATH_MAX:
+        raise ConfigError(f"{where}: too long for a socket's path; choose a shorter one")
     _refuse_if_taken(where, kind)
     listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
@@ -67,17 +73,22 @@ def _refuse_if_taken(path: Path, kind: int) -> None:
 
 
 def _bind_aside(listener: socket.socket, path: Path, mode: int) -> int:
-    # Bound under another name and renamed: nobody can connect before the mode is right, and a
-    # dead server's socket is replaced in one step.
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.unlink(missing_ok=True)
-    listener.bind(str(aside))
+    # Bound in a directory that only we may enter, and moved out of it: nobody can connect before
+    # the mode is right, nobody can put a link in its way, and a dead server's socket is replaced in
+    # one step. Bound by a short name, as a socket's path has 107 bytes at most.
+    room = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    aside = Path(room) / "s"
     try:
+        directory = os.open(room, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            listener.bind(f"/proc/self/fd/{directory}/s")
+        finally:
+            os.close(directory)
         aside.chmod(mode)
         listener.listen(_BACKLOG)
         inode = aside.stat().st_ino
         aside.rename(path)
-    except OSError:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
+        os.rmdir(room)
     return inode

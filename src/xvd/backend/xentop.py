@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from xvd.errors import ConfigError
+from xvd.files import create_own, open_own_directory, own_directory, remove
 from xvd.machine.xs.client import XenstoreClient
 from xvd.machine.xs.xenbus import change_device
 
@@ -31,12 +33,20 @@ of writes; I/O errors; flags. Ticks are not shown by xentop, and stay 0."""
 
 
 class XentopPage:
-    """The page of one disk, there from construction to `close`. Raises OSError."""
+    """The page of one disk, there from construction to `close`.
+
+    Raises OSError or `ConfigError`. Anybody may write in /dev/shm, and the name can be guessed: a
+    page is only ever made in a directory that is ours, and never through a link.
+    """
 
     def __init__(self, domid: int, vdev: int, *, directory: Path = DIRECTORY) -> None:
         self.path = page_path(directory, os.getpid(), domid, vdev)
-        self.path.parent.mkdir(mode=0o755, exist_ok=True)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        where = own_directory(self.path.parent, mode=0o755)
+        try:
+            remove(where, self.path.name)
+            self._fd = create_own(where, self.path.name, mode=0o644)
+        finally:
+            os.close(where)
         self._last = b""
         self.update({})
 
@@ -70,8 +80,12 @@ def page_path(directory: Path, pid: int, domid: int, vdev: int) -> Path:
 
 def remove_page(path: Path) -> None:
     """Remove a page, ours or one that a killed predecessor left, and what held it if empty."""
-    with contextlib.suppress(OSError):
-        path.unlink()
+    with contextlib.suppress(OSError, ConfigError):
+        where = open_own_directory(path.parent)
+        try:
+            remove(where, path.name)
+        finally:
+            os.close(where)
         path.parent.rmdir()
 
 
@@ -98,7 +112,7 @@ class XentopPages:
             remove_page(page_path(self._directory, int(before), int(domid), int(vdev)))
         try:
             page = XentopPage(int(domid), int(vdev), directory=self._directory)
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             logger.warning("%s: xentop cannot show it: %s", path, error)
             return
         self._pages[path] = page, counters

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from xvd.errors import PeerClosed, XvdError
+from xvd.files import own_directory
 from xvd.sockets import UnixListener, claim
 
 logger = logging.getLogger(__name__)
@@ -50,8 +51,9 @@ class ControlServer:
         self._listener: UnixListener | None = None
 
     async def listen(self, path: Path) -> None:
-        """Listen at `path`, mode 0660; `ConfigError` if another daemon answers there."""
-        os.makedirs(path.parent, exist_ok=True)
+        """Listen at `path`, mode 0660; `ConfigError` if another daemon answers there, or if its
+        directory is somebody else's."""
+        os.close(own_directory(path.parent, mode=0o770))
         self._listener = claim(path)
         sock = self._listener.socket
         self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=LINE_MAX)

@@ -11,7 +11,9 @@ import typer
 
 from xvd.cli import common
 from xvd.errors import ConfigError
+from xvd.files import own_directory
 from xvd.machine.emulated.service import MACHINE_SOCKET, XENSTORE_SOCKET, EmulatedHost
+from xvd.sockets import PATH_MAX
 
 
 def host(
@@ -25,11 +27,11 @@ def host(
     """
     common.start_logging(verbose)
     try:
-        directory.mkdir(mode=0o770, parents=True, exist_ok=True)
+        os.close(own_directory(directory, mode=0o770))
     except OSError as error:
         raise ConfigError(f"{directory}: {error.strerror}; choose another directory") from None
     for name in (XENSTORE_SOCKET, MACHINE_SOCKET):
-        if len(os.fsencode(directory / name)) > 107:
+        if len(os.fsencode(directory / name)) > PATH_MAX:
             raise ConfigError(f"{directory}: too long for a socket's path; choose a shorter one")
     return common.run(_host(directory))
 

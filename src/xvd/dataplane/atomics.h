@@ -41,6 +41,12 @@ static inline uint32_t xvd_exchange32(void *p, uint32_t v)
 	return __atomic_exchange_n((uint32_t *)p, v, __ATOMIC_SEQ_CST);
 }
 
+/* Take bits away that another thread may be taking others from. */
+static inline void xvd_clear_bits(void *p, uint32_t bits)
+{
+	__atomic_fetch_and((uint32_t *)p, ~bits, __ATOMIC_RELAXED);
+}
+
 static inline int xvd_cas32(void *p, uint32_t old, uint32_t v)
 {
 	return __atomic_compare_exchange_n((uint32_t *)p, &old, v, 0, __ATOMIC_SEQ_CST,

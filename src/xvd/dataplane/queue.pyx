@@ -23,7 +23,7 @@ from xvd.dataplane.abi cimport (
     REFUSAL_COUNT, REFUSAL_NONE, SRING_REQ_PROD, blkif_layouts, blkif_refusal_names)
 from xvd.dataplane.answer cimport publish_responses, refuse, use_space
 from xvd.dataplane.buffers cimport shrink, take_up
-from xvd.dataplane.c cimport monotonic_ns, xvd_load_acquire, xvd_store_release
+from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits, xvd_load_acquire
 from xvd.dataplane.gather cimport gather, unmap
 from xvd.dataplane.indirect cimport fetch_indirect
 from xvd.dataplane.journal cimport (
@@ -503,7 +503,7 @@ cdef class BackendQueue:
 
     def withdraw(self, uint32_t offered):
         """Refuse what was offered by these bits, from the next request on. Any thread."""
-        self.q.limits.offered &= ~offered
+        xvd_clear_bits(&self.q.limits.offered, offered)
 
     @property
     def withdrawn(self):

@@ -8,7 +8,7 @@ from posix.unistd cimport write
 from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_EOPNOTSUPP,
                                 BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, REFUSAL_BAD_GRANT)
 from xvd.dataplane.answer cimport answer, refuse
-from xvd.dataplane.c cimport monotonic_ns
+from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
 from xvd.dataplane.gather cimport give_back, pause
 from xvd.dataplane.latency cimport count_latency
 from xvd.dataplane.pending cimport STAGE_WRITE, backend_queue, pending
@@ -50,7 +50,7 @@ cdef inline void fail(backend_queue *q, pending *p) noexcept nogil:
         bit = OFFER_SECURE
     if p.rq.operation != BLKIF_OP_READ and p.rq.operation != BLKIF_OP_WRITE:
         q.withdrawn |= bit
-        q.limits.offered &= ~bit
+        xvd_clear_bits(&q.limits.offered, bit)
         ring_alarm(q)
     answer(q, p, BLKIF_RSP_EOPNOTSUPP)
 

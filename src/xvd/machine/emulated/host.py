@@ -10,6 +10,7 @@ Thread rules: every method may be called from any thread; one lock guards the bo
 """
 
 import errno
+import fcntl
 import os
 import threading
 from dataclasses import dataclass, field
@@ -69,11 +70,18 @@ class _Domain:
     deferred: list[_Shared] = field(default_factory=list)
 
 
+def _sealed_memory(name: str, size: int) -> int:
+    """Memory of a size that nobody who gets its descriptor can change: a domain that cut its own
+    short would end by SIGBUS every process that has mapped it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
 def _new_domain(domid: Domid, limits: Limits, generation: int) -> _Domain:
-    memory_fd = os.memfd_create(f"xvd-domain-{domid}", os.MFD_CLOEXEC)
-    heap_fd = os.memfd_create(f"xvd-heap-{domid}", os.MFD_CLOEXEC)
-    os.ftruncate(memory_fd, limits.pages * PAGE_SIZE)
-    os.ftruncate(heap_fd, heap_bytes(limits))
+    memory_fd = _sealed_memory(f"xvd-domain-{domid}", limits.pages * PAGE_SIZE)
+    heap_fd = _sealed_memory(f"xvd-heap-{domid}", heap_bytes(limits))
     os.pwrite(heap_fd, (generation & 0xFFFF).to_bytes(4, "little"), 0)
     table_frames = -(-limits.grefs * 8 // PAGE_SIZE)
     return _Domain(

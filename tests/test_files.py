@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directories, files and sockets that we make where somebody else has been before us."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from xvd.errors import ConfigError
+from xvd.files import create_own, own_directory, remove
+from xvd.sockets import PATH_MAX, claim
+
+NOBODY = 65534
+
+
+def as_root() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives files away")
+
+
+def test_a_directory_is_made_for_us_alone(tmp_path: Path) -> None:
+    os.close(own_directory(tmp_path / "a" / "b"))
+
+    assert (tmp_path / "a" / "b").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    ("mode", "found", "allowed"),
+    [(0o700, 0o755, True), (0o700, 0o770, False), (0o770, 0o770, True), (0o770, 0o1777, False)],
+)
+def test_a_directory_is_taken_if_others_may_not_write_there(
+    tmp_path: Path, mode: int, found: int, allowed: bool
+) -> None:
+    where = tmp_path / "there"
+    where.mkdir()
+    where.chmod(found)
+
+    if allowed:
+        os.close(own_directory(where, mode=mode))
+        return
+    with pytest.raises(ConfigError, match="others may write in"):
+        own_directory(where, mode=mode)
+
+
+def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    as_root()
+    where = tmp_path / "theirs"
+    where.mkdir()
+    os.chown(where, NOBODY, NOBODY)
+
+    with pytest.raises(ConfigError, match=f"{where} belongs to user {NOBODY}"):
+        own_directory(where)
+
+
+def test_a_file_is_made_and_never_found(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "name").symlink_to("precious")
+    directory = own_directory(tmp_path)
+    try:
+        with pytest.raises(FileExistsError):
+            create_own(directory, "name")
+        remove(directory, "name")
+        os.close(create_own(directory, "name"))
+    finally:
+        os.close(directory)
+
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_a_socket_is_bound_aside_where_nobody_can_put_a_link(tmp_path: Path) -> None:
+    # The name was PATH.PID: whoever may write beside it could have its mode set on any file.
+    precious = tmp_path / "precious"
+    precious.touch(mode=0o600)
+    (tmp_path / f"socket.{os.getpid()}").symlink_to(precious)
+
+    listener = claim(tmp_path / "socket", mode=0o666)
+
+    assert precious.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "socket").stat().st_mode & 0o777 == 0o666
+    assert sorted(os.listdir(tmp_path)) == ["precious", "socket", f"socket.{os.getpid()}"]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(tmp_path / "socket"))
+    listener.remove()
+    listener.socket.close()
+
+
+def test_a_path_that_no_client_can_connect_to_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="too long for a socket's path"):
+        claim(tmp_path / ("x" * PATH_MAX))
