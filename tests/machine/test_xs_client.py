@@ -377,3 +377,25 @@ def test_closing_ends_watches_and_fails_waiters(path: Path) -> None:
 def test_nobody_listening_is_told(path: Path) -> None:
     with pytest.raises(PeerClosed, match="no xenstore answers"):
         asyncio.run(XenstoreClient.connect(path))
+
+
+def test_transact_gives_up_on_a_node_that_is_changed_all_the_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "CONFLICT_PAUSE_S", 0)
+
+    async def work(server: XenstoreServer, client: XenstoreClient) -> None:
+        tries = 0
+
+        async def write(tx: Transaction) -> None:
+            nonlocal tries
+            tries += 1
+            await tx.try_read("/n")
+            await client.write("/n", str(tries))
+            await tx.write("/m", "1")
+
+        with refused("EAGAIN"):
+            await client.transact(write)
+        assert (tries, server.store.counts.transactions) == (client_module.CONFLICTS_MAX, 0)
+
+    with_server(path, work)

@@ -99,11 +99,17 @@ class World:
         return self.guests[number]
 
     async def attach(
-        self, target: str = "memory:8M", *, domid: int = 1, vdev: str = "xvda", access: str = "rw"
+        self,
+        target: str = "memory:8M",
+        *,
+        domid: int = 1,
+        vdev: str = "xvda",
+        access: str = "rw",
+        timeout_s: float = 10,
     ) -> Vbd:
         await self.guest(domid)
         disk = parse_xl_disk(f"vdev={vdev},access={access},target={target}")
-        return await attach(self.store, Domid(domid), disk)
+        return await attach(self.store, Domid(domid), disk, timeout_s=timeout_s)
 
     async def open(self, vbd: Vbd, front: FrontSettings | None = None) -> Disk:
         machine, store = await self.guest(vbd.domid)

@@ -57,6 +57,7 @@ from xvd.blkif.nodes import (
 from xvd.engines.interface import Engine
 from xvd.errors import (
     ConfigError,
+    EventChannelError,
     PeerClosed,
     PeerProtocolError,
     XenstoreError,
@@ -80,7 +81,8 @@ class Device:
     """One disk of this backend domain; `run` returns when it is gone or `stop` has ended it.
 
     path: its directory, relative to this domain (``backend/vbd/1/51712``). budget: what this host
-    has for it and others; without end if there is none. log_limit: its guest's.
+    has for it and others; without end if there is none. log_limit: its guest's. rival: who
+    else serves such disks here, in words; mostly nobody.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Device:
         *,
         budget: Budget | None = None,
         log_limit: LogLimit | None = None,
+        rival: Callable[[], str] = str,
     ) -> None:
         self.path = path
         self.state = BackendState.STARTING
@@ -104,6 +107,7 @@ class Device:
         self._store = store
         self._open_storage = open_storage
         self._settings = settings or Settings()
+        self._rival = rival
         self._kept = DiskState(self._settings.state_dir, path)
         self._log = DeviceLog(logging.getLogger(__name__), path, log_limit or LogLimit(None))
         self._room = Room(budget or Budget(), self._log)
@@ -342,22 +346,23 @@ class Device:
             if self.connection is not None:
                 self.connection.release()
                 self.connection = None
-            self._error = f"cannot connect to {self.assignment.frontend}: {error}"
             if not resume:
                 self._kept.disconnected()
+            frontend, text = self.assignment.frontend, str(error)
+            if isinstance(error, EventChannelError) and (other := self._rival()):
+                text += f": the disk is served by {other}"
+            self._error = f"cannot connect to {frontend}: {text}"
             ours = not isinstance(error, XvdError | OSError)
-            frontend = self.assignment.frontend
-            self._log.error("cannot connect to %s: %s", frontend, error, exc_info=ours)
-            self.put(BackendEvent.CONNECT_FAILED)
-            return
+            self._log.error("cannot connect to %s: %s", frontend, text, exc_info=ours)
+            return self.put(BackendEvent.CONNECT_FAILED)
         if resume:
             self.connection.kick()
         if self.connection.set_aside:
             self._log.warning("%s; nothing was unanswered", self.connection.set_aside)
         self.connection.listen(self._alarmed)
-        config = plan.config
-        layout = f"queues: {len(config.queues)}, ring pages: {config.ring_pages}"
-        self._log.info("connected (%s, %s, %s)", config.abi.protocol, self.mode, layout)
+        queues, pages = len(plan.config.queues), plan.config.ring_pages
+        layout = f"queues: {queues}, ring pages: {pages}"
+        self._log.info("connected (%s, %s, %s)", plan.config.abi.protocol, self.mode, layout)
         self.put(BackendEvent.CONNECT_DONE)
         if grown:
             self.put(BackendEvent.RESIZED)  # while nobody served it; the state has to be repeated
@@ -384,8 +389,7 @@ class Device:
         self.features = replace(self.features, unit=unit)
         grown = resume and published != str(self.features.sectors // unit)
         self._released.clear()
-        self._broken = False
-        self._failures = 0
+        self._broken, self._failures = False, 0
         lease = self._room.take(self.features, self._settings, config)
         plan = Plan(
             self._machine,

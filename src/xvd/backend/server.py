@@ -4,13 +4,14 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from xvd.backend.budget import Budget
 from xvd.backend.device import Device, StorageOpener
 from xvd.backend.log import LogLimit
+from xvd.backend.rival import no_rival
 from xvd.backend.settings import Settings, parse_settings
 from xvd.backend.sharing import SharedStorage
 from xvd.backend.sizes import SizeLook
@@ -20,7 +21,7 @@ from xvd.blkif.handshake import BackendState
 from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
-from xvd.machine.xs.xenbus import remove_device
+from xvd.machine.xs.xenbus import remove_device, report_error
 from xvd.types import DOM0, Domid
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,8 @@ class Server:
     """Serves every disk under ``backend/<kind>`` of this domain.
 
     settings: for every disk; overrides: ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them.
-    budget: what this host has for all of them.
+    budget: what this host has for all of them. rival: who else serves a kind (`rival.rival`); a
+    disk that such a one has found too is left to it.
 
     One store connection for all, no polling. A device that fails costs itself only.
     """
@@ -54,6 +56,7 @@ class Server:
         settings: Settings | None = None,
         overrides: Mapping[str, Sequence[str]] | None = None,
         budget: Budget | None = None,
+        rival: Callable[[str], str] = no_rival,
     ) -> None:
         self.devices: dict[str, Device] = {}
         self._machine = machine
@@ -62,6 +65,7 @@ class Server:
         self._kinds = kinds
         self._settings = settings or Settings()
         self._budget = budget or Budget()
+        self._rival = rival
         self._overrides = {name: dict(parse_settings(t)) for name, t in (overrides or {}).items()}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._again: set[asyncio.Task[None]] = set()
@@ -69,6 +73,7 @@ class Server:
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
         self._lookers: list[asyncio.Task[None]] = []
+        self._left: set[str] = set()
         self._pages = XentopPages(store)
         self._log_limits: WeakValueDictionary[str, LogLimit] = WeakValueDictionary()
 
@@ -176,9 +181,16 @@ class Server:
 
     async def _consider(self, path: str) -> None:
         """Begin to serve a directory that the toolstack has completed and nobody serves yet."""
-        if path in self._running or await self._store.try_read(f"{path}/frontend") is None:
+        if path in self._running:
+            return
+        if await self._store.try_read(f"{path}/frontend") is None:
+            self._left.discard(path)
             return
         if await self._is_over(path) or path in self._running or self._closing:
+            return
+        kind = path.split("/")[1]
+        if other := self._rival(kind):
+            await self._leave_to(other, path)
             return
         settings = self.settings_of(path)
         device = Device(
@@ -189,6 +201,7 @@ class Server:
             settings,
             budget=self._budget,
             log_limit=self._log_limit(path),
+            rival=lambda: self._rival(kind),
         )
         self.devices[path] = device
         task = asyncio.create_task(self._serve(device))
@@ -203,6 +216,15 @@ class Server:
             limit = LogLimit(Domid(int(name)) if name.isdigit() else None)
             self._log_limits[name] = limit
         return limit
+
+    async def _leave_to(self, other: str, path: str) -> None:
+        """Do not serve a disk that another backend has found as we have."""
+        if path in self._left:
+            return
+        self._left.add(path)
+        text = f"left to {other}; then attach the disk again"
+        logger.error("%s: %s", path, text)
+        await report_error(self._store, path, text)
 
     async def _serve(self, device: Device) -> None:
         with contextlib.suppress(PeerClosed, XenstoreError):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from xvd.backend.pressure import MemoryPressure
+from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings, parse_settings
 from xvd.blkif.nodes import BackendAssignment
@@ -61,26 +62,14 @@ def backend(
     return common.run(_backend(host, number, kind, settings, overrides, layer))
 
 
-def competitor(kind: str, proc: Path = Path("/proc"), sys_dir: Path = Path("/sys")) -> str:
-    """Who else would serve backend/`kind` on a real Xen host, or nothing."""
-    if kind == "vbd" and (sys_dir / "bus/xen-backend/drivers/vbd").exists():
-        return "Linux's xen-blkback; unload it: modprobe -r xen-blkback, and blacklist it"
-    if kind == "vbd3":
-        for name in proc.glob("[0-9]*/comm"):
-            with contextlib.suppress(OSError):
-                if name.read_text() == "tapback\n":
-                    return "blktap's tapback; stop it"
-    return ""
-
-
 def _kinds(wanted: list[str], real: bool) -> list[str]:
     """The kinds to serve; `ConfigError` if one that was asked for has a server already."""
     if not real:
         return wanted or ["vbd"]
     for kind in wanted or ["vbd3"]:
-        if other := competitor(kind):
+        if other := rival(kind):
             raise ConfigError(f"backend/{kind} is served by {other}")
-    return wanted or (["vbd3"] if competitor("vbd") else ["vbd3", "vbd"])
+    return wanted or (["vbd3"] if rival("vbd") else ["vbd3", "vbd"])
 
 
 async def _backend(
@@ -96,7 +85,8 @@ async def _backend(
     name = f"backend-{machine.domid}"
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
-        kinds = _kinds(kinds, isinstance(machine, XenMachine))
+        real = isinstance(machine, XenMachine)
+        kinds = _kinds(kinds, real)
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
 
@@ -106,7 +96,7 @@ async def _backend(
         settings = replace(settings, state_dir=directory / "state" / name)
         server = Server(
             machine, store, storage, kinds=kinds, settings=settings, overrides=overrides,
-            budget=common.budget_of(machine),
+            budget=common.budget_of(machine), rival=rival if real else no_rival,
         )  # fmt: skip
         control = ControlServer(
             {

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Final
 
 from xvd.backend.budget import REMEDIES, XEN_MAPTRACK, Claim, capacity, limits_of_host
+from xvd.backend.rival import rival
 from xvd.backend.settings import Settings as BackendSettings
 from xvd.blkif.abi import Abi
 from xvd.blkif.nodes import FrontendConfig, QueueConfig, format_frontend
 from xvd.cli import common
-from xvd.cli.backend import competitor
 from xvd.engines.file import probe_io_uring
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated.host import Limits
@@ -101,7 +101,7 @@ def _free(kind: str, without: str) -> Callable[[], Finding]:
     """Whether nobody else serves a kind of backend on this Xen host."""
 
     def check() -> Finding:
-        other = competitor(kind)
+        other = rival(kind)
         what, _, remedy = other.partition("; ")
         detail = f"served by {what}" if other else ""
         return Finding(f"backend/{kind}", not other, without, detail, remedy)

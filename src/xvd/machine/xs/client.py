@@ -40,6 +40,12 @@ TRANSACTIONS_MAX: Final = 4
 """That `transact` has open at once. A store lets a guest have ten (quota
 "transactions") and refuses the next; more at a time would only conflict more often."""
 
+CONFLICTS_MAX: Final = 200
+"""How often `transact` begins again, and from the `CONFLICTS_FREE`th time on after a pause."""
+
+CONFLICTS_FREE: Final = 20
+CONFLICT_PAUSE_S: Final = 0.01
+
 WATCH_PENDING_MAX: Final = 1024
 """Different paths that one watch holds for a reader that does not come."""
 
@@ -430,19 +436,22 @@ class XenstoreClient(_Operations):
     async def transact(self, work: Callable[[Transaction], Awaitable[T]]) -> T:
         """Run `work` in a transaction until it is committed without a conflict; its result.
 
-        `work` is called again, with a new transaction, after each conflict. It may have to wait for
-        `TRANSACTIONS_MAX` others, so it must not call `transact` itself.
+        `work` is called again, with a new transaction, after each conflict: `CONFLICTS_MAX` times,
+        and then `XenstoreError` EAGAIN, as a peer may write to what is read for as long as it
+        likes. It may have to wait for `TRANSACTIONS_MAX` others, so it must not call `transact`
+        itself.
         """
-        async with self._turns:
-            while True:
+        for conflict in range(CONFLICTS_MAX):
+            async with self._turns:
                 try:
                     async with self.transaction() as tx:
-                        result = await work(tx)
+                        return await work(tx)
                 except XenstoreError as error:
                     if error.code != "EAGAIN":
                         raise
-                else:
-                    return result
+            if conflict >= CONFLICTS_FREE:
+                await asyncio.sleep(CONFLICT_PAUSE_S)
+        raise XenstoreError("EAGAIN", f"{CONFLICTS_MAX} transactions in a row met a conflict")
 
     async def _start_transaction(self) -> int:
         starting = asyncio.ensure_future(self.request(MessageType.TRANSACTION_START, b"\0"))
