@@ -8,13 +8,13 @@ purpose says so with `expect_log`.
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import hypothesis
 import pytest
 from hypothesis import HealthCheck
+
+from xvd.packages import find_tool, package_of
 
 hypothesis.settings.register_profile(
     "ci", derandomize=True, deadline=None, print_blob=True, database=None
@@ -30,16 +30,15 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 @pytest.fixture(scope="session")
-def requires_tool() -> Callable[[str, str], str]:
-    """`requires_tool(name_or_path, package)` is the tool's full path.
+def requires_tool() -> Callable[[str], str]:
+    """`requires_tool(name)` is the full path of a command or a file of src/xvd/packages.txt.
 
     Without the tool the test is skipped, naming the package; with XVD_REQUIRE_TOOLS=1 it fails.
     """
 
-    def find(tool: str, package: str) -> str:
-        found = shutil.which(tool)
-        if found is None and Path(tool).is_file():
-            found = tool
+    def find(tool: str) -> str:
+        package = package_of(tool)
+        found = find_tool(tool)
         if found is not None:
             return found
         reason = f"{tool} is missing: install the package {package}"

@@ -27,12 +27,13 @@ sys.exit(sys.argv[1] != "%d.%d" % sys.version_info[:2]
     done
 }
 
-# need 'command=package'...: end with the line that installs what is missing; with XVD_REQUIRE_TOOLS,
-# as continuous integration has it, install it.
+# need COMMAND...: end with the line that installs what is missing; with XVD_REQUIRE_TOOLS, as
+# continuous integration has it, install it. src/xvd/packages.txt says what is in which package.
 need() {
-    local pair missing=
-    for pair; do
-        PATH=$PATH:/usr/sbin:/sbin command -v "${pair%%=*}" >/dev/null || missing="$missing ${pair#*=}"
+    local command missing=
+    for command; do
+        PATH=$PATH:/usr/sbin:/sbin command -v "$command" >/dev/null ||
+            missing="$missing $(awk -v name="$command" '$1 == name { print $2 }' "$project/src/xvd/packages.txt")"
     done
     [ -n "$missing" ] || return 0
     if [ -n "${XVD_REQUIRE_TOOLS-}" ] && [ "$(id -u)" = 0 ]; then

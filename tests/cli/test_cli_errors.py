@@ -188,8 +188,8 @@ def full(tmp_path: Path) -> Iterator[list[str]]:
             subprocess.run(["umount", str(image.parent)], check=True)
 
 
-def test_disk_full_while_writing(full: list[str], requires_tool: Callable[[str, str], str]) -> None:
-    qemu_io = requires_tool("qemu-io", "qemu-utils")
+def test_disk_full_while_writing(full: list[str], requires_tool: Callable[[str], str]) -> None:
+    qemu_io = requires_tool("qemu-io")
 
     result = run_xvd("serve", *full, "--run", f'{qemu_io} -f raw -c "write 4M 4M" "$uri"')
 

@@ -44,7 +44,7 @@ def writes(four: FourProcesses) -> int:
 def test_backend_killed_under_fio(
     tmp_path: Path, image: Path, requires_tool, options: tuple[str, ...]
 ) -> None:
-    fio = requires_tool("fio", "fio")
+    fio = requires_tool("fio")
     output = tmp_path / "fio.json"
     with FourProcesses(tmp_path, image, *options) as four:
         load = start_fio(four, fio, output)
@@ -78,7 +78,7 @@ while True:
 def test_frontend_killed_under_load_loses_nothing_that_was_flushed(
     tmp_path: Path, image: Path, requires_tool
 ) -> None:
-    nbdsh = requires_tool("nbdsh", "python3-libnbd")
+    nbdsh = requires_tool("nbdsh")
     with FourProcesses(tmp_path, image) as four:
         writer = subprocess.Popen(
             [nbdsh, "-c", WRITER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,

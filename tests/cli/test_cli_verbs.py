@@ -55,7 +55,7 @@ def test_serve_leaves_nothing_in_tmp(image: Path, tmp_path: Path) -> None:
 
 
 def test_serve_reports_what_happened(image: Path, requires_tool) -> None:
-    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    qemu_io = requires_tool("qemu-io")
     command = f'{qemu_io} -f raw -c "write -P 5 0 1M" -c flush "$uri"'
 
     result = run_xvd("serve", str(image), "--report", "--run", command)
@@ -66,7 +66,7 @@ def test_serve_reports_what_happened(image: Path, requires_tool) -> None:
 
 
 def test_serve_by_grant_copy(image: Path, requires_tool) -> None:
-    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    qemu_io = requires_tool("qemu-io")
     command = f'{qemu_io} -f raw -c "write -P 5 0 1M" -c "read -P 5 0 1M" "$uri"'
 
     result = run_xvd("serve", "--copy", str(image), "--report", "--run", command)
@@ -81,7 +81,7 @@ def test_sigterm_ends_the_captive_command_too(image: Path) -> None:
 
 
 def test_four_processes_serve_a_disk(four: FourProcesses, requires_tool) -> None:
-    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    qemu_io = requires_tool("qemu-io")
     four.run("list")
 
     result = subprocess.run(
@@ -97,7 +97,7 @@ def test_four_processes_serve_a_disk(four: FourProcesses, requires_tool) -> None
 
 
 def test_stats_count_under_blkbacks_names(four: FourProcesses, requires_tool) -> None:
-    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    qemu_io = requires_tool("qemu-io")
     command = [qemu_io, "-f", "raw", "-c", "write 0 64K", "-c", "flush", four.uri]
     subprocess.run(command, check=True, capture_output=True)
 
@@ -178,7 +178,7 @@ def test_everything_ends_on_sigterm_and_leaves_nothing(four: FourProcesses) -> N
 def test_a_backend_that_is_stopped_leaves_its_disks_to_the_next(
     four: FourProcesses, requires_tool
 ) -> None:
-    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    qemu_io = requires_tool("qemu-io")
     four.backend.stop()
     four.start_backend()
 
@@ -216,7 +216,7 @@ def test_help(verb: str) -> None:
 
 
 def test_serve_and_compare(image: Path, tmp_path: Path, requires_tool) -> None:
-    qemu_img = requires_tool("qemu-img", "qemu-utils")
+    qemu_img = requires_tool("qemu-img")
     image.write_bytes(bytes(range(256)) * 4096)
     other = tmp_path / "other.img"
     other.write_bytes(image.read_bytes())
@@ -261,8 +261,8 @@ def test_a_setting_of_neither_end_is_a_mistake(image: Path, text: str) -> None:
 
 
 def test_serve_a_block_device(image: Path, requires_tool) -> None:
-    losetup = requires_tool("losetup", "mount")
-    qemu_io = requires_tool("qemu-io", "qemu-utils")
+    losetup = requires_tool("losetup")
+    qemu_io = requires_tool("qemu-io")
     if os.geteuid() != 0:
         pytest.skip("a loop device needs root")
     command = [losetup, "-f", "--show", str(image)]

@@ -28,9 +28,9 @@ SECURE = 1 << 16
 
 
 @pytest.fixture
-def loop(tmp_path: Path, requires_tool: Callable[[str, str], str]) -> Iterator[Callable[..., str]]:
+def loop(tmp_path: Path, requires_tool: Callable[[str], str]) -> Iterator[Callable[..., str]]:
     """`loop(option...)` is a loop device of 1 MiB on a file full of data."""
-    losetup = requires_tool("losetup", "mount")
+    losetup = requires_tool("losetup")
     if os.geteuid() != 0:
         pytest.skip("a loop device needs root")
     image = tmp_path / "disk.img"

@@ -29,8 +29,8 @@ from xvd.machine.xs.messages import (
 
 
 @pytest.fixture
-def xs_wire_h(requires_tool: Callable[[str, str], str]) -> str:
-    return Path(requires_tool("/usr/include/xen/io/xs_wire.h", "libxen-dev")).read_text()
+def xs_wire_h(requires_tool: Callable[[str], str]) -> str:
+    return Path(requires_tool("/usr/include/xen/io/xs_wire.h")).read_text()
 
 
 def test_a_message_packs_to_the_bytes_of_xs_wire_h() -> None:

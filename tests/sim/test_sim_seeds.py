@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from xvd.blkif.abi import Abi
+from xvd.blkif.abi import SRING_INSTANCE, Abi
 from xvd.engines.bridge import Operation
 from xvd.sim.checkers import CheckFailed, ModelDisk, check_balanced, pattern
 from xvd.sim.prng import Prng
@@ -144,6 +144,26 @@ def test_attaching_by_the_shared_indices_alone_is_wrong() -> None:
             World_without_journal(Options.draw(seed, STEPS)).run()
 
     with pytest.raises(CheckFailed, match=r"lying|never come to an end"):
+        run_all()
+
+
+class World_whose_rings_are_alike(World):
+    """A new ring carries the number of the one before: its journal seems to be of this ring."""
+
+    def _begin_connection(self):
+        super()._begin_connection()
+        for link, journal in zip(self._front.links, self._journals, strict=True):
+            link.ring.view[SRING_INSTANCE : SRING_INSTANCE + 8] = journal[16:24]
+
+
+def test_canary_a_journal_of_an_earlier_ring_must_not_be_taken_for_this_ones() -> None:
+    def run_all() -> None:
+        for seed in range(300):
+            options = Options.draw(seed, STEPS)
+            if options.faults.replacement:
+                World_whose_rings_are_alike(options).run()
+
+    with pytest.raises(CheckFailed, match=r"lying|never come to an end|sector"):
         run_all()
 
 

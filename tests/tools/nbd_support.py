@@ -2,35 +2,18 @@
 """Running the NBD world's tools: they are optional on a desk and demanded in CI."""
 
 import os
-import shutil
 import subprocess
 
 import pytest
 
-PACKAGES = {
-    "nbdinfo": "libnbd-bin",
-    "nbdcopy": "libnbd-bin",
-    "nbdsh": "python3-libnbd",
-    "nbdfuse": "nbdfuse",
-    "qemu-img": "qemu-utils",
-    "qemu-io": "qemu-utils",
-    "fio": "fio",
-    "mkfs.ext4": "e2fsprogs",
-    "e2fsck": "e2fsprogs",
-    "losetup": "mount",
-    "mount": "mount",
-    "umount": "mount",
-    "fusermount3": "fuse3",
-    "cmp": "diffutils",
-    "diff": "diffutils",
-}
+from xvd.packages import find_tool, package_of
 
 
 def require(*names: str) -> None:
     """Skip the test, or with XVD_REQUIRE_TOOLS=1 fail it, unless all of these are installed."""
     for name in names:
-        if shutil.which(name) is None:
-            missing(f"{name} is missing: install the package {PACKAGES[name]}")
+        if find_tool(name) is None:
+            missing(f"{name} is missing: install the package {package_of(name)}")
 
 
 def missing(reason: str) -> None:

@@ -17,7 +17,7 @@ def tool(xenstore, requires_tool) -> Tool:
     """Run a xenstore tool to its end, with its output."""
 
     def run(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [requires_tool(f"xenstore-{name}", "xenstore-utils"), *arguments]
+        command = [requires_tool(f"xenstore-{name}"), *arguments]
         return subprocess.run(
             command,
             env=xenstore.environment,
@@ -84,7 +84,7 @@ def test_chmod(tool: Tool) -> None:
 
 def test_watch_prints_what_changes(xenstore, tool: Tool, requires_tool) -> None:
     watcher = subprocess.Popen(
-        [requires_tool("xenstore-watch", "xenstore-utils"), "-n", "3", "/a"],
+        [requires_tool("xenstore-watch"), "-n", "3", "/a"],
         env=xenstore.environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -96,7 +96,7 @@ def test_watch_prints_what_changes(xenstore, tool: Tool, requires_tool) -> None:
 
 
 def test_control_check(tool: Tool, xenstore, requires_tool) -> None:
-    control = requires_tool("/usr/lib/xen-4.17/bin/xenstore-control", "xen-utils-4.17")
+    control = requires_tool("/usr/lib/xen-*/bin/xenstore-control")
     result = subprocess.run(
         [control, "check"], env=xenstore.environment, capture_output=True, text=True, check=False
     )
@@ -106,7 +106,7 @@ def test_control_check(tool: Tool, xenstore, requires_tool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["-i", "100"], ["-r", "1"]], ids=["each-100-times", "random"])
 def test_xens_own_test_passes(xenstore, requires_tool, options: list[str]) -> None:
-    program = requires_tool("/usr/lib/xen-4.17/bin/test-xenstore", "xen-utils-4.17")
+    program = requires_tool("/usr/lib/xen-*/bin/test-xenstore")
     result = subprocess.run(
         [program, *options],
         env=xenstore.environment,

@@ -15,6 +15,7 @@ from typing import Any
 from xvd.bench.sample import Case, Sample
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job
+from xvd.packages import find_tool
 
 
 class NotInstalled(ConfigError):
@@ -66,7 +67,7 @@ def probe(name: str, path: Path, job: Job, *flags: str) -> Case:
 
 def missing(*tools: str) -> list[str]:
     """Those of the tools that are not installed."""
-    return [tool for tool in tools if shutil.which(tool) is None]
+    return [tool for tool in tools if find_tool(tool) is None]
 
 
 def _output(command: Sequence[str] | str) -> str:

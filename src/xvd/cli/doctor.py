@@ -4,7 +4,6 @@
 import contextlib
 import os
 import resource
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated.host import Limits
 from xvd.machine.xen import xenbus
 from xvd.machine.xen.machine import available
+from xvd.packages import find_tool, package_of
 from xvd.types import Gref, Port
 
 NODES_QUOTA: Final = 1000
@@ -78,10 +78,10 @@ def _descriptors() -> Finding:
     )  # fmt: skip
 
 
-def _tool(name: str, package: str, needed: str) -> Callable[[], Finding]:
+def _tool(name: str, needed: str) -> Callable[[], Finding]:
     def check() -> Finding:
-        found = shutil.which(name)
-        remedy = "" if found else f"apt-get install {package}"
+        found = find_tool(name)
+        remedy = "" if found else f"apt-get install {package_of(name)}"
         return Finding(name, bool(found), needed, found or "not found", remedy)
 
     return check
@@ -171,10 +171,10 @@ def _guests_disks() -> Finding:
 
 _ESSENTIAL: tuple[Callable[[], Finding], ...] = (_io_uring, _memfd, _maps, _descriptors)
 _OPTIONAL: tuple[Callable[[], Finding], ...] = (
-    _tool("qemu-img", "qemu-utils", "converting and comparing images"),
-    _tool("nbdinfo", "libnbd-bin", "looking at an export"),
-    _tool("nbdfuse", "libnbd-bin", "mounting an export where there is no kernel nbd"),
-    _tool("fio", "fio", "the bench's peer figures"),
+    _tool("qemu-img", "converting and comparing images"),
+    _tool("nbdinfo", "looking at an export"),
+    _tool("nbdfuse", "mounting an export where there is no kernel nbd"),
+    _tool("fio", "the bench's peer figures"),
     _device("/dev/fuse", "nbdfuse", "modprobe fuse"),
     _device("/dev/xen/evtchn", "real Xen", "only on a Xen domain: modprobe xen-evtchn"),
     _device(

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of outside tools has everything that is run, and nothing that nobody runs."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from xvd.packages import package_of, packages
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNNERS = {"run", "Popen", "check_output", "check_call", "create_subprocess_exec"}
+DEMANDS = {"requires_tool", "require", "try_run", "run_tool"}
+EVERYWHERE = {"bash", "sh", "true", "mkfifo", "git", "make", "ps"}
+"""Of what a minimal Debian always has, or was needed to get here."""
+OURS = {"xvd"}
+ELSEWHERE = {"xl", "domu", "typed"}
+"""Run on real Xen only, where xen-rig/build puts them."""
+
+
+def calls(path: Path) -> Iterator[tuple[str, str]]:
+    """(who runs or demands it, the command) of each call in a file that names its command."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        words = node.args
+        if name in RUNNERS and words and isinstance(words[0], ast.List | ast.Tuple):
+            words = words[0].elts[:1]
+        elif name not in DEMANDS:
+            continue
+        for word in words if name in {"requires_tool", "require"} else words[:1]:
+            if isinstance(word, ast.Constant) and isinstance(word.value, str):
+                yield name, word.value
+
+
+def commands_of_tests() -> set[str]:
+    files = [path for path in (ROOT / "tests").rglob("*.py") if "xen" not in path.parts]
+    return {command for path in files for _, command in calls(path)}
+
+
+def test_what_tests_run_or_demand_is_in_the_table() -> None:
+    wanted = commands_of_tests() - EVERYWHERE - OURS - ELSEWHERE
+    unknown = {name for name in wanted if name not in packages() and " " not in name}
+
+    assert unknown == set()
+
+
+def test_what_tests_demand_is_installed_for_them() -> None:
+    demanded = commands_of_tests() & set(packages())
+
+    assert {n for n in demanded if not {"test", "build"} & set(packages()[n][1])} == set()
+
+
+def test_what_the_measurements_run_is_in_the_table() -> None:
+    files = (ROOT / "src" / "xvd" / "bench").glob("*.py")
+    wanted = {command for path in files for _, command in calls(path)} - OURS
+
+    assert {name for name in wanted if "bench" not in packages().get(name, ("", ()))[1]} == set()
+
+
+@pytest.mark.parametrize("script", ["build", "run", "wheel"])
+def test_what_the_rig_needs_is_in_the_table(script: str) -> None:
+    text = (ROOT / "xen-rig" / script).read_text()
+    found = re.search(r"^need (.*)$", text, re.MULTILINE)
+    assert found is not None
+
+    assert {name for name in found[1].split() if "rig" not in packages()[name][1]} == set()
+
+
+def test_every_purpose_of_the_table_is_one_that_somebody_asks_for() -> None:
+    purposes = {user for _, users in packages().values() for user in users}
+
+    assert purposes == {"build", "test", "demo", "bench", "rig", "ci"}
+    assert package_of("qemu-storage-daemon") == "qemu-system-common"
