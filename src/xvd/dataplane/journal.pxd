@@ -16,7 +16,8 @@ and each entry's first word is a seal over the rest of it. journal.pyx has the e
 
 from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from xvd.dataplane.abi cimport BLKIF_MAX_ENTRY_SIZE
+from xvd.dataplane.abi cimport (BLKIF_MAX_ENTRY_SIZE, BLKIF_MAX_SEGMENTS_PER_REQUEST,
+                                BLKIF_OP_FLUSH_DISKCACHE)
 from xvd.dataplane.c cimport xvd_store_release
 from xvd.dataplane.ring cimport back_ring
 
@@ -48,13 +49,22 @@ cdef struct journal_header:
     uint8_t pad[104]
 
 
+cdef inline uint32_t words_of(const uint8_t *slot) noexcept nogil:
+    """How many words of a slot mean something: of a read or write with few segments most do not.
+    The operation and the number of segments are the first two bytes in every ABI."""
+    cdef uint32_t words = BLKIF_MAX_ENTRY_SIZE // 8
+    if slot[0] <= BLKIF_OP_FLUSH_DISKCACHE and slot[1] < BLKIF_MAX_SEGMENTS_PER_REQUEST:
+        words = 3 + slot[1]
+    return words
+
+
 cdef inline uint32_t seal_taken(const journal_entry *entry) noexcept nogil:
     """The word of an entry that is to be executed. Each step is one-to-one, so a change of one word
     is lost only where the last step cuts the result down: one change in 2^30."""
     cdef const uint64_t *words = <const uint64_t *>entry.slot
     cdef uint64_t mixed = entry.index
     cdef uint32_t i
-    for i in range(<uint32_t>BLKIF_MAX_ENTRY_SIZE // 8):
+    for i in range(words_of(entry.slot)):
         mixed = (mixed ^ words[i]) * <uint64_t>0x9E3779B97F4A7C15
     return <uint32_t>(mixed >> 32) & ~<uint32_t>KIND_MASK | ENTRY_TAKEN
 
