@@ -29,6 +29,7 @@ from xvd.machine.emulated.host import Limits
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
 from xvd.machine.xen import machine as xen
+from xvd.toolstack.xldisk import in_format
 from xvd.types import Domid
 
 HostDir = Annotated[
@@ -218,9 +219,11 @@ def storage_uri(assignment: BackendAssignment) -> str:
 
     In the tap slot libxl puts ``aio:`` before the target, whatever it is; a path is one of a file.
     """
-    if assignment.image_format == "raw":
-        return assignment.image
-    return f"{assignment.image_format}:{assignment.image}"
+    if assignment.image_format != "raw":
+        return f"{assignment.image_format}:{assignment.image}"
+    if assignment.format_said:
+        return in_format(assignment.image, "raw")
+    return assignment.image
 
 
 LOCK_PATIENCE_S = 5.0
@@ -235,6 +238,7 @@ async def open_assigned(assignment: BackendAssignment, layers: list[str]) -> Eng
         read_only=not assignment.writable,
         layers=layers,
         patience_s=LOCK_PATIENCE_S,
+        user=f"{assignment.frontend_domid}/{assignment.name}",
     )
 
 
