@@ -9,11 +9,10 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from xvd.backend.budget import AGREED, LIVE, NEGOTIABLE, Budget, Claim, Lease
 from xvd.backend.connection import Connection, Plan
@@ -28,6 +27,7 @@ from xvd.backend.features import (
 )
 from xvd.backend.inbox import Inbox
 from xvd.backend.settings import Settings
+from xvd.backend.storage_log import DeviceLog, StorageLog
 from xvd.blkif.abi import Abi, XenbusState
 from xvd.blkif.handshake import (
     BackendAction,
@@ -81,16 +81,6 @@ def _frontends_node(name: str) -> bool:
     return (Side.FRONTEND, name) in NODES or bool(stale_frontend_nodes([name]))
 
 
-class _DeviceLog(logging.LoggerAdapter[logging.Logger]):
-    """Begins each line with the disk's directory."""
-
-    def process(
-        self, msg: object, kwargs: MutableMapping[str, Any]
-    ) -> tuple[str, MutableMapping[str, Any]]:
-        """Put the directory first."""
-        return f"{self.extra['device'] if self.extra else ''}: {msg}", kwargs
-
-
 class Device:
     """One disk of this backend domain; `run` returns when it is gone or `stop` has ended it.
 
@@ -119,7 +109,8 @@ class Device:
         self._open_storage = open_storage
         self._settings = settings or Settings()
         self._budget = budget or Budget()
-        self._log = _DeviceLog(logging.getLogger(__name__), {"device": path})
+        self._log = DeviceLog(logging.getLogger(__name__), {"device": path})
+        self._said = StorageLog(self._log)
         self._events = Inbox()
         self._sizing = asyncio.Lock()  # one look at the size, or change of it, at a time
         self._storage = threading.Lock()  # one thread that measures, resizes or closes it
@@ -345,6 +336,9 @@ class Device:
                 own = await read_directory(self._store, self.path, _own_node)
                 self.features = promised(self.features, own)
                 published = own.get("sectors")
+                size = self.features.sectors * RING_SECTOR_SIZE
+                if size > self.engine.info.size:
+                    self._said.smaller(self.engine.info.size, size)
             nodes = await read_directory(self._store, self.assignment.frontend, _frontends_node)
             config = parse_frontend(
                 nodes,
@@ -437,9 +431,9 @@ class Device:
     def _say_failure(self, connection: Connection, number: int) -> None:
         """Once, and not again for a while: a guest can cause any number of failures."""
         connection.mute()
-        remedy = _REMEDIES.get(number, "look at the storage")
-        text = "storage fails: %s (%d failures so far); the guest sees I/O errors: %s"
-        self._log.error(text, os.strerror(number), self._failures, remedy)
+        self._said.failed(self.engine, number, self._failures)
+        if number == errno.EIO:
+            self._spawn(self.follow_size())  # perhaps it was cut short
 
         def listen_again() -> None:
             if self.connection is connection:
@@ -503,27 +497,37 @@ class Device:
 
     # ---- Size ----
 
-    async def resize(self, size: int | None = None) -> int:
+    async def resize(self, size: int | None = None, *, shrink: bool = False) -> int:
         """Give the disk `size` bytes, or let it follow its storage; its 512-byte sectors then.
 
-        The guest is told while it runs. Raises `EngineError`, or `ConfigError` where the storage is
-        not open.
+        The guest is told while it runs. shrink: also if storage that is followed is smaller than
+        the disk. Raises `EngineError`, or `ConfigError` where the storage is not open, or smaller.
         """
         async with self._sizing:
-            return await self._resize(size)
+            found = await self._resize(size, shrink=shrink)
+        assert self.features is not None
+        if found < self.features.sectors:
+            text = f"its storage has {found} sectors, the disk {self.features.sectors}"
+            raise ConfigError(f"{self.path}: {text}; see --shrink")
+        return found
 
-    async def _resize(self, size: int | None) -> int:
+    async def _resize(self, size: int | None, *, shrink: bool) -> int:
+        """The sectors that the storage has then; the disk has no fewer, unless it may shrink."""
         if self.engine is None or self.features is None:
             raise ConfigError(f"{self.path}: its storage is not open")
         try:
             if size is not None:
+                shrink = True
                 if size < self.engine.info.size and self.connection is not None:
                     # Before what lies behind it goes; the guest is told when it has gone.
                     self.connection.set_capacity(size // RING_SECTOR_SIZE)
                 await self._with_storage(self.engine.resize, size)
         finally:
-            self._set_sectors(await self._with_storage(self.engine.measure) // RING_SECTOR_SIZE)
-        return self.features.sectors
+            found = await self._with_storage(self.engine.measure) // RING_SECTOR_SIZE
+            if found >= self.features.sectors or shrink:
+                self.engine.accept_size()
+                self._set_sectors(found)
+        return found
 
     async def _with_storage(self, call: Callable[..., _T], *arguments: object) -> _T:
         """Do it in a thread, as storage may hang, and with nobody else at the storage."""
@@ -545,10 +549,15 @@ class Device:
                 return False
 
     async def follow_size(self) -> None:
-        """Let the disk have its storage's size, as blkback does before each request."""
+        """Let the disk grow with its storage, as blkback does before each request.
+
+        Where that became smaller, what is gone is an error, and no end that somebody wanted.
+        """
         if self.connection is not None and self.engine is not None:
             with contextlib.suppress(OSError, XvdError):
-                await self.resize()
+                async with self._sizing:
+                    await self._resize(None, shrink=False)
+            self._said.looked(self.engine)
 
     def _set_sectors(self, sectors: int) -> None:
         assert self.features is not None
@@ -582,11 +591,6 @@ class Device:
 
 
 _QUIET_S = 10.0
-_REMEDIES = {
-    errno.ENOSPC: "free some space where the image lies",
-    errno.EDQUOT: "raise the quota of the image's owner",
-    errno.EFBIG: "the file system cannot hold a file this large",
-}
 
 _NODES = (
     BackendAction.OFFER,

@@ -112,7 +112,9 @@ async def _backend(
             {
                 "stats": lambda: [disk_figures(device) for device in server.devices.values()],
                 "set": server.change,
-                "resize": lambda disk, size: server.device(disk).resize(size),
+                "resize": lambda disk, size, shrink=False: server.device(disk).resize(
+                    size, shrink=shrink
+                ),
             }
         )
         await control.listen(directory / "control" / name)
