@@ -31,10 +31,10 @@ class Host:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
-    def image(self, size: int = 16 * MIB) -> Path:
-        path = self.where / "disk.img"
+    def image(self, name: str = "disk.img") -> Path:
+        path = self.where / name
         path.touch()
-        os.truncate(path, size)
+        os.truncate(path, 16 * MIB)
         return path
 
     def loop(self, image: Path, *options: str) -> str:
@@ -150,7 +150,7 @@ def test_a_device_that_is_served_cannot_be_mounted_or_served_again(host: Host) -
 
 @pytest.mark.parametrize("kind", ["file", "device"])
 def test_what_is_swapped_to(host: Host, kind: str) -> None:
-    image = host.image()
+    image = host.image("swap of a höst")
     image.write_bytes(bytes(16 * MIB))
     image.chmod(0o600)
     path = image if kind == "file" else Path(host.loop(image))

@@ -9,6 +9,7 @@ lie below a loop device that somebody has claimed.
 import errno
 import fcntl
 import os
+import re
 import stat
 import struct
 import time
@@ -23,6 +24,7 @@ BLKROGET: Final = 0x125E
 _LOOP_GET_STATUS64: Final = 0x4C05
 _LOOP_INFO64: Final = 232
 """Bytes of linux/loop.h's loop_info64, which begins with lo_device, lo_inode, lo_rdevice (u64)."""
+_ESCAPED: Final = re.compile(rb"\\([0-3][0-7]{2})")
 _RETRY_S: Final = 0.05
 
 
@@ -69,7 +71,7 @@ def _whose(number: int) -> str:
         with suppress(OSError):
             numbers[(Path("/sys/class/block") / part / "dev").read_text().strip()] = part
     with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
             fields = line.split()
             if fields[2] in numbers:
                 return f" (/dev/{numbers[fields[2]]} is mounted on {fields[4]})"
@@ -111,11 +113,11 @@ def _same(found: os.stat_result, name: str) -> bool:
 def _swaps() -> list[str]:
     """Files and devices that are swapped to; blanks in their names are written as \\040."""
     try:
-        lines = Path("/proc/swaps").read_text().splitlines()[1:]
+        lines = Path("/proc/swaps").read_bytes().splitlines()[1:]
     except OSError:
         return []
     names = (line.split()[0] for line in lines if line.split())
-    return [name.encode().decode("unicode_escape") for name in names]
+    return [os.fsdecode(_ESCAPED.sub(lambda m: bytes([int(m[1], 8)]), name)) for name in names]
 
 
 def _loops_on(found: os.stat_result) -> Iterator[str]:
@@ -132,7 +134,7 @@ def _is_below(found: os.stat_result, device: str, node: Path) -> bool:
     try:
         fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return _same(found, node.read_text().rstrip("\n"))
+        return _same(found, os.fsdecode(node.read_bytes().rstrip(b"\n")))
     try:
         info = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO64))
     finally:
