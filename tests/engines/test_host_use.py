@@ -148,6 +148,17 @@ def test_a_device_that_is_served_cannot_be_mounted_or_served_again(host: Host) -
     FileEngine(device).close()
 
 
+def test_a_loop_device_on_a_file_that_somebody_has(host: Host) -> None:
+    image = host.image()
+    device = host.loop(image)
+    engine = FileEngine(str(image), user="1/xvda")
+
+    with pytest.raises(EngineError, match=f"{image}, which lies below it, is in use by this daem"):
+        FileEngine(device)
+    engine.close()
+    FileEngine(device).close()
+
+
 @pytest.mark.parametrize("kind", ["file", "device"])
 def test_what_is_swapped_to(host: Host, kind: str) -> None:
     image = host.image("swap of a höst")

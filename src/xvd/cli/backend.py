@@ -101,7 +101,7 @@ async def _backend(
         stack.push_async_callback(store.close)
 
         async def storage(assignment: BackendAssignment) -> Engine:
-            return await common.open_assigned(assignment, layers)
+            return await common.open_assigned(store, assignment, layers)
 
         settings = replace(settings, state_dir=directory / "state" / name)
         server = Server(

@@ -24,11 +24,12 @@ from xvd.blkif.vdev import parse_vdev
 from xvd.cli.control import ask
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
-from xvd.errors import ConfigError, PeerClosed
+from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.machine.emulated.host import Limits
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
 from xvd.machine.xen import machine as xen
+from xvd.machine.xs.client import XenstoreClient
 from xvd.toolstack.xldisk import in_format
 from xvd.types import Domid
 
@@ -230,7 +231,19 @@ LOCK_PATIENCE_S = 5.0
 """How long a backend waits for the lock of a predecessor that was killed with I/O in flight."""
 
 
-async def open_assigned(assignment: BackendAssignment, layers: list[str]) -> Engine:
+async def has_device_model(store: XenstoreClient, domid: Domid) -> bool:
+    """Whether a QEMU has a guest's disks open as well, until the guest's own drivers come.
+
+    libxl tells the domain's type. QEMU's own backend takes no lock for that reason.
+    """
+    with contextlib.suppress(XenstoreError):
+        return await store.try_read(f"/libxl/{domid}/type") == "hvm"
+    return False
+
+
+async def open_assigned(
+    store: XenstoreClient, assignment: BackendAssignment, layers: list[str]
+) -> Engine:
     """Open the storage of an assigned disk without holding up the event loop."""
     return await asyncio.to_thread(
         open_engine,
@@ -239,6 +252,7 @@ async def open_assigned(assignment: BackendAssignment, layers: list[str]) -> Eng
         layers=layers,
         patience_s=LOCK_PATIENCE_S,
         user=f"{assignment.frontend_domid}/{assignment.name}",
+        device_model=await has_device_model(store, assignment.frontend_domid),
     )
 
 

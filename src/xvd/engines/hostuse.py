@@ -79,6 +79,15 @@ def _whose(number: int) -> str:
     return f" (it is a part of {', '.join(sorted(holders))})" if holders else ""
 
 
+def below(fd: int) -> str:
+    """The file that a loop device lies on, by its name; empty for any other device."""
+    number = os.fstat(fd).st_rdev
+    node = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}/loop/backing_file")
+    with suppress(OSError):
+        return os.fsdecode(node.read_bytes().rstrip(b"\n"))
+    return ""
+
+
 def check_file(fd: int, path: str) -> None:
     """Refuse to write to a file or device that is swap, or lies below a loop device in use.
 

@@ -42,8 +42,9 @@ class FileEngine(Engine):
     direct: False keeps everything in the page cache. patience_s: how long to wait for a lock that
     a dying predecessor still holds. raw: it is raw whatever its bytes look like. detect_zeroes:
     what a write of zeros becomes, a word of `file.ZEROES`. user: whose it is, for others who want
-    it too. ioctl: how a device is told to discard. call: how files are locked. Raises
-    `EngineError` that names the path and the remedy.
+    it too. device_model: a QEMU of the same guest has the image open as well, by right. ioctl: how
+    a device is told to discard. call: how files are locked. Raises `EngineError` that names the
+    path and the remedy.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class FileEngine(Engine):
         raw: bool = False,
         detect_zeroes: str = "off",
         user: str = "",
+        device_model: bool = False,
         ioctl: block.Ioctl = fcntl.ioctl,
         call: locks.Fcntl = fcntl.fcntl,
     ) -> None:
@@ -77,7 +79,15 @@ class FileEngine(Engine):
             self._check_kind()
             if not raw:
                 self._check_format()
-            self._lock(flags, direct, patience_s, call)
+            taken = locks.Locks(
+                path,
+                read_only=read_only,
+                patience_s=patience_s,
+                holder=lambda: locks.user_of(self._cached_fd),
+                qemus=not device_model,
+                call=call,
+            )
+            self._lock(taken, flags, direct, patience_s)
             self._entry = locks.enter(self._cached_fd, user)
             self._info = self._measure(read_only)
             self._promised = self._info.size
@@ -106,20 +116,14 @@ class FileEngine(Engine):
                 self.path,
             )
 
-    def _lock(self, flags: int, direct: bool, patience_s: float, call: locks.Fcntl) -> None:
+    def _lock(self, taken: locks.Locks, flags: int, direct: bool, patience_s: float) -> None:
         """Keep everybody else away: the host itself, QEMU, and others of us."""
-        read_only = flags == os.O_RDONLY
-        taken = locks.Locks(
-            self.path,
-            read_only=read_only,
-            patience_s=patience_s,
-            holder=lambda: locks.user_of(self._cached_fd),
-            call=call,
-        )
         taken.take(self._cached_fd, 0, look=True)
-        if not read_only:
+        if flags != os.O_RDONLY:
             if self._is_device:
                 self._claim_fd = hostuse.claim(self._cached_fd, self.path, patience_s)
+                if file := hostuse.below(self._cached_fd):
+                    taken.look_below(file)
             hostuse.check_file(self._cached_fd, self.path)
         if direct and self._open_direct(flags):
             taken.take(self._direct_fd, 1, look=False)

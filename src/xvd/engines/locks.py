@@ -50,20 +50,21 @@ class Busy(Exception):
 class Locks:
     """The locks of one image. Raises `EngineError` for one that is in use, `holder` in its text.
 
-    holder: says who in this process has the image, or nothing.
+    holder: says who in this process has the image, or nothing. qemus: False where a QEMU is to
+    have the image beside us, and only our own locks count.
     """
 
     def __init__(
         self, path: str, *, read_only: bool, patience_s: float, holder: Callable[[], str],
-        call: Fcntl = fcntl.fcntl,
+        qemus: bool = True, call: Fcntl = fcntl.fcntl,
     ) -> None:  # fmt: skip
         self._path = path
         self._read_only = read_only
         self._deadline = time.monotonic() + patience_s
         self._holder = holder
         self._call = call
-        self._does = (_READ,) if read_only else (_READ, _WRITE)
-        self._suffers_not = (_WRITE, _RESIZE)
+        self._does = ((_READ,) if read_only else (_READ, _WRITE)) if qemus else ()
+        self._suffers_not = (_WRITE, _RESIZE) if qemus else ()
 
     def take(self, fd: int, own_byte: int, *, look: bool) -> None:
         """Take all locks on a description, waiting for a predecessor that is dying.
@@ -81,6 +82,24 @@ class Locks:
                 self._say_none(fd, error)
                 return
             time.sleep(_RETRY_S)
+
+    def look_below(self, path: str) -> None:
+        """Look whether somebody has the file below a loop device, which passes no lock on."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return  # not ours to see
+        try:
+            for base in (QEMU_DOES, QEMU_SUFFERS_NOT):
+                self._look(fd, base + _WRITE, QEMU_THINGS[_WRITE])
+        except Busy as busy:
+            who = user_of(fd) or str(busy)
+            text = f"{path}, which lies below it, is in use by {who}; stop that one first"
+            raise EngineError(errno.EBUSY, text, self._path) from None
+        except OSError as error:
+            self._say_none(fd, error)
+        finally:
+            os.close(fd)
 
     def _words(self, who: str) -> str:
         if ours := self._holder():

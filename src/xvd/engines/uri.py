@@ -59,11 +59,16 @@ def parse_time(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How storage is opened, whatever it is: seconds to wait for a lock, and for whom it is."""
+    """How storage is opened, whatever it is.
+
+    patience_s: how long to wait for a lock. user: for whom it is. device_model: whether a QEMU of
+    the same guest has it too.
+    """
 
     read_only: bool = False
     patience_s: float = 0.0
     user: str = ""
+    device_model: bool = False
 
 
 def _file(rest: str, how: Opening, *, raw: bool = False) -> Engine:
@@ -80,6 +85,7 @@ def _file(rest: str, how: Opening, *, raw: bool = False) -> Engine:
         raw=raw,
         detect_zeroes=zeroes,
         user=how.user,
+        device_model=how.device_model,
     )
 
 
@@ -188,10 +194,12 @@ def open_engine(
     layers: Sequence[str] = (),
     patience_s: float = 0.0,
     user: str = "",
+    device_model: bool = False,
 ) -> Engine:
     """Open what `uri` names, with `layers` in front and checked.
 
-    user: whose disk it is, for the words to another one that wants the same image. Raises
+    user: whose disk it is, for the words to another one that wants the same image. device_model:
+    a QEMU of the same guest has the image open as well. Raises
     `ConfigError` for what cannot be understood, `EngineError` for what cannot be opened.
     """
     scheme, rest = _split(uri)
@@ -199,7 +207,7 @@ def open_engine(
         raise _unknown(scheme, rest, uri)
     if not rest:
         raise ConfigError(f"{uri!r} names no storage; write a path or a size after {scheme}:")
-    engine = SCHEMES[scheme](rest, Opening(read_only, patience_s, user))
+    engine = SCHEMES[scheme](rest, Opening(read_only, patience_s, user, device_model))
     try:
         for text in reversed(layers):
             engine = add_layer(engine, text)
