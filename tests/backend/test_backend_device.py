@@ -28,7 +28,11 @@ TOOLSTACK = {
     [
         ({}, "memory:1M", {"sectors": 2048, "info": 0, "flush": True, "discard": True}),
         ({"discard-enable": "0"}, "memory:1M", {"discard": False}),
-        ({"device-type": "cdrom"}, "memory:1M", {"info": InfoFlag.CDROM | InfoFlag.REMOVABLE}),
+        (
+            {"device-type": "cdrom"},
+            "memory:1M",
+            {"info": InfoFlag.CDROM | InfoFlag.REMOVABLE | InfoFlag.READONLY, "discard": False},
+        ),
         ({"mode": "r"}, "memory:1M", {"info": InfoFlag.READONLY, "discard": False}),
     ],
 )

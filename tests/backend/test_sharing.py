@@ -46,7 +46,7 @@ def test_both_domains_of_a_guest_have_its_disk(image: Path) -> None:
 def test_nobody_else_has_it(
     image: Path, guest: str, vdev: str, expect_log: Callable[[str], None]
 ) -> None:
-    expect_log("the image is in use by another process")
+    expect_log("the image is in use by this daemon's disk 1/xvda; detach that one first")
 
     async def work() -> None:
         async with disk_world() as world:

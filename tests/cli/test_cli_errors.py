@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from xvd_process import Daemon, run_xvd
+from xvd_process import Daemon, FourProcesses, run_xvd
 
 pytestmark = pytest.mark.slow
 
@@ -198,3 +198,80 @@ def test_disk_full_while_writing(full: list[str], requires_tool: Callable[[str],
     assert len(lines) == 1
     assert "No space left on device" in lines[0]
     assert "free some space" in lines[0]
+
+
+# ---- Storage that is not what it was said to be ----
+
+
+@pytest.fixture
+def qcow2(tmp_path: Path) -> Path:
+    """Bytes that begin as a qcow2 image does, and no whole number of sectors."""
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(b"QFI\xfb\0\0\0\3" + bytes(196_000))
+    return path
+
+
+def test_an_image_of_another_format(qcow2: Path) -> None:
+    result = run_xvd("serve", str(qcow2), "--run", "echo served")
+
+    check(result, 1, f"raw:{qcow2}", "begins or ends as a qcow2 image", "qemu-img convert -f qcow2")
+    assert "truncate" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_image_that_is_raw_because_the_user_says_so(qcow2: Path) -> None:
+    os.truncate(qcow2, 1 << 20)
+
+    for words in (("--format", "raw", str(qcow2)), (f"raw:{qcow2}",)):
+        result = run_xvd("serve", *words, "--run", "echo served")
+
+        assert (result.returncode, result.stdout, result.stderr) == (0, "served\n", "")
+
+
+@pytest.mark.parametrize("name", ["qcow2", "vhd", "luks"])
+def test_a_format_that_is_not_served(image: Path, name: str) -> None:
+    result = run_xvd("serve", "--format", name, str(image), "--run", "echo served")
+
+    check(result, 2, f"{name}:{image}", "only raw bytes are", "backendtype=qdisk")
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("uri", ["null:8192P", "memory:16384P", "null:18014398509481984s"])
+def test_a_size_that_no_offset_reaches(uri: str) -> None:
+    result = run_xvd("serve", uri, "--run", "echo served")
+
+    check(result, 2, "is too large; no disk has more than 9223372036854775296 bytes")
+    assert result.stdout == ""
+
+
+def test_memory_that_cannot_be_had() -> None:
+    check(run_xvd("serve", "memory:4096P", "--run", "true"), 1, "no address space", "a smaller one")
+
+
+def test_disks_that_a_daemon_refuses(tmp_path: Path, image: Path, qcow2: Path) -> None:
+    with FourProcesses(tmp_path, image) as four:
+        for disk, status, words in (
+            (f"vdev=xvdb,target={image}", 1, "in use by this daemon's disk 1/xvda; detach that"),
+            (f"vdev=xvdb,target={qcow2}", 1, "begins or ends as a qcow2 image"),
+            (f"format=qcow2,vdev=xvdb,target={qcow2}", 1, "what is in a qcow2 image is not served"),
+            (f"format=vhd,vdev=xvdb,target={image}", 1, "what is in a vhd image is not served"),
+        ):
+            result = four.run("attach", "1", disk)
+            check(result, status, "guest 1 xvdb", words)
+            assert result.stdout == ""
+        os.truncate(qcow2, 1 << 20)
+        result = four.run("attach", "1", f"format=raw,vdev=xvdb,target={qcow2}")
+        assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_disk_shrinks_with_its_image_only_if_it_is_told(tmp_path: Path, image: Path) -> None:
+    with FourProcesses(tmp_path, image) as four:
+        os.truncate(image, 1 << 19)
+        refused = four.run("resize", "1", "xvda")
+        check(refused, 1, "its storage has 1024 sectors, the disk 2048; see --shrink")
+        assert refused.stdout == ""
+
+        done = four.run("resize", "1", "xvda", "--shrink")
+
+        assert (done.returncode, done.stdout, done.stderr) == (0, "524288\n", "")
+        check(four.run("resize", "1", "xvda", "8192P"), 2, "is too large")

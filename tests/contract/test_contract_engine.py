@@ -77,6 +77,15 @@ def test_a_discard_touches_nothing_outside_its_range(engine: Engine) -> None:
     assert read(engine, 8192, 8192) == PATTERN[8192:]
 
 
+@pytest.mark.parametrize("offset", [0, 4096, SIZE])
+def test_a_discard_of_nothing_succeeds(engine: Engine, offset: int) -> None:
+    write(engine, 0, PATTERN)
+    engine.discard(offset, 0)
+    if engine.info.can_secure_discard:
+        engine.secure_discard(offset, 0)
+    assert read(engine, 0, 16384) == PATTERN
+
+
 def test_an_erased_range_is_gone_or_it_is_refused(engine: Engine) -> None:
     write(engine, 0, PATTERN)
     if engine.info.can_secure_discard:
@@ -160,6 +169,14 @@ def test_parts_of_any_alignment(world: QueueWorld, parts: list[tuple[int, int]])
     [found] = world.collect(1)
     assert (written.status, found.status) == (0, 0)
     assert bytes(world.pages.view[20 * 4096 : 20 * 4096 + len(wanted)]) == wanted
+
+
+@pytest.mark.parametrize("sector", [0, 8, SIZE // 512])
+def test_a_discard_of_nothing_is_answered(world: QueueWorld, sector: int) -> None:
+    world.send(discard(sector, 0))
+    world.port.notify()
+    [answer] = world.collect(1)
+    assert answer.status == Status.OKAY
 
 
 def test_a_full_ring_of_all_kinds(world: QueueWorld) -> None:

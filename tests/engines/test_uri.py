@@ -34,6 +34,26 @@ def test_what_is_no_size(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["9223372036854775807", "9223372036854775808", "8192P", "16384P", "99999999999G",
+             "18014398509481984s", "8388608T"],
+)  # fmt: skip
+def test_a_size_that_no_disk_can_have(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{text!r} is too large; no disk has more than"):
+        parse_size(text)
+
+
+def test_the_largest_size() -> None:
+    assert parse_size("18014398509481983s") == parse_size("9223372036854775296") == 2**63 - 512
+    assert open_engine("null:18014398509481983s").info.size == 2**63 - 512
+
+
+def test_memory_that_cannot_be_had_is_told() -> None:
+    with pytest.raises(EngineError, match="no address space for a disk of") as caught:
+        open_engine("memory:4096P")
+    assert caught.value.errno == errno.ENOMEM
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [("1s", 1.0), ("10ms", 0.01), ("250us", 0.00025), ("2", 2.0), ("1.5s", 1.5)],
 )
@@ -58,7 +78,10 @@ def test_a_bare_path_is_a_file(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("uri", "text"),
     [
-        ("gopher:x", "unknown storage 'gopher:x'; there are file:, memory:, null: and a bare path"),
+        (
+            "gopher:x",
+            "unknown storage 'gopher:x'; there are file:, memory:, null:, raw: and a bare",
+        ),
         ("memory:", "'memory:' names no storage; write a path or a size after memory:"),
         ("file:", "names no storage"),
         ("memory:0", "'0' is no size of a disk: a multiple of 512, above 0"),

@@ -2,13 +2,14 @@
 """Every option, right and wrong, against the negotiation as a value."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 
 from xvd.export.nbd_negotiation import OPTIONS_MAX, Export, Negotiation, Outcome
 from xvd.export.nbd_protocol import Malformed, greeting, parse_client_flags
 
-EXPORT = Export("disk", "a test", 1 << 20, 0x0145, 4096)
+EXPORT = Export("disk", "a test", 1 << 20, 0x0145, 4096, tells_holes=True)
 EXPORT_NAME, ABORT, LIST, STARTTLS = 1, 2, 3, 5
 INFO, GO, STRUCTURED, LIST_META, SET_META = range(6, 11)
 ACK, SERVER, REP_INFO, META = 1, 2, 3, 4
@@ -156,6 +157,15 @@ def test_listing_contexts(structured: Negotiation, asked: list[str]) -> None:
 @pytest.mark.parametrize("asked", [["qemu:"], ["qemu:dirty-bitmap:x"], ["base"]])
 def test_listing_contexts_of_others_finds_none(structured: Negotiation, asked: list[str]) -> None:
     assert take(structured, LIST_META, queries(*asked)) == [(ACK, b"")]
+
+
+@pytest.mark.parametrize("option", [LIST_META, SET_META])
+def test_where_it_is_not_known_where_data_lies_there_is_no_context(option: int) -> None:
+    negotiation = Negotiation(lambda: replace(EXPORT, tells_holes=False))
+    negotiation.take(STRUCTURED, b"")
+    assert take(negotiation, option, queries("base:allocation")) == [(ACK, b"")]
+    negotiation.take(GO, text("") + b"\0\0")
+    assert not negotiation.allocation
 
 
 def test_setting_the_context_makes_block_status_usable(structured: Negotiation) -> None:

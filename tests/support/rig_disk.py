@@ -19,6 +19,7 @@ from xvd.backend.device import StorageOpener
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.nodes import BackendAssignment
+from xvd.cli.common import storage_uri
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.frontend.disk import Disk
@@ -55,10 +56,12 @@ def opener(*layers: str) -> StorageOpener:
     """Opens what the toolstack names, as the daemon does, with layers in front."""
 
     async def open_storage(assignment: BackendAssignment) -> Engine:
-        known = assignment.image_format == "raw"
-        uri = assignment.image if known else f"{assignment.image_format}:{assignment.image}"
         return await asyncio.to_thread(
-            open_engine, uri, read_only=not assignment.writable, layers=layers
+            open_engine,
+            storage_uri(assignment),
+            read_only=not assignment.writable,
+            layers=layers,
+            user=f"{assignment.frontend_domid}/{assignment.name}",
         )
 
     return open_storage

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.nodes import BackendAssignment
+from xvd.cli.common import storage_uri
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.export.nbd import NbdServer
@@ -34,8 +35,7 @@ SMALL = 16 << 20
 
 def storage_opener(layers: Sequence[str]) -> Callable[[BackendAssignment], Awaitable[Engine]]:
     async def open_storage(assignment: BackendAssignment) -> Engine:
-        kind, image = assignment.image_format, assignment.image
-        uri = image if kind == "raw" else f"{kind}:{image}"
+        uri = storage_uri(assignment)
         return await asyncio.to_thread(
             open_engine, uri, read_only=not assignment.writable, layers=layers
         )
@@ -64,6 +64,12 @@ class Rig:
         self._guest_store = await self._guest.xenstore()
         path = f"device/vbd/{self._vbd.vdev}"
         self.disk = await Disk.open(self._guest, self._guest_store, path)
+
+    @property
+    def engine(self) -> Engine | None:
+        """The disk's storage."""
+        assert self._server is not None
+        return self._server.device("1/51712").engine
 
     async def start_backend(self) -> None:
         self._server = Server(
@@ -146,15 +152,23 @@ def served_disk(
     description: str = "",
     options: str = "",
     layers: Sequence[str] = (),
+    at_hand: bool = False,
 ) -> Iterator[Served]:
-    """Export a disk on a unix socket in `directory` as long as the block runs."""
+    """Export a disk on a unix socket in `directory` as long as the block runs.
+
+    at_hand: the export knows the disk's storage, as that of ``xvd serve`` does.
+    """
     failures: list[BaseException] = []
     ready = threading.Event()
     holder: list[tuple[Served, asyncio.Event]] = []
 
     async def serve() -> None:
         async with rigged_disk(target, options=options, layers=layers) as rig:
-            async with NbdServer(rig.disk, name=name, description=description) as server:
+            engine = rig.engine if at_hand else None
+            async with NbdServer(
+                rig.disk, name=name, description=description, storage=engine,
+                tells_holes=engine is not None and engine.info.tells_holes,
+            ) as server:  # fmt: skip
                 path = directory / "nbd.sock"
                 uri = await server.listen_unix(path)
                 stop = asyncio.Event()

@@ -25,8 +25,9 @@ from xvd.types import PAGE_SIZE
 
 QUEUE_MAPPINGS: Final = 16
 """Of a queue without its grants: ring, stack of the thread, io_uring, arrays."""
-QUEUE_DESCRIPTORS: Final = 8
-"""Of a queue: io_uring, gntdev or the peer's memory, event channel, bells, storage's bell."""
+QUEUE_DESCRIPTORS: Final = 9
+"""Of a queue: io_uring, gntdev or the peer's memory, event channel, bells, storage's
+bell, and its own description of a file for flushes."""
 DISK_DESCRIPTORS: Final = 4
 PASSING: Final = 1056
 """Mappings in flight on a ring that keeps none: what fills a ring of one page, of Linux's."""

@@ -16,7 +16,7 @@ from xvd.backend.features import offered_operations
 from xvd.backend.journal import Journal
 from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState
-from xvd.blkif.abi import nr_ents
+from xvd.blkif.abi import InfoFlag, nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
 from xvd.dataplane.journal import unanswered
 from xvd.dataplane.queue import BackendQueue
@@ -106,7 +106,7 @@ class Link:
             capacity=features.sectors,
             logical_sectors=features.sector_size // RING_SECTOR_SIZE,
             unit=features.unit,
-            read_only=plan.engine.info.read_only,
+            read_only=bool(plan.features.info & InfoFlag.READONLY),
             offered=offered_operations(features),
             indirect_max=features.max_indirect_segments,
             copying=settings.copying,

@@ -9,13 +9,10 @@ import asyncio
 import contextlib
 import errno
 import logging
-import os
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TypeVar
 
-from xvd.backend.blocking import in_own_thread
+from xvd.backend.blocking import InTurn
 from xvd.backend.budget import Budget
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.counters import merge_counters, without_now
@@ -31,6 +28,7 @@ from xvd.backend.reading import frontends_node, own_node
 from xvd.backend.room import Room
 from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState
+from xvd.backend.storage_log import StorageLog
 from xvd.blkif.abi import Abi, XenbusState
 from xvd.blkif.handshake import (
     BackendAction,
@@ -68,8 +66,6 @@ from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.pace import Pace
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
 from xvd.types import RING_SECTOR_SIZE
-
-_T = TypeVar("_T")
 
 STORAGE_PATIENCE_S = 5.0
 """How long the end of a disk waits for storage that does not answer."""
@@ -111,9 +107,10 @@ class Device:
         self._kept = DiskState(self._settings.state_dir, path)
         self._log = DeviceLog(logging.getLogger(__name__), path, log_limit or LogLimit(None))
         self._room = Room(budget or Budget(), self._log)
+        self._said = StorageLog(self._log)
         self._events = Inbox()
         self._sizing = asyncio.Lock()  # one look at the size, or change of it, at a time
-        self._storage = threading.Lock()  # one thread that measures, resizes or closes it
+        self._storage = InTurn()  # who measures, resizes or closes it
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._released: asyncio.Event = asyncio.Event()
@@ -187,7 +184,7 @@ class Device:
         if self.engine is not None:
             async with self._sizing:
                 engine, self.engine = self.engine, None
-                await self._with_storage(engine.close)
+                await self._storage.call(engine.close)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -292,7 +289,7 @@ class Device:
         except (OSError, XvdError) as error:
             if self.engine is not None:
                 engine, self.engine = self.engine, None
-                await self._with_storage(engine.close)
+                await self._storage.call(engine.close)
             self._error = f"cannot open {self.assignment.image!r}: {error}"
             self._log.error("%s", self._error)
             self.put(BackendEvent.STORAGE_FAILED)
@@ -337,7 +334,7 @@ class Device:
     async def _connect(self, resume: bool) -> None:
         assert self.assignment is not None
         try:
-            await self._measure()
+            await self._measure(resume)
             plan, grown = await self._negotiate(resume)
             name = f"xvd-{self.assignment.frontend_domid}-{self.assignment.name}"
             self.connection = Connection(plan, name)
@@ -377,6 +374,9 @@ class Device:
             own = await read_directory(self._store, self.path, own_node)
             self.features = promised(self.features, own)
             published = own.get("sectors")
+            size = self.features.sectors * RING_SECTOR_SIZE
+            if size > self.engine.info.size:
+                self._said.smaller(self.engine.info.size, size)
         wanted = frontends_node(self.features)
         nodes = await read_directory(self._store, self.assignment.frontend, wanted)
         config = parse_frontend(
@@ -404,11 +404,11 @@ class Device:
         )
         return plan, grown
 
-    async def _measure(self) -> None:
-        """A frontend that connects is told the size that the storage has then."""
+    async def _measure(self, resume: bool) -> None:
+        """A frontend that connects is told the size that the storage has then, whatever it was."""
         async with self._sizing:
             if self.engine is not None and self.features is not None:
-                sectors = await self._with_storage(self.engine.measure) // RING_SECTOR_SIZE
+                sectors = await self._storage.call(self.engine.measure) // RING_SECTOR_SIZE
                 self.features = replace(self.features, sectors=sectors)
 
     @property
@@ -434,9 +434,9 @@ class Device:
 
     def _alarmed(self) -> None:
         """The storage failed, or cannot do something: the queue's thread rang."""
-        assert self.connection is not None
-        assert self.features is not None
         connection = self.connection
+        assert connection is not None
+        assert self.features is not None
         number, failures = connection.failure()
         features = without(self.features, connection.withdrawn())
         if features != self.features:
@@ -450,9 +450,9 @@ class Device:
     def _say_failure(self, connection: Connection, number: int) -> None:
         """Once, and not again for a while: a guest can cause any number of failures."""
         connection.mute()
-        remedy = _REMEDIES.get(number, "look at the storage")
-        text = "storage fails: %s (%d failures so far); the guest sees I/O errors: %s"
-        self._log.error(text, os.strerror(number), self._failures, remedy)
+        self._said.failed(self.engine, number, self._failures)
+        if number == errno.EIO:
+            self._spawn(self.follow_size())  # perhaps it was cut short
 
         def listen_again() -> None:
             if self.connection is connection:
@@ -504,40 +504,41 @@ class Device:
 
     # ---- Size ----
 
-    async def resize(self, size: int | None = None) -> int:
+    async def resize(self, size: int | None = None, *, shrink: bool = False) -> int:
         """Give the disk `size` bytes, or let it follow its storage; its 512-byte sectors then.
 
-        The guest is told while it runs. Raises `EngineError`, or `ConfigError` where the storage is
-        not open.
+        The guest is told while it runs. shrink: also if storage that is followed is smaller than
+        the disk. Raises `EngineError`, or `ConfigError` where the storage is not open, or smaller.
         """
         async with self._sizing:
-            return await self._resize(size)
+            found = await self._resize(size, shrink=shrink)
+        assert self.features is not None
+        if found < self.features.sectors:
+            text = f"its storage has {found} sectors, the disk {self.features.sectors}"
+            raise ConfigError(f"{self.path}: {text}; see --shrink")
+        return found
 
-    async def _resize(self, size: int | None) -> int:
+    async def _resize(self, size: int | None, *, shrink: bool) -> int:
+        """The sectors that the storage has then; the disk has no fewer, unless it may shrink."""
         if self.engine is None or self.features is None:
             raise ConfigError(f"{self.path}: its storage is not open")
         try:
             if size is not None:
+                shrink = True
                 if size < self.engine.info.size and self.connection is not None:
                     # Before what lies behind it goes; the guest is told when it has gone.
                     self.connection.set_capacity(size // RING_SECTOR_SIZE)
-                await self._with_storage(self.engine.resize, size)
+                await self._storage.call(self.engine.resize, size)
         finally:
-            self._set_sectors(await self._with_storage(self.engine.measure) // RING_SECTOR_SIZE)
-        return self.features.sectors
-
-    async def _with_storage(self, call: Callable[..., _T], *arguments: object) -> _T:
-        """Do it in a thread, as storage may hang, and with nobody else at the storage."""
-
-        def alone() -> _T:
-            with self._storage:
-                return call(*arguments)
-
-        return await in_own_thread(alone)
+            found = await self._storage.call(self.engine.measure) // RING_SECTOR_SIZE
+            if found >= self.features.sectors or shrink:
+                self.engine.accept_size()
+                self._set_sectors(found)
+        return found
 
     def has_another_size(self) -> bool:
         """Whether the storage has not the size that the disk has. In any thread: it may hang."""
-        with self._storage:
+        with self._storage.lock:
             if self.connection is None or self.engine is None or self.features is None:
                 return False
             try:
@@ -546,10 +547,15 @@ class Device:
                 return False
 
     async def follow_size(self) -> None:
-        """Let the disk have its storage's size, as blkback does before each request."""
+        """Let the disk grow with its storage, as blkback does before each request.
+
+        Where that became smaller, what is gone is an error, and no end that somebody wanted.
+        """
         if self.connection is not None and self.engine is not None:
             with contextlib.suppress(OSError, XvdError):
-                await self.resize()
+                async with self._sizing:
+                    await self._resize(None, shrink=False)
+            self._said.looked(self.engine)
 
     def _set_sectors(self, sectors: int) -> None:
         assert self.features is not None
@@ -586,12 +592,6 @@ _LEFT_ALONE: set[asyncio.Future[None]] = set()
 """What waits for storage that may never answer, kept from being collected."""
 
 _QUIET_S = 10.0
-_REMEDIES = {
-    errno.ENOSPC: "free some space where the image lies",
-    errno.EDQUOT: "raise the quota of the image's owner",
-    errno.EFBIG: "the file system cannot hold a file this large",
-}
-
 _NODES = (
     BackendAction.OFFER,
     BackendAction.PUBLISH,

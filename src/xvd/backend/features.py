@@ -27,9 +27,10 @@ def features_of(
 ) -> BackendFeatures:
     """What a backend offers, from its storage, the toolstack's wishes and the settings."""
     info = engine.info
-    discard = info.can_discard and assignment.discard_enable and not info.read_only
+    read_only = info.read_only or not assignment.writable
+    discard = info.can_discard and assignment.discard_enable and not read_only
     flags = InfoFlag(0)
-    if info.read_only:
+    if read_only:
         flags |= InfoFlag.READONLY
     if assignment.cdrom:
         flags |= InfoFlag.CDROM | InfoFlag.REMOVABLE
@@ -90,6 +91,8 @@ def promised(features: BackendFeatures, nodes: Mapping[str, str]) -> BackendFeat
     was = parse_backend(nodes)
     return replace(
         features,
+        # A disk does not shrink under its frontend because an image was cut meanwhile.
+        sectors=max(features.sectors, was.sectors),
         flush=was.flush,
         barrier=was.barrier,
         discard=was.discard,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from xvd.backend.device import StorageOpener
 from xvd.blkif.nodes import BackendAssignment
-from xvd.engines.interface import Channel, Engine, EngineInfo
+from xvd.engines.interface import Channel, Engine, EngineInfo, Extent
 from xvd.errors import XenstoreError
 from xvd.machine.xs.client import XenstoreClient
 
@@ -103,8 +103,21 @@ class _Lease(Engine):
     def secure_discard(self, offset: int, length: int) -> None:
         self._engine.secure_discard(offset, length)
 
+    @property
+    def trouble(self) -> str:
+        return self._engine.trouble
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        self._engine.write_zeroes(offset, length, unmap=unmap)
+
+    def extents(self, offset: int, length: int, most: int) -> list[Extent]:
+        return self._engine.extents(offset, length, most)
+
     def measure(self) -> int:
         return self._engine.measure()
+
+    def accept_size(self) -> None:
+        self._engine.accept_size()
 
     def resize(self, size: int) -> None:
         self._engine.resize(size)

@@ -504,9 +504,21 @@ def format_size(sectors: int, unit: int = 1) -> NodeChanges:
     return NodeChanges({"sectors": str(sectors // unit), "state": str(int(XenbusState.CONNECTED))})
 
 
+_SERVED: Final = tuple(
+    str(int(state))
+    for state in (XenbusState.INIT_WAIT, XenbusState.INITIALISED, XenbusState.CONNECTED)
+)
+"""States of a disk whose storage a backend has opened: what its bytes look like now is the guest's
+own doing, and a backend that begins anew must not refuse it for that."""
+
+
 @dataclass(frozen=True, slots=True)
 class BackendAssignment:
-    """A disk as the toolstack hands it to a backend."""
+    """A disk as the toolstack hands it to a backend.
+
+    `format_said`: the image is raw whatever its bytes look like, as the toolstack says (``raw:``)
+    or as a backend before us has served it. ``aio:`` does not say so: xl writes it by default.
+    """
 
     frontend: str
     frontend_domid: Domid
@@ -514,6 +526,7 @@ class BackendAssignment:
     writable: bool
     cdrom: bool
     image_format: str
+    format_said: bool
     image: str
     discard_enable: bool
     direct_io_safe: bool
@@ -537,14 +550,17 @@ def parse_backend_assignment(nodes: Mapping[str, str]) -> BackendAssignment:
             f"backend node frontend holds {_show(frontend)}:"
             f" it must lie below /local/domain/{domid}/, the domain of frontend-id"
         )
-    image_format, image = parse_xl_params(_text(nodes, "params"))
+    params, state = _text(nodes, "params"), _text(nodes, "state")
+    image_format, image = parse_xl_params(params)
+    cdrom = _text(nodes, "device-type") == "cdrom"
     return BackendAssignment(
         frontend=frontend,
         frontend_domid=Domid(domid),
         online=read("online") != 0,
-        writable=writable_mode(_text(nodes, "mode") or "r"),
-        cdrom=_text(nodes, "device-type") == "cdrom",
+        writable=writable_mode(_text(nodes, "mode") or "r") and not cdrom,
+        cdrom=cdrom,
         image_format=image_format,
+        format_said=params.startswith("raw:") or state in _SERVED,
         image=image,
         discard_enable=read("discard-enable") != 0,
         direct_io_safe=read("direct-io-safe") != 0,

@@ -91,7 +91,7 @@ async def _backend(
         stack.push_async_callback(store.close)
 
         async def storage(assignment: BackendAssignment) -> Engine:
-            return await common.open_assigned(assignment, layers)
+            return await common.open_assigned(store, assignment, layers)
 
         settings = replace(settings, state_dir=directory / "state" / name)
         server = Server(
@@ -102,7 +102,9 @@ async def _backend(
             {
                 "stats": lambda: [disk_figures(device) for device in server.devices.values()],
                 "set": server.change,
-                "resize": lambda disk, size: server.device(disk).resize(size),
+                "resize": lambda disk, size, shrink=False: server.device(disk).resize(
+                    size, shrink=shrink
+                ),
             }
         )
         await control.listen(directory / "control" / name)

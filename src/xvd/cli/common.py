@@ -26,11 +26,13 @@ from xvd.blkif.vdev import parse_vdev
 from xvd.cli.control import ask
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
-from xvd.errors import ConfigError, PeerClosed
+from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.machine.emulated.host import Limits
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
 from xvd.machine.xen import machine as xen
+from xvd.machine.xs.client import XenstoreClient
+from xvd.toolstack.xldisk import in_format
 from xvd.types import Domid
 
 HostDir = Annotated[
@@ -220,16 +222,30 @@ def storage_uri(assignment: BackendAssignment) -> str:
 
     In the tap slot libxl puts ``aio:`` before the target, whatever it is; a path is one of a file.
     """
-    if assignment.image_format == "raw":
-        return assignment.image
-    return f"{assignment.image_format}:{assignment.image}"
+    if assignment.image_format != "raw":
+        return f"{assignment.image_format}:{assignment.image}"
+    if assignment.format_said:
+        return in_format(assignment.image, "raw")
+    return assignment.image
 
 
 LOCK_PATIENCE_S = 5.0
 """How long a backend waits for the lock of a predecessor that was killed with I/O in flight."""
 
 
-async def open_assigned(assignment: BackendAssignment, layers: list[str]) -> Engine:
+async def has_device_model(store: XenstoreClient, domid: Domid) -> bool:
+    """Whether a QEMU has a guest's disks open as well, until the guest's own drivers come.
+
+    libxl tells the domain's type. QEMU's own backend takes no lock for that reason.
+    """
+    with contextlib.suppress(XenstoreError):
+        return await store.try_read(f"/libxl/{domid}/type") == "hvm"
+    return False
+
+
+async def open_assigned(
+    store: XenstoreClient, assignment: BackendAssignment, layers: list[str]
+) -> Engine:
     """Open the storage of an assigned disk without holding up the event loop."""
     opening = partial(
         open_engine,
@@ -237,6 +253,8 @@ async def open_assigned(assignment: BackendAssignment, layers: list[str]) -> Eng
         read_only=not assignment.writable,
         layers=layers,
         patience_s=LOCK_PATIENCE_S,
+        user=f"{assignment.frontend_domid}/{assignment.name}",
+        device_model=await has_device_model(store, assignment.frontend_domid),
     )
     return await in_own_thread(opening)
 

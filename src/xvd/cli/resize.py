@@ -39,6 +39,6 @@ async def _resize(host: Path, disk: str, size: int | None, shrink: bool) -> int:
         [now] = [it["sectors"] * 512 for it in disks if it["disk"].endswith(f"/{disk}")]
         if size < now:
             raise ConfigError(f"{size} bytes are fewer than the {now} of the disk; see --shrink")
-    sectors = await ask(socket, "resize", disk=disk, size=size)
+    sectors = await ask(socket, "resize", disk=disk, size=size, shrink=shrink)
     sys.stdout.write(f"{sectors * 512}\n")
     return 0

@@ -27,7 +27,7 @@ from xvd.frontend.settings import Settings as FrontSettings
 from xvd.frontend.settings import parse_settings as parse_front_settings
 from xvd.machine.emulated.service import EmulatedHost
 from xvd.toolstack.vbd import attach, create_guest, detach
-from xvd.toolstack.xldisk import XlDisk
+from xvd.toolstack.xldisk import XlDisk, in_format
 from xvd.types import Domid
 
 GUEST = Domid(1)
@@ -54,6 +54,13 @@ def serve(
         str, typer.Option("--run", help="Shell command to run with $uri set; its status is ours.")
     ] = "",
     read_only: Annotated[bool, typer.Option("-r", "--read-only", help="Refuse writes.")] = False,
+    image_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="raw: serve the bytes as they lie, also if they look like another format.",
+        ),
+    ] = "",
     socket: Annotated[
         Path | None,
         typer.Option("--socket", help="Path of the NBD socket (default: a private one)."),
@@ -82,12 +89,13 @@ def serve(
     Without --run it prints the export's URI and serves until SIGINT or SIGTERM.
     """
     common.start_logging(verbose)
+    image = in_format(image, image_format) if image_format else image
     disk = XlDisk(target=image, vdev=vdev, writable=not read_only)
     address = common.parse_tcp(tcp) if tcp else None
     back, front = split_ends(setting)
     settings = Settings(copying=copy).changed(parse_settings(back))
     front_settings = parse_front_settings(front)
-    engine = open_engine(image, read_only=read_only, layers=layer)
+    engine = open_engine(image, read_only=read_only, layers=layer, user=f"{GUEST}/{vdev}")
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
         directory = stack.enter_context(common.private_directory())
@@ -143,7 +151,8 @@ async def _serve(job: _Job) -> int:
         stack.push_async_callback(guest_store.close)
         path = f"device/vbd/{vbd.vdev}"
         async with await Disk.open(front, guest_store, path, settings=job.front) as opened:
-            export = NbdServer(opened)
+            holes = job.engine.info.tells_holes
+            export = NbdServer(opened, storage=job.engine, tells_holes=holes)
             stack.push_async_callback(export.close)
             await export.listen_unix(job.socket)
             if job.tcp is not None:

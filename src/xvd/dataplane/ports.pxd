@@ -86,6 +86,8 @@ cdef enum engine_op:
 
 cdef enum engine_flag:
     ENGINE_SECURE = 1            # a discard after which nobody can read what was there
+    ENGINE_ZEROING = 2           # the engine's: a write of zeros, on its way without its data
+    ENGINE_DATA = 4              # the engine's: to be written as it is, also if it is zeros
 
 cdef struct engine_io:
     uint8_t op                   # engine_op

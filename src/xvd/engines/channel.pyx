@@ -33,8 +33,8 @@ cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
     cdef int32_t result
     for i in range(n):
         result = verdict(c, ios[i])
-        if result != 0:
-            finish(&c.done, ios[i], result)
+        if result != 0 or (ios[i].op == ENGINE_DISCARD and ios[i].length == 0):
+            finish(&c.done, ios[i], result)  # nothing is discarded, whatever storage says to it
         else:
             ios[good] = ios[i]
             good += 1

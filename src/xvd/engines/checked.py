@@ -10,7 +10,7 @@ import errno
 import weakref
 
 from xvd.engines.channel import CheckedChannel
-from xvd.engines.interface import Channel, Engine, EngineInfo
+from xvd.engines.interface import Channel, Engine, EngineInfo, Extent
 from xvd.errors import EngineError
 
 
@@ -38,6 +38,11 @@ class Checked(Engine):
     def identity(self) -> str:
         """Which storage is behind."""
         return self.lower.identity
+
+    @property
+    def trouble(self) -> str:
+        """That of the engine behind."""
+        return self.lower.trouble
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._info.size:
@@ -75,7 +80,8 @@ class Checked(Engine):
         self._check_writable()
         if not self._info.can_discard:
             raise EngineError(errno.EOPNOTSUPP, "the storage cannot discard")
-        self.lower.discard(offset, length)
+        if length:  # nothing is always discarded, whatever storage says to it
+            self.lower.discard(offset, length)
 
     def secure_discard(self, offset: int, length: int) -> None:
         """Check, then erase."""
@@ -83,7 +89,20 @@ class Checked(Engine):
         self._check_writable()
         if not self._info.can_secure_discard:
             raise EngineError(errno.EOPNOTSUPP, "the storage cannot erase securely")
-        self.lower.secure_discard(offset, length)
+        if length:
+            self.lower.secure_discard(offset, length)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Check, then let it be zeros."""
+        self._check(offset, length)
+        self._check_writable()
+        if length:
+            self.lower.write_zeroes(offset, length, unmap=unmap)
+
+    def extents(self, offset: int, length: int, most: int) -> list[Extent]:
+        """Check, then ask."""
+        self._check(offset, length)
+        return self.lower.extents(offset, length, most)
 
     def measure(self) -> int:
         """Measure, and from now on check by it; what is no whole block at the end is left out."""
@@ -103,6 +122,10 @@ class Checked(Engine):
         if size <= 0 or size % block:
             raise EngineError(errno.EINVAL, f"{size} bytes are not whole blocks of {block}")
         self.lower.resize(size)
+
+    def accept_size(self) -> None:
+        """Pass on."""
+        self.lower.accept_size()
 
     def close(self) -> None:
         """Close the engine behind."""

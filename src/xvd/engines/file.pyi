@@ -1,4 +1,14 @@
+from typing import Final
+
 from typing_extensions import disjoint_base
+
+ZEROES: Final[dict[str, int]]
+
+@disjoint_base
+class Health:
+    @property
+    def flush_error(self) -> int: ...
+    def flush_failed(self, number: int) -> None: ...
 
 @disjoint_base
 class FileChannel:
@@ -6,8 +16,12 @@ class FileChannel:
         self,
         direct_fd: int,
         cached_fd: int,
+        flush_fd: int,
+        health: Health,
+        *,
         memory_align: int,
         offset_align: int,
+        zeroes: int = 0,
         discards: object = None,
     ) -> None: ...
     @property
@@ -17,5 +31,6 @@ class FileChannel:
     def close(self) -> None: ...
 
 def direct_alignment(fd: int) -> tuple[int, int]: ...
-def punch_hole(fd: int, offset: int, length: int) -> None: ...
+def all_zero(data: bytes | bytearray | memoryview) -> bool: ...
+def make_zero(fd: int, zeroes: int, offset: int, length: int) -> None: ...
 def probe_io_uring() -> str: ...

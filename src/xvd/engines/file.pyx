@@ -3,8 +3,13 @@
 """An image file or a block device, by the queue thread's io_uring.
 
 Two open descriptions of the same file: one with O_DIRECT, if the file allows it, for what is
-aligned, and one through the page cache for the rest; the kernel keeps the two coherent. A flush is
-fdatasync. A discard punches a hole.
+aligned, and one through the page cache for the rest; the kernel keeps the two coherent. A discard
+punches a hole, and so can a write of zeros (`zeroes`).
+
+A flush is fdatasync. Linux tells each open description once that data could not be written back, and
+has forgotten the data then: the next fdatasync succeeds and means nothing. So each channel flushes a
+description of its own, which misses nothing that another was told, and after the first failure no
+flush of the image is acknowledged any more (`Health`).
 
 A file in memory (tmpfs) is read and written at once: io_uring would hand each operation to a thread
 of the kernel, for a copy that takes less time than that.
@@ -14,18 +19,20 @@ description has ended, even if the process was killed: a successor that gets the
 overtaken by a write of its predecessor.
 """
 
-from libc.errno cimport EAGAIN, EINTR, EIO, errno
-from libc.stdint cimport int32_t, uint32_t, uint64_t
-from libc.string cimport memset, strerror
+from libc.errno cimport EAGAIN, EINTR, EIO, EOPNOTSUPP, errno
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memset, strerror
 from posix.uio cimport iovec
 
+from xvd.dataplane.c cimport xvd_exchange32, xvd_load_acquire
 from xvd.dataplane.liburing cimport (
     IORING_FSYNC_DATASYNC, io_uring, io_uring_get_sqe, io_uring_prep_fallocate,
     io_uring_prep_fsync, io_uring_prep_read, io_uring_prep_readv, io_uring_prep_write,
     io_uring_prep_writev, io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready,
     io_uring_sqe, io_uring_sqe_set_data64, io_uring_submit)
-from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE,
-                                  engine_io, engine_of, engine_ports, wrap)
+from xvd.dataplane.ports cimport (ENGINE_DATA, ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ,
+                                  ENGINE_WRITE, ENGINE_ZEROING, engine_io, engine_of,
+                                  engine_ports, wrap)
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -35,6 +42,7 @@ cdef extern from "<sys/uio.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buffer, size_t size, long long offset)
     ssize_t pwrite(int fd, const void *buffer, size_t size, long long offset)
+    int close_fd "close"(int fd)
 
 cdef extern from "<sys/vfs.h>" nogil:
     struct statfs:
@@ -49,16 +57,27 @@ cdef extern from "fcntl.h" nogil:
     enum:
         FALLOC_FL_PUNCH_HOLE
         FALLOC_FL_KEEP_SIZE
+        FALLOC_FL_ZERO_RANGE
     int fallocate(int fd, int mode, long long offset, long long length)
 
 cdef enum:
     IOV_MAX = 1024               # UIO_MAXIOV: the kernel refuses more parts in one operation
     SUBMITTED_AT_ONCE = 8        # the device begins with the first while the rest is prepared
+    LOOKED_AT = 16               # bytes; most data is seen to be none of zeros by its first ones
+
+# What becomes of a write of zeros, as QEMU's detect-zeroes names it.
+cdef enum:
+    ZEROES_ARE_DATA = 0          # off
+    ZEROES_KEEP_SPACE = 1        # on
+    ZEROES_ARE_HOLES = 2         # unmap
 
 
 cdef struct file_state:
     int direct_fd                # -1: the file does not do O_DIRECT
     int cached_fd
+    int flush_fd                 # its own description: told of every failure
+    uint32_t *flush_error        # the engine's: the errno of the first flush that failed, or 0
+    uint32_t zeroes
     uint64_t memory_mask         # of addresses and lengths for O_DIRECT
     uint64_t offset_mask
     io_uring *ring
@@ -76,6 +95,33 @@ cdef bint aligned(const file_state *f, const engine_io *io) noexcept nogil:
         if <size_t>io.iov[i].iov_base & f.memory_mask or io.iov[i].iov_len & f.offset_mask:
             return False
     return True
+
+
+cdef bint is_zero(const uint8_t *data, size_t size) noexcept nogil:
+    """Whether there is nothing but zeros; the bytes are compared with those LOOKED_AT before them."""
+    cdef size_t i
+    for i in range(min(size, <size_t>LOOKED_AT)):
+        if data[i]:
+            return False
+    return size <= LOOKED_AT or memcmp(data, data + LOOKED_AT, size - LOOKED_AT) == 0
+
+
+cdef bint is_zeroing(const file_state *f, const engine_io *io) noexcept nogil:
+    """Whether it is a write of zeros, and no data need be written for it."""
+    cdef uint32_t i
+    if f.zeroes == ZEROES_ARE_DATA or io.op != ENGINE_WRITE or io.flags & ENGINE_DATA:
+        return False
+    for i in range(io.iovcnt):
+        if not is_zero(<const uint8_t *>io.iov[i].iov_base, io.iov[i].iov_len):
+            return False
+    return io.length > 0
+
+
+cdef int zeroing_mode(uint32_t zeroes) noexcept nogil:
+    """fallocate's mode."""
+    if zeroes == ZEROES_ARE_HOLES:
+        return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    return FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
 
 
 cdef void put_transfer(io_uring_sqe *sqe, int fd, engine_io *io) noexcept nogil:
@@ -103,7 +149,9 @@ cdef void prepare(file_state *f, engine_io *io) noexcept nogil:
         finish(&f.done, io, -EAGAIN)
         return
     if io.op == ENGINE_FLUSH:
-        io_uring_prep_fsync(sqe, fd, IORING_FSYNC_DATASYNC)
+        io_uring_prep_fsync(sqe, f.flush_fd, IORING_FSYNC_DATASYNC)
+    elif io.flags & ENGINE_ZEROING:
+        io_uring_prep_fallocate(sqe, fd, zeroing_mode(f.zeroes), io.offset, io.length)
     elif io.op == ENGINE_DISCARD:
         io_uring_prep_fallocate(sqe, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, io.offset,
                                 io.length)
@@ -135,7 +183,12 @@ cdef void transfer(file_state *f, engine_io *io) noexcept nogil:
 
 cdef void begin(file_state *f, engine_io *io) noexcept nogil:
     """One operation, or what is left of it."""
-    if f.in_memory and (io.op == ENGINE_READ or io.op == ENGINE_WRITE):
+    if io.op == ENGINE_FLUSH and xvd_load_acquire(f.flush_error):
+        finish(&f.done, io, -<int32_t>xvd_load_acquire(f.flush_error))
+    elif is_zeroing(f, io):
+        io.flags |= ENGINE_ZEROING
+        prepare(f, io)
+    elif f.in_memory and (io.op == ENGINE_READ or io.op == ENGINE_WRITE):
         transfer(f, io)
     else:
         prepare(f, io)
@@ -180,10 +233,23 @@ cdef void advance(engine_io *io, uint64_t size) noexcept nogil:
             io.iovcnt -= 1
 
 
-cdef void clear(engine_io *io) noexcept nogil:
-    cdef uint32_t i
-    for i in range(io.iovcnt):
-        memset(io.iov[i].iov_base, 0, io.iov[i].iov_len)
+cdef int32_t flushed(file_state *f, int32_t res) noexcept nogil:
+    """What to say of a flush: the first failure is remembered, and every later flush is one too."""
+    if res < 0 and res != -EOPNOTSUPP and xvd_load_acquire(f.flush_error) == 0:
+        xvd_exchange32(f.flush_error, <uint32_t>-res)
+    return -<int32_t>xvd_load_acquire(f.flush_error) if res == 0 else res
+
+
+cdef void zeroed(file_state *f, engine_io *io, int32_t res) noexcept nogil:
+    """Zeros without data; where that cannot be had, they are data after all."""
+    io.flags &= ~<uint8_t>ENGINE_ZEROING
+    if res == 0:
+        finish(&f.done, io, 0)
+        return
+    if res == -EOPNOTSUPP:
+        f.zeroes = ZEROES_ARE_DATA
+    io.flags |= ENGINE_DATA
+    begin(f, io)
 
 
 cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
@@ -191,15 +257,16 @@ cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
     cdef file_state *f = <file_state *>ctx
     if res == -EINTR or res == -EAGAIN:
         begin(f, io)
-    elif res < 0 or io.op == ENGINE_FLUSH or io.op == ENGINE_DISCARD:
+    elif io.flags & ENGINE_ZEROING:
+        zeroed(f, io, res)
+    elif io.op == ENGINE_FLUSH:
+        finish(&f.done, io, flushed(f, res))
+    elif res < 0 or io.op == ENGINE_DISCARD:
         finish(&f.done, io, res if res < 0 else 0)
     elif <uint64_t>res >= io.length:
         finish(&f.done, io, 0)
-    elif res == 0 and io.op == ENGINE_READ:
-        clear(io)                # the file was cut short behind our back: what is not there is zero
-        finish(&f.done, io, 0)
     elif res == 0:
-        finish(&f.done, io, -EIO)
+        finish(&f.done, io, -EIO)  # cut short behind our back: what was there is gone, not zeros
     else:
         advance(io, res)
         begin(f, io)
@@ -210,22 +277,45 @@ cdef bint is_in_memory(int fd) noexcept nogil:
     return fstatfs(fd, &found) == 0 and found.f_type == TMPFS_MAGIC
 
 
-cdef class FileChannel:
-    """`Channel` of `image.FileEngine`, which owns the descriptors.
+cdef class Health:
+    """What all channels of an image know of it: whether a flush has failed."""
 
+    cdef uint32_t failed
+
+    @property
+    def flush_error(self):
+        """The errno of the first flush that failed, or 0."""
+        return xvd_load_acquire(&self.failed)
+
+    def flush_failed(self, uint32_t number):
+        """Remember it; the first one counts."""
+        if xvd_load_acquire(&self.failed) == 0:
+            xvd_exchange32(&self.failed, number)
+
+
+cdef class FileChannel:
+    """`Channel` of `image.FileEngine`, which owns the first two descriptors and `health`.
+
+    flush_fd: for flushes, closed with this. zeroes: what a write of zeros becomes, `ZEROES`.
     discards: a channel that performs them instead of io_uring, closed with this one, or None.
     """
 
     cdef file_state f
     cdef engine_ports table
     cdef object worker
+    cdef Health health
 
-    def __init__(self, int direct_fd, int cached_fd, uint32_t memory_align, uint32_t offset_align,
+    def __init__(self, int direct_fd, int cached_fd, int flush_fd, Health health, *,
+                 uint32_t memory_align, uint32_t offset_align, uint32_t zeroes=ZEROES_ARE_DATA,
                  discards=None):
         self.worker = discards
+        self.health = health
         self.f.discards = NULL if discards is None else engine_of(discards)
         self.f.direct_fd = direct_fd
         self.f.cached_fd = cached_fd
+        self.f.flush_fd = flush_fd
+        self.f.flush_error = &health.failed
+        self.f.zeroes = zeroes
         self.f.memory_mask = memory_align - 1
         self.f.offset_mask = offset_align - 1
         self.f.in_memory = is_in_memory(cached_fd)
@@ -247,9 +337,12 @@ cdef class FileChannel:
         return self.f.direct, self.f.cached
 
     def close(self):
-        """The descriptors are the engine's; nothing may be in flight."""
+        """The other descriptors are the engine's; nothing may be in flight."""
         if self.worker is not None:
             self.worker.close()
+        if self.f.flush_fd >= 0:
+            close_fd(self.f.flush_fd)
+        self.f.flush_fd = -1
 
 
 cdef extern from *:
@@ -301,10 +394,19 @@ def probe_io_uring():
     return ""
 
 
-def punch_hole(int fd, long long offset, long long length):
-    """Free a range of a file; raises OSError."""
+ZEROES = {"off": ZEROES_ARE_DATA, "on": ZEROES_KEEP_SPACE, "unmap": ZEROES_ARE_HOLES}
+"""QEMU's words for what a write of zeros becomes: data, zeros that keep their space, or a hole."""
+
+
+def all_zero(const uint8_t[::1] data not None):
+    """Whether it holds nothing but zeros, and something."""
+    return data.shape[0] > 0 and is_zero(&data[0], data.shape[0])
+
+
+def make_zero(int fd, uint32_t zeroes, long long offset, long long length):
+    """Let a range read as zeros without writing data, by a value of `ZEROES`; raises OSError."""
     cdef int rc
     with nogil:
-        rc = fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+        rc = fallocate(fd, zeroing_mode(zeroes), offset, length)
     if rc != 0:
-        raise OSError(errno, f"cannot punch a hole: {strerror(errno).decode()}")
+        raise OSError(errno, f"cannot zero a range: {strerror(errno).decode()}")

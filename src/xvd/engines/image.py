@@ -6,18 +6,15 @@ import errno
 import fcntl
 import os
 import stat
-import struct
-import time
+import threading
 
-from xvd.engines import block
+from xvd.engines import block, formats, hostuse, locks
 from xvd.engines.bridge import ThreadedChannel
-from xvd.engines.file import FileChannel, direct_alignment, punch_hole
+from xvd.engines.file import ZEROES, FileChannel, Health, all_zero, direct_alignment, make_zero
 from xvd.engines.identity import identity_of
-from xvd.engines.interface import Channel, Engine, EngineInfo, ThreadModel
-from xvd.errors import EngineError
+from xvd.engines.interface import Channel, Engine, EngineInfo, Extent, ThreadModel
+from xvd.errors import ConfigError, EngineError
 
-_F_OFD_SETLK = 37
-_RETRY_S = 0.05
 _NOT_STORAGE = "neither a file nor a block device; nothing can be kept in it"
 
 
@@ -40,34 +37,15 @@ def _open(path: str, flags: int) -> int:
         raise EngineError(e.errno or errno.EIO, remedy, path) from None
 
 
-def _lock(fd: int, byte: int, read_only: bool, path: str, patience_s: float) -> None:
-    """Lock one byte of the file by an open-file-description lock; readers share."""
-    kind = fcntl.F_RDLCK if read_only else fcntl.F_WRLCK
-    request = struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.fcntl(fd, _F_OFD_SETLK, request)
-            return
-        except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.EACCES):
-                return  # a file system without locks: nothing to hold on to
-            if time.monotonic() >= deadline:
-                raise EngineError(
-                    errno.EBUSY,
-                    "the image is in use by another process; stop that one first, or open it "
-                    "read-only (-r) in both",
-                    path,
-                ) from None
-            time.sleep(_RETRY_S)
-
-
 class FileEngine(Engine):
     """``file:PATH``: a raw image, or a block device.
 
     direct: False keeps everything in the page cache. patience_s: how long to wait for a lock that
-    a dying predecessor still holds. ioctl: how a device is told to discard. Raises `EngineError`
-    that names the path and the remedy.
+    a dying predecessor still holds. raw: it is raw whatever its bytes look like. detect_zeroes:
+    what a write of zeros becomes, a word of `file.ZEROES`. user: whose it is, for others who want
+    it too. device_model: a QEMU of the same guest has the image open as well, by right. ioctl: how
+    a device is told to discard. call: how files are locked. Raises `EngineError` that names the
+    path and the remedy.
     """
 
     def __init__(
@@ -77,20 +55,43 @@ class FileEngine(Engine):
         read_only: bool = False,
         direct: bool = True,
         patience_s: float = 0.0,
+        raw: bool = False,
+        detect_zeroes: str = "off",
+        user: str = "",
+        device_model: bool = False,
         ioctl: block.Ioctl = fcntl.ioctl,
+        call: locks.Fcntl = fcntl.fcntl,
     ) -> None:
+        if detect_zeroes not in ZEROES:
+            known = ", ".join(ZEROES)
+            raise ConfigError(f"detect-zeroes is one of {known}, not {detect_zeroes!r}")
         self.path = path
         self._ioctl = ioctl
-        self._direct_fd = -1
+        self._zeroes = ZEROES[detect_zeroes]
+        self._direct_fd = self._claim_fd = -1
         self._align = (0, 0)
+        self._entry: locks.Key | None = None
+        self._user = user
+        self._health = Health()
+        self._flushing = threading.Lock()  # a description is told once: one asks at a time
         flags = os.O_RDONLY if read_only else os.O_RDWR
         self._cached_fd = _open(path, flags)
         try:
             self._check_kind()
-            _lock(self._cached_fd, 0, read_only, path, patience_s)
-            if direct:
-                self._open_direct(flags, patience_s)
+            if not raw:
+                self._check_format()
+            taken = locks.Locks(
+                path,
+                read_only=read_only,
+                patience_s=patience_s,
+                holder=lambda: locks.user_of(self._cached_fd),
+                qemus=not device_model,
+                call=call,
+            )
+            self._lock(taken, flags, direct, patience_s)
+            self._entry = locks.enter(self._cached_fd, user)
             self._info = self._measure(read_only)
+            self._promised = self._info.size
         except BaseException:
             self.close()
             raise
@@ -104,15 +105,42 @@ class FileEngine(Engine):
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             raise EngineError(errno.EINVAL, _NOT_STORAGE, self.path)
 
-    def _open_direct(self, flags: int, patience_s: float) -> None:
+    def _check_format(self) -> None:
+        """What looks like a container is none of raw bytes, unless the user says so."""
+        name = formats.known_format(self._cached_fd)
+        if name:
+            raise EngineError(
+                errno.EINVAL,
+                f"it begins or ends as a {name} image does, and would be served as it lies, not as "
+                f"the disk in it: {formats.remedy(name, self.path)}; if it is raw all the same, "
+                f"say so: format=raw, or raw:{self.path}",
+                self.path,
+            )
+
+    def _lock(self, taken: locks.Locks, flags: int, direct: bool, patience_s: float) -> None:
+        """Keep everybody else away: the host itself, QEMU, and others of us."""
+        taken.take(self._cached_fd, 0, look=True)
+        if flags != os.O_RDONLY:
+            if self._is_device:
+                self._claim_fd = hostuse.claim(self._cached_fd, self.path, patience_s)
+                if file := hostuse.below(self._cached_fd):
+                    taken.look_below(file)
+            hostuse.check_file(self._cached_fd, self.path)
+        if direct and self._open_direct(flags):
+            taken.take(self._direct_fd, 1, look=False)
+
+    def _open_direct(self, flags: int) -> bool:
+        """Whether there is a second description, that goes past the page cache."""
         self._align = direct_alignment(self._cached_fd)
         if self._align == (0, 0):
-            return
+            return False
         try:
-            self._direct_fd = os.open(self.path, flags | os.O_CLOEXEC | os.O_DIRECT)
+            # The file that is open, whatever its name means by now.
+            again = f"/proc/self/fd/{self._cached_fd}"
+            self._direct_fd = os.open(again, flags | os.O_CLOEXEC | os.O_DIRECT)
         except OSError:
-            return  # tmpfs before 6.6 and others: the page cache serves
-        _lock(self._direct_fd, 1, flags == os.O_RDONLY, self.path, patience_s)
+            return False  # tmpfs before 6.6 and others: the page cache serves
+        return True
 
     def _measure(self, read_only: bool) -> EngineInfo:
         size = os.lseek(self._cached_fd, 0, os.SEEK_END)
@@ -136,6 +164,7 @@ class FileEngine(Engine):
             read_only=read_only,
             can_discard=not read_only,
             discard_granularity=unit,
+            tells_holes=True,
             thread_model=ThreadModel.PARALLEL,
         )
 
@@ -173,31 +202,59 @@ class FileEngine(Engine):
         """Which file or device it is."""
         return identity_of(self._cached_fd)
 
+    @property
+    def trouble(self) -> str:
+        """A flush that failed, or an image that was cut short, once that was seen."""
+        if number := self._health.flush_error:
+            return (
+                f"a flush failed ({os.strerror(number)}): what was written before it may be lost, "
+                "and no flush succeeds until the image is opened anew; check what is on it, then "
+                "detach and attach the disk"
+            )
+        if self._info.size < self._promised:
+            return (
+                f"the image was cut short behind the disk: {self._info.size} of its "
+                f"{self._promised} bytes are left, and what lay behind is an I/O error; bring the "
+                "image back, or let the disk be that small: xvd resize --shrink"
+            )
+        return ""
+
     def read(self, buffer: memoryview, offset: int) -> None:
-        """Read it all; what was cut off behind our back reads as zeros."""
+        """Read it all; what was cut off behind our back is an error."""
         while len(buffer):
             size = os.preadv(self._cached_fd, [buffer], offset)
             if size == 0:
-                buffer[:] = bytes(len(buffer))
-                return
+                raise EngineError(errno.EIO, f"it ends before byte {offset}", self.path)
             buffer, offset = buffer[size:], offset + size
 
     def write(self, buffer: memoryview, offset: int) -> None:
         """Write it all."""
+        if self._zeroes and all_zero(buffer):
+            try:
+                return make_zero(self._cached_fd, self._zeroes, offset, len(buffer))
+            except OSError:
+                pass  # then they are data
         while len(buffer):
             size = os.pwritev(self._cached_fd, [buffer], offset)
             buffer, offset = buffer[size:], offset + size
+        return None
 
     def flush(self) -> None:
-        """fdatasync."""
-        os.fdatasync(self._cached_fd)
+        """fdatasync; after one that failed there is none that succeeds."""
+        with self._flushing:
+            if not self._health.flush_error:
+                try:
+                    return os.fdatasync(self._cached_fd)
+                except OSError as error:
+                    self._health.flush_failed(error.errno or errno.EIO)
+        raise EngineError(self._health.flush_error, self.trouble, self.path)
 
     def discard(self, offset: int, length: int) -> None:
         """Punch a hole in a file; discard a range of a device."""
         if self._is_device:
             block.discard(self._cached_fd, block.BLKDISCARD, offset, length, self._ioctl)
-        else:
-            punch_hole(self._cached_fd, offset, length)
+        elif length:
+            make_zero(self._cached_fd, ZEROES["unmap"], offset, length)
 
     def secure_discard(self, offset: int, length: int) -> None:
         """Let a device erase a range; a file cannot: what it held may lie anywhere."""
@@ -205,12 +262,43 @@ class FileEngine(Engine):
             return super().secure_discard(offset, length)
         return block.discard(self._cached_fd, block.BLKSECDISCARD, offset, length, self._ioctl)
 
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Zeros without data, in a file; a device may be slower at it than at writing."""
+        if self._is_device:
+            super().write_zeroes(offset, length, unmap=unmap)
+        elif length:
+            make_zero(self._cached_fd, ZEROES["unmap" if unmap else "on"], offset, length)
+
+    def extents(self, offset: int, length: int, most: int) -> list[Extent]:
+        """By SEEK_DATA and SEEK_HOLE; what was cut off is no hole, as it does not read as zeros."""
+        found: list[Extent] = []
+        end = min(offset + length, os.lseek(self._cached_fd, 0, os.SEEK_END))
+        at = offset
+        while at < end and len(found) < most:
+            start = min(end, self._seek(at, os.SEEK_DATA, end))
+            hole = start > at
+            until = start if hole else min(end, self._seek(at, os.SEEK_HOLE, end))
+            found.append(Extent(until - at, hole))
+            at = until
+        if at < offset + length and len(found) < most:
+            found.append(Extent(offset + length - at, hole=False))
+        return found
+
+    def _seek(self, offset: int, whence: int, end: int) -> int:
+        try:
+            return os.lseek(self._cached_fd, offset, whence)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing of the kind behind it
+                raise
+            return end
+
     def measure(self) -> int:
         """Look how long the file or the device is; a part of a sector at its end is left out."""
         size = os.lseek(self._cached_fd, 0, os.SEEK_END)
         size -= size % 512
         if size != self._info.size:
             self._info = dataclasses.replace(self._info, size=size)
+            self._promised = max(size, self._promised)
         return size
 
     def resize(self, size: int) -> None:
@@ -221,14 +309,26 @@ class FileEngine(Engine):
                 "a block device is resized by its own tool; then let the disk follow it",
                 self.path,
             )
-        os.ftruncate(self._cached_fd, size)
+        try:
+            os.ftruncate(self._cached_fd, size)
+        except OSError as error:
+            text = f"it cannot have {size} bytes: {error.strerror}"
+            raise EngineError(error.errno or errno.EIO, text, self.path) from None
+        self._promised = size
+
+    def accept_size(self) -> None:
+        """What is left of it is all that was promised."""
+        self._promised = self._info.size
 
     def close(self) -> None:
         """Close the descriptors, and with them the locks."""
-        for fd in (self._cached_fd, self._direct_fd):
+        for fd in (self._cached_fd, self._direct_fd, self._claim_fd):
             if fd >= 0:
                 os.close(fd)
-        self._cached_fd = self._direct_fd = -1
+        self._cached_fd = self._direct_fd = self._claim_fd = -1
+        if self._entry is not None:
+            locks.leave(self._entry, self._user)
+        self._entry = None
 
     def open_channel(self) -> Channel:
         """A compiled channel on the queue thread's io_uring.
@@ -237,4 +337,23 @@ class FileEngine(Engine):
         """
         discards = ThreadedChannel(self) if self._info.can_discard and self._is_device else None
         memory, offset = (a or 1 for a in self._align)
-        return FileChannel(self._direct_fd, self._cached_fd, memory, offset, discards)
+        return FileChannel(
+            self._direct_fd,
+            self._cached_fd,
+            self._open_again(),
+            self._health,
+            memory_align=memory,
+            offset_align=offset,
+            zeroes=self._zeroes,
+            discards=discards,
+        )
+
+    def _open_again(self) -> int:
+        """Another description of the same file; where none may be had, the same one."""
+        flags = os.O_RDONLY if self._info.read_only else os.O_RDWR
+        try:
+            return os.open(f"/proc/self/fd/{self._cached_fd}", flags | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            return os.dup(self._cached_fd)

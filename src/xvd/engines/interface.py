@@ -40,7 +40,7 @@ class EngineInfo:
     """What an engine is; only the size changes while it is open, by `measure` and `resize`.
 
     size: bytes, a multiple of `logical_block_size`. Block sizes: bytes, powers of two, 512..65536.
-    discard_granularity: bytes, 0 if it has no preference.
+    discard_granularity: bytes, 0 if it has no preference. tells_holes: whether `extents` works.
     """
 
     size: int
@@ -52,7 +52,16 @@ class EngineInfo:
     can_secure_discard: bool = False
     discard_granularity: int = 0
     discard_alignment: int = 0
+    tells_holes: bool = False
     thread_model: ThreadModel = ThreadModel.SERIAL
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A part of the storage: bytes, and whether nothing is kept for them and they read as zeros."""
+
+    length: int
+    hole: bool
 
 
 class Channel(Protocol):
@@ -80,6 +89,11 @@ class Engine(ABC):
         nothing is lost if it is another."""
         return ""
 
+    @property
+    def trouble(self) -> str:
+        """What is wrong with the storage for good, and the remedy; empty while nothing is."""
+        return ""
+
     @abstractmethod
     def read(self, buffer: memoryview, offset: int) -> None:
         """Fill the whole buffer from `offset` bytes on."""
@@ -98,6 +112,20 @@ class Engine(ABC):
         """Destroy a range: nobody reads it again. Called only if `info.can_secure_discard`."""
         raise EngineError(errno.EOPNOTSUPP, "the storage cannot erase securely")
 
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Let a range read as zeros without writing any; with `unmap` without space for them.
+
+        Raises `EngineError` (EOPNOTSUPP) where that cannot be had: write them then.
+        """
+        raise EngineError(errno.EOPNOTSUPP, "the storage has no zeros but those that are written")
+
+    def extents(self, offset: int, length: int, most: int) -> list[Extent]:
+        """Where a range has data, as its first parts in their order, at most `most` of them.
+
+        What any write that has returned left there is seen. Called only if `info.tells_holes`.
+        """
+        raise EngineError(errno.EOPNOTSUPP, "the storage does not tell where it has data")
+
     def measure(self) -> int:
         """Look at the storage again: its bytes now. `info` and every channel go by them then."""
         return self.info.size
@@ -105,6 +133,9 @@ class Engine(ABC):
     def resize(self, size: int) -> None:
         """Make the storage `size` bytes, whole logical blocks; `measure` is due afterwards."""
         raise EngineError(errno.EOPNOTSUPP, "this storage has the size that it has")
+
+    def accept_size(self) -> None:  # noqa: B027
+        """The storage is smaller than it was, and may be: nothing is missing any more."""
 
     def close(self) -> None:  # noqa: B027
         """Give everything back. Idempotent."""

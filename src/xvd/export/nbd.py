@@ -19,7 +19,7 @@ from xvd.errors import ConfigError
 from xvd.export.nbd_connection import NbdConnection
 from xvd.export.nbd_negotiation import Export
 from xvd.export.nbd_protocol import STRING_MAX, TransmissionFlag
-from xvd.export.nbd_requests import ExportedDisk
+from xvd.export.nbd_requests import ExportedDisk, Storage
 from xvd.sockets import UnixListener, claim
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ _RETRY_S: Final = 1.0
 class NbdServer:
     """Serves `disk` under `name`, which the empty name means too. All calls in the event loop.
 
+    storage: the disk's, where it is at hand. tells_holes: whether it knows where it has data.
+
     Raises `ConfigError` for a name or description that NBD cannot carry.
     """
 
@@ -49,6 +51,8 @@ class NbdServer:
         *,
         name: str = "",
         description: str = "",
+        storage: Storage | None = None,
+        tells_holes: bool = False,
         connections_max: int = CONNECTIONS_MAX,
         patience_s: float = PATIENCE_S,
     ) -> None:
@@ -56,6 +60,8 @@ class NbdServer:
             if len(text.encode()) > STRING_MAX or "\0" in text:
                 raise ConfigError(f"{text[:40]!r}...: NBD has room for {STRING_MAX} bytes, no NUL")
         self.disk = disk
+        self.storage = storage
+        self._tells_holes = storage is not None and tells_holes
         self.name = name
         self.description = description
         self.count: Counter[str] = Counter()
@@ -166,7 +172,8 @@ class NbdServer:
             if disk.can_discard:
                 flags |= TransmissionFlag.SEND_TRIM
         preferred = min(max(disk.physical_block_size, 512), _PREFERRED_MAX)
-        return Export(self.name, self.description, disk.size, int(flags), preferred)
+        known = self._tells_holes
+        return Export(self.name, self.description, disk.size, int(flags), preferred, known)
 
     def arrived(self, connection: NbdConnection) -> bool:
         """Note a client; False if it has to go."""

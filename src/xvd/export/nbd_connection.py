@@ -19,7 +19,7 @@ from typing import Final, Protocol
 from xvd.export import nbd_protocol as nbd
 from xvd.export.nbd_negotiation import OPTION_LENGTH_MAX, Export, Negotiation, Outcome
 from xvd.export.nbd_protocol import Malformed
-from xvd.export.nbd_requests import ExportedDisk, Requests
+from xvd.export.nbd_requests import ExportedDisk, Requests, Storage
 from xvd.export.transmission import Transmission
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ class Owner(Protocol):
     """The server, as its connections see it."""
 
     disk: ExportedDisk
+    storage: Storage | None
     count: Counter[str]
     patience_s: float
 
@@ -220,8 +221,9 @@ class NbdConnection:
         )
         self._received.clear()
         self._requests = Requests(
-            self._transmission, self._owner.disk, self._negotiation, self._owner.count, self._heard
-        )
+            self._transmission, self._owner.disk, self._negotiation, self._owner.count, self._heard,
+            storage=self._owner.storage,
+        )  # fmt: skip
 
     def _heard(self, news: int) -> None:
         """How the transmission goes on."""

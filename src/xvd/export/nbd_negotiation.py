@@ -43,13 +43,17 @@ BASE_ALLOCATION_ID: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What is offered: size in bytes, transmission flags, preferred block size in bytes."""
+    """What is offered: size in bytes, transmission flags, preferred block size in bytes.
+
+    tells_holes: whether it is known where there is data.
+    """
 
     name: str
     description: str
     size: int
     flags: int
     preferred_block_size: int
+    tells_holes: bool = False
 
     def answers_to(self, name: str) -> bool:
         """Whether a client that asks for `name` means this export."""
@@ -161,10 +165,12 @@ class Negotiation:
         name, queries = parse_meta_queries(data)
         if not self.structured:
             raise Malformed("metadata contexts need structured replies: ask for those first")
-        if not self.export().answers_to(name):
+        export = self.export()
+        if not export.answers_to(name):
             return _unknown(option, name)
         listing = option == Option.LIST_META_CONTEXT
         wanted = BASE_ALLOCATION in queries or (listing and (not queries or "base:" in queries))
+        wanted = wanted and export.tells_holes
         if not listing:
             self._context_for = name if wanted else None
         context_id = 0 if listing else BASE_ALLOCATION_ID

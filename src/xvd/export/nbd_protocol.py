@@ -126,6 +126,10 @@ class Chunk(IntEnum):
     ERROR = 1 << 15 | 1
 
 
+DATA: Final = 0
+HOLE: Final = 1 << 0 | 1 << 1
+"""NBD_STATE_HOLE and NBD_STATE_ZERO: no space is taken, and zeros are read."""
+
 CHUNK_DONE: Final = 1
 """NBD_REPLY_FLAG_DONE: no further chunk answers this request."""
 

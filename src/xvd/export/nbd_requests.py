@@ -13,18 +13,21 @@ import errno
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final, Protocol
 
 from xvd.export import nbd_protocol as nbd
 from xvd.export.nbd_negotiation import BASE_ALLOCATION_ID, Negotiation
-from xvd.export.nbd_protocol import Chunk, Command, CommandFlag, Request
+from xvd.export.nbd_protocol import Chunk, Command, CommandFlag, Request, TransmissionFlag
 from xvd.export.transmission import Transmission
 
 logger = logging.getLogger(__name__)
 
 _ZEROES: Final = memoryview(bytes(1 << 20))
 """Longest piece of a WRITE_ZEROES: other requests get their turn between two."""
+EXTENTS_MAX: Final = 4096
+"""Parts that one block status tells of: what an image in many pieces has in some gigabytes."""
 _WRITING: Final = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
 
 
@@ -34,6 +37,10 @@ class ExportedDisk(Protocol):
     @property
     def size(self) -> int:
         """Bytes; may change."""
+
+    @property
+    def logical_block_size(self) -> int:
+        """Bytes."""
 
     @property
     def physical_block_size(self) -> int:
@@ -63,6 +70,9 @@ class ExportedDisk(Protocol):
     async def discard(self, offset: int, length: int) -> None:
         """Let go of a range."""
 
+    async def change(self, offset: int, length: int, work: Callable[[], Awaitable[None]]) -> None:
+        """Do `work` on whole blocks as if it were a write: no other write there meanwhile."""
+
     def attach(self, client: Transmission) -> None:
         """Have a client stepped by the thread of a queue, until it has left."""
 
@@ -73,10 +83,36 @@ class ExportedDisk(Protocol):
         """Let go of it when it has left."""
 
 
+class StorageExtent(Protocol):
+    """A part of the storage."""
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+
+    @property
+    def hole(self) -> bool:
+        """Whether nothing is kept for them, and they read as zeros."""
+
+
+class Storage(Protocol):
+    """A disk's storage where it is at hand, in the same process: what blkif has no words for.
+
+    Whole blocks; from any thread; errors are OSErrors. An engine is one.
+    """
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Zeros that are not written, and with `unmap` take no space; EOPNOTSUPP: to be written."""
+
+    def extents(self, offset: int, length: int, most: int) -> Sequence[StorageExtent]:
+        """Where a range has data, as its first parts."""
+
+
 class Requests:
     """The long way of one client's requests. Everything in the event loop's thread.
 
-    on_news: is called with the flags (OVER and the others) of a `Transmission`, each once.
+    storage: the disk's, where it is at hand. on_news: is called with the flags (OVER and the
+    others) of a `Transmission`, each once.
     """
 
     def __init__(
@@ -86,8 +122,11 @@ class Requests:
         negotiated: Negotiation,
         count: Counter[str],
         on_news: Callable[[int], None],
+        *,
+        storage: Storage | None = None,
     ) -> None:
         self._transmission = transmission
+        self._storage = storage
         self._disk = disk
         self._negotiated = negotiated
         self._count = count
@@ -147,7 +186,11 @@ class Requests:
             number = errno.ENOSPC if writing and command != Command.TRIM else errno.EINVAL
             return OSError(number, f"beyond the end of a disk of {self._disk.size} bytes")
         if command == Command.TRIM and not self._disk.can_discard:
-            return OSError(errno.EINVAL, "this disk does not offer discard")
+            # To one that was offered it the storage has said no since: as it said to the first.
+            chosen = self._negotiated.chosen
+            offered = chosen is not None and chosen.flags & TransmissionFlag.SEND_TRIM
+            number = errno.EOPNOTSUPP if offered else errno.EINVAL
+            return OSError(number, "this disk does not offer discard")
         if command == Command.BLOCK_STATUS and (not self._negotiated.allocation or not length):
             return OSError(errno.EINVAL, "no metadata context was negotiated, or no length given")
         return None
@@ -164,6 +207,8 @@ class Requests:
                 self._reply_data(
                     slot, request, await self._disk.read(request.offset, request.length)
                 )
+            elif request.command == Command.BLOCK_STATUS:
+                self._answer(slot, await self._block_status(request))
             else:
                 await self._run(request, payload)
                 self._answer(slot, self._success_reply(request))
@@ -193,15 +238,56 @@ class Requests:
             await self._disk.flush()
 
     async def _write_zeroes(self, flags: int, offset: int, length: int) -> None:
-        """Zeros are written: what a discard leaves behind is undefined on a Xen disk."""
-        if flags & CommandFlag.FAST_ZERO:
+        """By the storage where it is at hand and can; otherwise zeros are written: what a discard
+        leaves behind is undefined on a Xen disk."""
+        block, end = self._disk.logical_block_size, offset + length
+        first, last = -(-offset // block) * block, end // block * block
+        if first < last and await self._zero(first, last - first, not flags & CommandFlag.NO_HOLE):
+            await self._write_zeroes_out(offset, first)
+            await self._write_zeroes_out(last, end)
+        elif flags & CommandFlag.FAST_ZERO:
             raise OSError(errno.EOPNOTSUPP, "zeroing is no faster than writing here")
-        while length:
+        else:
+            await self._write_zeroes_out(offset, end)
+
+    async def _zero(self, offset: int, length: int, unmap: bool) -> bool:
+        """Let the storage do it; False if it cannot."""
+        if self._storage is None:
+            return False
+        zero = partial(self._storage.write_zeroes, offset, length, unmap=unmap)
+        try:
+            await self._disk.change(offset, length, partial(asyncio.to_thread, zero))
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            return False
+        return True
+
+    async def _write_zeroes_out(self, offset: int, end: int) -> None:
+        while offset < end:
             if self._gone:  # nobody waits for the rest, which may be 4 GiB
                 raise OSError(errno.ESHUTDOWN, "given up: the client has disconnected")
-            piece = min(length, len(_ZEROES))
+            piece = min(end - offset, len(_ZEROES))
             await self._disk.write(offset, _ZEROES[:piece])
-            offset, length = offset + piece, length - piece
+            offset += piece
+
+    async def _block_status(self, request: Request) -> bytes:
+        """Where a range has data. blkif has no way to ask: only storage at hand can tell."""
+        most = 1 if request.flags & CommandFlag.REQ_ONE else EXTENTS_MAX
+        block, end = self._disk.logical_block_size, request.offset + request.length
+        at, last = request.offset // block * block, -(-end // block) * block
+        assert self._storage is not None
+        try:
+            parts = await asyncio.to_thread(self._storage.extents, at, last - at, most)
+        except OSError:
+            parts = []  # cut short behind our back, perhaps: a read there says what is wrong
+        extents = []
+        for part in parts:
+            size = min(at + part.length, end) - max(at, request.offset)
+            extents.append(nbd.Extent(size, nbd.HOLE if part.hole else nbd.DATA))
+            at += part.length
+        extents = extents or [nbd.Extent(request.length, nbd.DATA)]
+        return nbd.block_status_chunk(request.cookie, BASE_ALLOCATION_ID, extents)
 
     # ---- Replies ----
 
@@ -216,10 +302,6 @@ class Requests:
         return nbd.simple_reply(request.cookie, number)
 
     def _success_reply(self, request: Request) -> bytes:
-        if request.command == Command.BLOCK_STATUS:
-            # blkif has no way to ask where data lies: all of it is data, which is always true.
-            extents = [nbd.Extent(request.length, 0)]
-            return nbd.block_status_chunk(request.cookie, BASE_ALLOCATION_ID, extents)
         return nbd.simple_reply(request.cookie)
 
     def _reply_data(self, slot: int, request: Request, data: bytearray) -> None:

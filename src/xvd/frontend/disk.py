@@ -15,7 +15,8 @@ the operation is done in the next best way (blkif.h leaves that to the frontend)
 import asyncio
 import errno
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
@@ -371,10 +372,21 @@ class Disk:
         while waiting := [w for a, b, w in self._edges if touches(a, b) and not w.done()]:
             await asyncio.wait(waiting)
 
+    async def change(self, offset: int, length: int, work: Callable[[], Awaitable[None]]) -> None:
+        """Do `work`, which changes whole blocks in another way than by the ring, as if it were a
+        write: no other write touches them meanwhile. Raises what a write and `work` do."""
+        self._check(offset, length)
+        self._check_writable()
+        first, sectors = self._whole(offset, length)
+        await self._hold(first, first + sectors, work)
+
     async def _write_edges(self, offset: int, data: memoryview, first: int, sectors: int) -> None:
-        end = first + sectors
+        work = partial(self._read_and_write, offset, data)
+        await self._hold(first, first + sectors, work)
+
+    async def _hold(self, first: int, end: int, work: Callable[[], Awaitable[None]]) -> None:
         await self._wait_for_edges(first, end)
-        change = asyncio.create_task(self._change(offset, data, first, end))
+        change = asyncio.create_task(self._change(first, end, work))
         entry = (first, end, change)
         self._edges.append(entry)
         change.add_done_callback(lambda _: self._edges.remove(entry))
@@ -382,14 +394,15 @@ class Disk:
         # over the next writer's data in these blocks.
         await asyncio.shield(change)
 
-    async def _change(self, offset: int, data: memoryview, first: int, end: int) -> None:
-        """Read the blocks at the edges, change them, write; new writes on them wait meanwhile."""
+    async def _change(self, first: int, end: int, work: Callable[[], Awaitable[None]]) -> None:
+        """Do it when the writes on these blocks are over; new ones wait meanwhile."""
         async with self._clients.kept_off(first, end):
             for done in self._pending.writes_on(first, end):
                 await asyncio.wait([done])
-            await self._read_and_write(offset, data)
+            await work()
 
     async def _read_and_write(self, offset: int, data: memoryview) -> None:
+        """Read the blocks at the edges, change them, write."""
         reads, writes, changes = [], [], []
         for at, piece in self._pieces(offset, data):
             start, sectors = self._whole(at, len(piece))

@@ -83,7 +83,7 @@ def _backend_nodes(vbd: Vbd, disk: XlDisk) -> dict[str, str]:
     nodes = {
         "frontend": vbd.frontend,
         "frontend-id": str(vbd.domid),
-        "params": disk.target,
+        "params": disk.params,
         "script": disk.script,
         "online": "1",
         "removable": str(int(disk.cdrom)),

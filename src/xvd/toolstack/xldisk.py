@@ -5,6 +5,7 @@
 stand there.
 """
 
+import re
 from dataclasses import dataclass, field
 
 from xvd.blkif.vdev import parse_vdev
@@ -14,6 +15,18 @@ FORMATS = ("raw", "qcow", "qcow2", "vhd", "qed")
 BACKEND_TYPES = ("phy", "tap", "qdisk", "standalone")
 _ACCESS = {"r": False, "ro": False, "w": True, "rw": True}
 _POSITIONAL = ("target", "format", "vdev", "access")
+
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+]*:")
+
+
+def in_format(target: str, name: str) -> str:
+    """The URI of a target that somebody says has the format `name`: ``raw:/images/a.img``.
+
+    Memory and the like are raw, and have no bytes that could be mistaken.
+    """
+    path = target.removeprefix("file:")
+    return target if name == "raw" and _SCHEME.match(path) else f"{name}:{path}"
 
 
 @dataclass(slots=True)
@@ -32,6 +45,12 @@ class XlDisk:
     direct_io_safe: bool = False
     trusted: bool = True
     _seen: set[str] = field(default_factory=set)
+
+    @property
+    def params(self) -> str:
+        """The ``params`` node: the target, behind its format where that is the user's word and not
+        the one that goes without saying."""
+        return in_format(self.target, self.format) if "format" in self._seen else self.target
 
     @property
     def number(self) -> int:
@@ -103,6 +122,8 @@ def parse_xl_disk(text: str) -> XlDisk:
                 raise ConfigError(f"too many positional parameters: {part!r}")
             if part:
                 _set(disk, place, part)
+    if disk.cdrom:
+        disk.writable = False  # as in libxlu: whatever else is said
     if not disk.vdev:
         raise ConfigError(f"{text!r} names no vdev; add vdev=xvda")
     if not disk.target and not disk.cdrom:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every layer is: an engine that passes everything on, to be overridden where it does not."""
 
+import dataclasses
+
 from xvd.engines.interface import Engine, EngineInfo
 
 
@@ -14,8 +16,13 @@ class Layer(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine behind is."""
-        return self.lower.info
+        """What the engine behind is; where it has holes is not asked past a layer."""
+        return dataclasses.replace(self.lower.info, tells_holes=False)
+
+    @property
+    def trouble(self) -> str:
+        """That of the engine behind."""
+        return self.lower.trouble
 
     @property
     def identity(self) -> str:
@@ -49,6 +56,10 @@ class Layer(Engine):
     def resize(self, size: int) -> None:
         """Pass on."""
         self.lower.resize(size)
+
+    def accept_size(self) -> None:
+        """Pass on."""
+        self.lower.accept_size()
 
     def close(self) -> None:
         """Close what is behind."""

@@ -16,7 +16,7 @@ class ReadOnly(Layer):
     def info(self) -> EngineInfo:
         """The same engine, read-only."""
         return dataclasses.replace(
-            self.lower.info, read_only=True, can_discard=False, can_secure_discard=False
+            super().info, read_only=True, can_discard=False, can_secure_discard=False
         )
 
     def write(self, buffer: memoryview, offset: int) -> None:
