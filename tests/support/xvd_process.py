@@ -9,7 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, cast
 
-TIMEOUT_S = 60
+TIMEOUT_S = 110
+"""Short of the limit of a test: a measurement may have to fetch its peer first."""
 
 
 def run_xvd(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
