@@ -175,7 +175,7 @@ def test_a_disk_without_any_room_is_refused_with_the_reason_and_the_others_go_on
     expect_log("cannot connect to .*: this host has no room for the disk")
 
     async def work() -> None:
-        budget = only("descriptors", 12)
+        budget = only("descriptors", 13)
         async with disk_world(settings=Settings(max_queues=1), budget=budget) as world:
             async with await world.disk(domid=1) as disk:
                 vbd = await world.attach(domid=2)
@@ -184,7 +184,7 @@ def test_a_disk_without_any_room_is_refused_with_the_reason_and_the_others_go_on
                 await frontend.publish()
                 await backend_reaches(world, vbd, 6)
                 text = await backend_error(world, vbd)
-                assert "needs 12 descriptors at the least, and 0 are left; raise" in text
+                assert "needs 13 descriptors at the least, and 0 are left; raise" in text
                 await disk.write(0, b"on")
                 frontend.close()
 
@@ -195,7 +195,7 @@ def test_a_frontend_gives_up_a_backend_that_refuses_it_again_and_again(expect_lo
     expect_log("cannot connect to .*: this host has no room for the disk")
 
     async def work() -> None:
-        budget = only("descriptors", 11)
+        budget = only("descriptors", 12)
         async with disk_world(settings=Settings(max_queues=1), budget=budget) as world:
             with pytest.raises(PeerClosed, match="has refused 5 connections in a row"):
                 await world.disk()

@@ -41,8 +41,15 @@ def target(kind: str, directory: Path, size: int) -> str:
 
 @pytest.fixture(params=["memory", "file"])
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
-    with served_disk(target(request.param, tmp_path, SIZE), tmp_path, name="disk") as disk:
+    """On memory as by ``xvd nbd``; on a file as by ``xvd serve``, with the storage at hand."""
+    where, at_hand = target(request.param, tmp_path, SIZE), request.param == "file"
+    with served_disk(where, tmp_path, name="disk", at_hand=at_hand) as disk:
         yield disk
+
+
+def tells_holes(served: Served) -> bool:
+    assert served.rig.engine is not None
+    return served.rig.engine.info.tells_holes
 
 
 @pytest.fixture
@@ -63,10 +70,10 @@ def test_nbdinfo_tells_what_the_disk_is(served: Served) -> None:
         "can_zero": True,
         "can_fast_zero": True,
         "can_df": True,
-        "contexts": ["base:allocation"],
         "block_size_minimum": 1,
         "block_size_maximum": 32 << 20,
     }.items() <= export.items()
+    assert export.get("contexts", []) == ["base:allocation"] * tells_holes(served)
 
 
 def test_nbdinfo_lists_the_export_with_its_description(tmp_path: Path) -> None:
@@ -85,9 +92,35 @@ def test_nbdinfo_about_a_read_only_disk(tmp_path: Path, question: str, yes: bool
         assert (try_run("nbdinfo", "--can", question, served.uri).returncode == 0) == yes
 
 
-def test_nbdinfo_maps_everything_as_data(served: Served) -> None:
-    mapped = json.loads(run("nbdinfo", "--map", "--json", served.uri))
-    assert mapped == [{"offset": 0, "length": SIZE, "type": 0, "description": "data"}]
+def test_nbdinfo_maps_data_and_holes(tmp_path: Path) -> None:
+    where = target("file", tmp_path, SIZE)
+    with served_disk(where, tmp_path, at_hand=True) as served:
+        run("qemu-io", "-f", "raw", "-c", "write -P 7 1M 64k", served.uri)
+        mapped = json.loads(run("nbdinfo", "--map", "--json", served.uri))
+    assert [(m["offset"], m["length"], m["description"]) for m in mapped] == [
+        (0, 1 << 20, "hole,zero"),
+        (1 << 20, 65536, "data"),
+        ((1 << 20) + 65536, SIZE - (1 << 20) - 65536, "hole,zero"),
+    ]
+
+
+def test_nbdinfo_is_told_nothing_where_it_is_not_known(tmp_path: Path) -> None:
+    with served_disk("memory:1M", tmp_path) as served:
+        assert try_run("nbdinfo", "--map", served.uri).returncode != 0
+
+
+@pytest.mark.slow
+def test_a_sparse_copy_is_sparse(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    with source.open("wb") as file:
+        file.truncate(SIZE)
+        file.seek(1 << 20)
+        file.write(b"d" * 65536)
+    copy = Path(target("file", tmp_path, SIZE))
+    with served_disk(str(copy), tmp_path, at_hand=True) as served:
+        run("qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", source, served.uri)
+    run("cmp", source, copy)
+    assert copy.stat().st_blocks == 128
 
 
 @pytest.mark.slow
@@ -119,7 +152,8 @@ def test_qemu_img_info_and_map(served: Served) -> None:
     info = json.loads(run("qemu-img", "info", "--output=json", served.uri))
     mapped = json.loads(run("qemu-img", "map", "--output=json", served.uri))
     assert info["virtual-size"] == SIZE
-    assert [(m["start"], m["length"], m["data"]) for m in mapped] == [(0, SIZE, True)]
+    data = not tells_holes(served)
+    assert [(m["start"], m["length"], m["data"]) for m in mapped] == [(0, SIZE, data)]
 
 
 def test_qemu_io_patterns(served: Served) -> None:
@@ -216,13 +250,15 @@ def test_a_tool_over_tcp(served: Served) -> None:
 LIBNBD = """
 h.add_meta_context("base:allocation")
 h.connect_uri(uri)
+assert h.can_meta_context("base:allocation") == tells_holes
 h.pwrite(b"x" * 1000, 12345, nbd.CMD_FLAG_FUA)
 h.zero(100, 12400)
 h.flush()
 assert h.pread(1000, 12345) == b"x" * 55 + bytes(100) + b"x" * 845
-extents = []
-h.block_status(65536, 0, lambda name, offset, found, error: extents.extend(found))
-assert extents == [65536, 0], extents
+if tells_holes:
+    extents = []
+    h.block_status(65536, 0, lambda name, offset, found, error: extents.extend(found))
+    assert extents == [12288, 3, 4096, 0, 49152, 3], extents
 h.trim(65536, 0)
 h.set_strict_mode(0)
 try:
@@ -236,7 +272,8 @@ h.shutdown()
 
 
 def test_libnbd_from_python(served: Served) -> None:
-    run("nbdsh", "-c", f"uri = {served.uri!r}", "-c", LIBNBD)
+    known = f"tells_holes = {tells_holes(served)}"
+    run("nbdsh", "-c", f"uri = {served.uri!r}", "-c", known, "-c", LIBNBD)
     assert served.call(counters(served))["rejected"] == 1
 
 

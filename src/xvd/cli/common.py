@@ -247,13 +247,14 @@ async def open_assigned(
     store: XenstoreClient, assignment: BackendAssignment, layers: list[str]
 ) -> Engine:
     """Open the storage of an assigned disk without holding up the event loop."""
+    name = assignment.name or assignment.frontend.rpartition("/")[2]
     opening = partial(
         open_engine,
         storage_uri(assignment),
         read_only=not assignment.writable,
         layers=layers,
         patience_s=LOCK_PATIENCE_S,
-        user=f"{assignment.frontend_domid}/{assignment.name}",
+        user=f"{assignment.frontend_domid}/{name}",
         device_model=await has_device_model(store, assignment.frontend_domid),
     )
     return await in_own_thread(opening)
