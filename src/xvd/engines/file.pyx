@@ -63,6 +63,7 @@ cdef extern from "fcntl.h" nogil:
 cdef enum:
     IOV_MAX = 1024               # UIO_MAXIOV: the kernel refuses more parts in one operation
     SUBMITTED_AT_ONCE = 8        # the device begins with the first while the rest is prepared
+    TRIES = 64                   # of an operation that the kernel puts off, and then it fails
     LOOKED_AT = 16               # bytes; most data is seen to be none of zeros by its first ones
 
 # What becomes of a write of zeros, as QEMU's detect-zeroes names it.
@@ -201,6 +202,7 @@ cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
         if ios[i].op == ENGINE_DISCARD and f.discards != NULL:
             f.discards.submit(f.discards.ctx, &ios[i], 1)
         else:
+            ios[i].result = 0    # until it ends: how often the kernel has put it off
             begin(f, ios[i])
             if io_uring_sq_ready(f.ring) >= SUBMITTED_AT_ONCE:
                 io_uring_submit(f.ring)
@@ -255,7 +257,8 @@ cdef void zeroed(file_state *f, engine_io *io, int32_t res) noexcept nogil:
 cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
     """A completion: an end, an error, or a short transfer that goes on."""
     cdef file_state *f = <file_state *>ctx
-    if res == -EINTR or res == -EAGAIN:
+    if (res == -EINTR or res == -EAGAIN) and io.result < TRIES:
+        io.result += 1
         begin(f, io)
     elif io.flags & ENGINE_ZEROING:
         zeroed(f, io, res)
