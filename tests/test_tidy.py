@@ -22,7 +22,7 @@ OTHERS = [
 ]
 EVERY = PYTHON + CYTHON + OTHERS
 
-FOR_ALL = ("errors", "files", "packages", "sockets", "types")
+FOR_ALL = ("errors", "files", "loglimit", "packages", "sockets", "types")
 ENDS = ("blkif", "dataplane", "machine.interface", "machine.xs", "engines.interface")
 ARROWS: dict[str, tuple[str, ...]] = {
     "cli": (

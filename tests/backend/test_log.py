@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from xvd.backend.log import BURST, PERIOD_S, DeviceLog, LogLimit
+from xvd.backend.log import DeviceLog
+from xvd.loglimit import BURST, PERIOD_S, LogLimit
 from xvd.types import Domid
 
 

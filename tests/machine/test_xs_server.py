@@ -2,6 +2,7 @@
 """The server: where it listens, and what hostile clients cost (themselves, and nobody else)."""
 
 import asyncio
+import logging
 import socket
 import stat
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 from xs_rig import served, with_server
 
 from xvd.errors import ConfigError, PeerClosed, XenstoreError
+from xvd.loglimit import BURST
 from xvd.machine.xs.client import XenstoreClient
 from xvd.machine.xs.messages import HEADER, Framer, Message, MessageType
 from xvd.machine.xs.server import XenstoreServer
@@ -277,3 +279,21 @@ def test_a_busy_client_does_not_keep_others_out(path: Path) -> None:
         writer.close()
 
     with_server(path, work)
+
+
+def test_a_client_that_is_cut_again_and_again_is_told_of_a_few_times(
+    path: Path, expect_log: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    expect_log("cutting a connection of domain 0")
+
+    async def work(server: XenstoreServer, _: XenstoreClient) -> None:
+        for _ in range(50):
+            reader, writer = await connect(path)
+            writer.write(b"\xff" * 16)
+            assert await reader.read() == b""
+            writer.close()
+            await writer.wait_closed()
+
+    with_server(path, work)
+
+    assert len(caplog.records) == BURST[logging.WARNING]

@@ -23,7 +23,7 @@ from xvd.backend.features import (
     without,
 )
 from xvd.backend.inbox import Inbox
-from xvd.backend.log import DeviceLog, LogLimit
+from xvd.backend.log import DeviceLog
 from xvd.backend.reading import frontends_node, own_node
 from xvd.backend.room import Room
 from xvd.backend.settings import Settings
@@ -61,6 +61,7 @@ from xvd.errors import (
     XenstoreError,
     XvdError,
 )
+from xvd.loglimit import LogLimit
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.pace import Pace
@@ -588,8 +589,7 @@ class Device:
         return merge_counters(self.totals, self.connection.counters())
 
 
-_LEFT_ALONE: set[asyncio.Future[None]] = set()
-"""What waits for storage that may never answer, kept from being collected."""
+_LEFT_ALONE: set[asyncio.Future[None]] = set()  # waits for storage that may never answer
 
 _QUIET_S = 10.0
 _NODES = (

@@ -1,78 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disk says in the log, and how much of it: a guest can be the cause of any of it, as often
-as it likes.
+"""What a disk says in the log, within its guest's limit."""
 
-The limit is one for each guest and text, whatever number of disks the guest has. What is left out
-is counted, and the count is logged when the time is over.
-"""
-
-import asyncio
 import logging
-import time
-from collections.abc import Callable, MutableMapping
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import MutableMapping
+from typing import Any
 
-from xvd.types import Domid
-
-BURST: Final = {logging.ERROR: 4, logging.WARNING: 4, logging.INFO: 64}
-"""Lines of one text that a guest may cause at once, by level; DEBUG has no limit."""
-
-PERIOD_S: Final = 10.0
-"""After so long it may cause as many again."""
-
-
-@dataclass(slots=True)
-class _Text:
-    since: float
-    lines: int = 0
-    left_out: int = 0
-
-
-class LogLimit:
-    """How many lines of each text one guest may cause. For the event loop's thread.
-
-    domid: None for a disk whose guest is not known. clock: seconds that never go back.
-    """
-
-    def __init__(self, domid: Domid | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._guest = "a guest" if domid is None else f"domain {domid}"
-        self._clock = clock
-        self._texts: dict[str, _Text] = {}
-
-    def admit(self, logger: logging.Logger, level: int, text: str) -> bool:
-        """Whether a line of this text may be logged now; one that may not is counted.
-
-        text: what is the same in all lines of its kind, as a format string is.
-        """
-        burst = BURST.get(level)
-        if burst is None:
-            return True
-        now = self._clock()
-        found = self._texts.setdefault(text, _Text(now))
-        if now - found.since >= PERIOD_S:
-            self._tell(logger, level, text)
-            found.since, found.lines = now, 0
-        if found.lines < burst:
-            found.lines += 1
-            return True
-        if found.left_out == 0:
-            self._tell_later(logger, level, text)
-        found.left_out += 1
-        return False
-
-    def _tell_later(self, logger: logging.Logger, level: int, text: str) -> None:
-        try:
-            events = asyncio.get_running_loop()
-        except RuntimeError:
-            return  # no loop: told before the next line
-        events.call_later(PERIOD_S, self._tell, logger, level, text)
-
-    def _tell(self, logger: logging.Logger, level: int, text: str) -> None:
-        found = self._texts[text]
-        if found.left_out:
-            count, found.left_out = found.left_out, 0
-            logger.log(level, "%s: %d more lines left out, as %r", self._guest, count, text)
+from xvd.loglimit import LogLimit
 
 
 class DeviceLog(logging.LoggerAdapter[logging.Logger]):

@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 
 from xvd.backend.budget import Budget
 from xvd.backend.device import Device, StorageOpener
-from xvd.backend.log import LogLimit
 from xvd.backend.rival import no_rival
 from xvd.backend.settings import Settings, parse_settings
 from xvd.backend.sharing import SharedStorage
@@ -19,6 +18,7 @@ from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState
 from xvd.errors import ConfigError, PeerClosed, XenstoreError
+from xvd.loglimit import LogLimit
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.xenbus import remove_device, report_error

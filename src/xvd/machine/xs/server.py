@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from xvd.errors import XenstoreError
+from xvd.loglimit import LogLimit
 from xvd.machine.xs.messages import Framer, Message, MessageType
 from xvd.sockets import UnixListener, claim
 from xvd.types import Domid
@@ -106,7 +107,10 @@ class _Peer(asyncio.Protocol):
     def abort(self, reason: str = "") -> None:
         """Go at once: what a client has not read it will not get, or it could hold us up."""
         if reason and not self._closed:
-            _LOG.warning("xenstore: cutting a connection of domain %d: %s", self._domid, reason)
+            text = "xenstore: cutting a connection of domain %d: %s"
+            self._server.log_limit(self._domid).log(
+                _LOG, logging.WARNING, text, self._domid, reason
+            )
         self._closed = True
         if self._transport is not None:
             self._transport.abort()
@@ -141,7 +145,8 @@ class _Peer(asyncio.Protocol):
             self._connection.handle(message)
         except Exception:
             # A bug in the store, found by this client: it alone pays.
-            _LOG.exception("xenstore: request of type %d failed", message.type)
+            if self._server.log_limit(self._domid).admit(_LOG, logging.ERROR, "request failed"):
+                _LOG.exception("xenstore: request of type %d failed", message.type)
             self.abort("its request could not be answered")
 
     def _send(self, message: Message) -> None:
@@ -177,6 +182,11 @@ class XenstoreServer:
         self.peer_left = asyncio.Event()
         self._listeners: list[tuple[asyncio.Server, UnixListener]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._log_limits: dict[Domid, LogLimit] = {}
+
+    def log_limit(self, domid: Domid) -> LogLimit:
+        """How much a domain may cause to be logged, by all its connections, one after another."""
+        return self._log_limits.setdefault(domid, LogLimit(domid))
 
     async def listen(self, path: str | os.PathLike[str]) -> None:
         """Accept dom0's connections on a unix socket at `path`, mode 0660.
