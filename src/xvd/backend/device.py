@@ -54,6 +54,7 @@ from xvd.blkif.nodes import (
     parse_state,
     stale_frontend_nodes,
 )
+from xvd.blkif.vdev import disk_name
 from xvd.engines.interface import Engine
 from xvd.errors import (
     BudgetError,
@@ -82,12 +83,12 @@ def _frontends_node(name: str) -> bool:
 
 
 class _DeviceLog(logging.LoggerAdapter[logging.Logger]):
-    """Begins each line with the disk's directory."""
+    """Begins each line with the disk's name."""
 
     def process(
         self, msg: object, kwargs: MutableMapping[str, Any]
     ) -> tuple[str, MutableMapping[str, Any]]:
-        """Put the directory first."""
+        """Put the name first."""
         return f"{self.extra['device'] if self.extra else ''}: {msg}", kwargs
 
 
@@ -109,6 +110,7 @@ class Device:
         budget: Budget | None = None,
     ) -> None:
         self.path = path
+        self.name = disk_name(path.split("/")[-2], path)
         self.state = BackendState.STARTING
         self.assignment: BackendAssignment | None = None
         self.engine: Engine | None = None
@@ -119,7 +121,7 @@ class Device:
         self._open_storage = open_storage
         self._settings = settings or Settings()
         self._budget = budget or Budget()
-        self._log = _DeviceLog(logging.getLogger(__name__), {"device": path})
+        self._log = _DeviceLog(logging.getLogger(__name__), {"device": self.name})
         self._events = Inbox()
         self._sizing = asyncio.Lock()  # one look at the size, or change of it, at a time
         self._storage = threading.Lock()  # one thread that measures, resizes or closes it
@@ -514,7 +516,7 @@ class Device:
 
     async def _resize(self, size: int | None) -> int:
         if self.engine is None or self.features is None:
-            raise ConfigError(f"{self.path}: its storage is not open")
+            raise ConfigError(f"{self.name}: its storage is not open")
         try:
             if size is not None:
                 if size < self.engine.info.size and self.connection is not None:
