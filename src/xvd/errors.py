@@ -9,6 +9,14 @@ import errno as _errno
 import os
 
 
+def describe(error: BaseException) -> str:
+    """Return what went wrong in words: of an OSError its file and its text, without a number."""
+    if isinstance(error, OSError) and error.strerror:
+        named = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return f"{named}{error.strerror}"
+    return str(error) or type(error).__name__
+
+
 class XvdError(Exception):
     """The base of everything below; never raised itself."""
 
@@ -27,6 +35,10 @@ class PeerProtocolError(ProtocolError):
 
 class PeerClosed(XvdError):
     """The other domain has gone away, or is going: what was asked cannot be finished now."""
+
+
+class DiskInUse(XvdError):
+    """Another frontend of this domain uses the disk: there is one at a time."""
 
 
 class GrantError(XvdError):
@@ -63,6 +75,9 @@ class EngineError(XvdError, OSError):
 
     def __init__(self, errno: int, text: str = "", filename: str | None = None) -> None:
         OSError.__init__(self, errno, text or os.strerror(errno), filename)
+
+    def __str__(self) -> str:
+        return describe(self)
 
 
 class BudgetError(XvdError):

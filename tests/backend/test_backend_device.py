@@ -309,4 +309,4 @@ def test_every_message_says_which_disk_it_is_about(caplog: pytest.LogCaptureFixt
 
     run(work())
     prefixes = {message.partition(": ")[0] for message in caplog.messages}
-    assert prefixes == {"backend/vbd/1/51712", "backend/vbd/2/51728"}
+    assert prefixes == {"1/xvda", "2/xvdb"}

@@ -138,7 +138,7 @@ def test_attach_without_a_backend_leaves_nothing(tmp_path: Path) -> None:
         disk = "vdev=xvda,target=null:1M"
         result = run_xvd("attach", "1", disk, "--host", host, "--timeout", "0.2")
 
-        check(result, 1, "guest 1 xvda", "xvd backend")
+        check(result, 1, "1/xvda", "xvd backend")
         assert run_xvd("list", "--json", "--host", host).stdout == "[]\n"
 
 
@@ -148,7 +148,7 @@ def test_attach_of_what_the_backend_cannot_open(tmp_path: Path) -> None:
         disk = f"vdev=xvda,target={tmp_path}/none.img"
         result = run_xvd("attach", "1", disk, "--host", host)
 
-        check(result, 1, "guest 1 xvda", "none.img", "no such image")
+        check(result, 1, "1/xvda", "none.img", "no such image")
         assert run_xvd("list", "--json", "--host", host).stdout == "[]\n"
 
 
@@ -257,7 +257,7 @@ def test_disks_that_a_daemon_refuses(tmp_path: Path, image: Path, qcow2: Path) -
             (f"format=vhd,vdev=xvdb,target={image}", 1, "what is in a vhd image is not served"),
         ):
             result = four.run("attach", "1", disk)
-            check(result, status, "guest 1 xvdb", words)
+            check(result, status, "1/xvdb", words)
             assert result.stdout == ""
         os.truncate(qcow2, 1 << 20)
         result = four.run("attach", "1", f"format=raw,vdev=xvdb,target={qcow2}")

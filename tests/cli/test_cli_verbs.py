@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from xvd_process import Daemon, FourProcesses, run_xvd
 
-from xvd.cli.__main__ import VERBS
+from xvd.cli.app import VERBS
 from xvd.cli.serve import split_ends
 
 pytestmark = pytest.mark.slow
@@ -134,7 +134,7 @@ def test_top_shows_every_disk(four: FourProcesses) -> None:
     result = four.run("top", "--count", "2", "--interval", "0.1")
 
     assert result.returncode == 0
-    assert "backend/vbd/1/51712" in result.stdout
+    assert "1/xvda     alive" in result.stdout
     assert "p99 us" in result.stdout
 
 

@@ -45,7 +45,7 @@ def test_the_same_vdev_twice() -> None:
     async def work() -> None:
         async with disk_world() as world:
             await world.attach()
-            with pytest.raises(ConfigError, match="guest 1 xvda exists already; detach it first"):
+            with pytest.raises(ConfigError, match="1/xvda exists already; detach it first"):
                 await world.attach()
             assert len(await list_disks(world.store)) == 1
 
@@ -59,7 +59,7 @@ def test_a_guest_that_is_not_there() -> None:
                 ConfigError, match="there is no guest 7 on this host; see: xvd list"
             ):
                 await attach(world.store, Domid(7), parse_xl_disk(DISK))
-            with pytest.raises(ConfigError, match="guest 7 xvda: there is no such disk; see: xvd"):
+            with pytest.raises(ConfigError, match="7/xvda: there is no such disk; see: xvd"):
                 await detach(world.store, Vbd(Domid(7), 51712))
 
     run(work())

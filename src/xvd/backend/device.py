@@ -52,6 +52,7 @@ from xvd.blkif.nodes import (
     parse_frontend,
     parse_state,
 )
+from xvd.blkif.vdev import disk_name
 from xvd.engines.interface import Engine
 from xvd.errors import (
     ConfigError,
@@ -95,6 +96,7 @@ class Device:
         rival: Callable[[], str] = str,
     ) -> None:
         self.path = path
+        self.name = disk_name(path.split("/")[-2], path)
         self.state = BackendState.STARTING
         self.assignment: BackendAssignment | None = None
         self.engine: Engine | None = None
@@ -106,7 +108,7 @@ class Device:
         self._settings = settings or Settings()
         self._rival = rival
         self._kept = DiskState(self._settings.state_dir, path)
-        self._log = DeviceLog(logging.getLogger(__name__), path, log_limit or LogLimit(None))
+        self._log = DeviceLog(logging.getLogger(__name__), self.name, log_limit or LogLimit(None))
         self._room = Room(budget or Budget(), self._log)
         self._said = StorageLog(self._log)
         self._events = Inbox()
@@ -513,16 +515,15 @@ class Device:
         """
         async with self._sizing:
             found = await self._resize(size, shrink=shrink)
-        assert self.features is not None
-        if found < self.features.sectors:
-            text = f"its storage has {found} sectors, the disk {self.features.sectors}"
-            raise ConfigError(f"{self.path}: {text}; see --shrink")
+        if self.features is not None and found < (has := self.features.sectors):
+            text = f"its storage has {found} sectors, the disk {has}; see --shrink"
+            raise ConfigError(f"{self.name}: {text}")
         return found
 
     async def _resize(self, size: int | None, *, shrink: bool) -> int:
         """The sectors that the storage has then; the disk has no fewer, unless it may shrink."""
         if self.engine is None or self.features is None:
-            raise ConfigError(f"{self.path}: its storage is not open")
+            raise ConfigError(f"{self.name}: its storage is not open")
         try:
             if size is not None:
                 shrink = True
@@ -578,9 +579,8 @@ class Device:
     def log_figures(self) -> None:
         """One line of what was counted, if ``log_stats`` is set."""
         if self._settings.log_stats:
-            counters = self.counters()
-            names = ("oo_req", "rd_req", "wr_req", "f_req", "ds_req", "persistent_grants")
-            self._log.info("%s", ", ".join(f"{name} {counters.get(name, 0)}" for name in names))
+            counts, names = self.counters(), "oo_req rd_req wr_req f_req ds_req persistent_grants"
+            self._log.info("%s", ", ".join(f"{it} {counts.get(it, 0)}" for it in names.split()))
 
     def counters(self) -> dict[str, object]:
         """Everything counted since the disk came up, over all connections."""

@@ -17,6 +17,7 @@ from xvd.backend.sizes import SizeLook
 from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState
+from xvd.blkif.vdev import disk_name
 from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.loglimit import LogLimit
 from xvd.machine.interface import Machine
@@ -111,7 +112,7 @@ class Server:
         """The disk with the directory `name`, or with ``DOMID/VDEV`` at its end; `ConfigError`."""
         found = [d for path, d in self.devices.items() if f"/{path}".endswith(f"/{name}")]
         if len(found) != 1:
-            known = ", ".join(sorted(self.devices)) or "none"
+            known = ", ".join(sorted(d.name for d in self.devices.values())) or "none"
             raise ConfigError(f"{name!r} names no disk that is served here; there are: {known}")
         return found[0]
 
@@ -263,4 +264,5 @@ class Server:
             self._again.add(again)
             again.add_done_callback(self._again.discard)
         if not task.cancelled() and task.exception() is not None:
-            logger.error("%s: %r; this disk is not served any more", path, task.exception())
+            name = disk_name(path.split("/")[-2], path)
+            logger.error("%s: %r; this disk is not served any more", name, task.exception())

@@ -158,7 +158,7 @@ def sample_of(job: Job, result: LoadResult, back_s: float, counts: dict[str, flo
         front_ns=result.cpu_s / result.operations * 1e9,
         back_ns=back_s / result.operations * 1e9,
         checksum="" if job.write_percent else f"{result.checksum:016x}",
-        counts=counts | fronts,
+        counts=counts | fronts | {"span": float(result.span)},
     )
 
 

@@ -9,7 +9,7 @@ writes in ``handle``. Source: docs/man/xen-vbd-interface.7 and libxl's ``device_
 import re
 from typing import Final, NamedTuple
 
-__all__ = ["MAX_VDEV", "format_vdev", "handle", "parse_vdev"]
+__all__ = ["MAX_VDEV", "disk_name", "format_vdev", "handle", "parse_vdev"]
 
 MAX_VDEV: Final = (2 << 28) - 1
 """Numbers above this are reserved."""
@@ -105,6 +105,16 @@ def format_vdev(vdev: int) -> str:
         if 0 <= disk < bus.disks:
             return f"{bus.prefix}{_letters_of(disk + bus.first_disk)}{partition or ''}"
     return str(vdev)
+
+
+def disk_name(domid: int | str, path: str) -> str:
+    """For people: ``1/xvda``, from a guest's number and a path that ends with the vdev's.
+
+    What is no number stays as it is.
+    """
+    last = path.rpartition("/")[2]
+    known = last.isascii() and last.isdigit() and int(last) <= MAX_VDEV
+    return f"{domid}/{format_vdev(int(last)) if known else last}"
 
 
 def handle(vdev: int) -> int:

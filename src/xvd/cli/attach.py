@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd attach``, ``detach``, ``list``: the toolstack's verbs on an emulated host."""
 
+import asyncio
 import contextlib
-import sys
 from collections.abc import AsyncIterator
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Final
 
 import typer
 
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.vdev import format_vdev
-from xvd.cli import common
+from xvd.cli import common, output
+from xvd.cli.daemons import Answer, ask_one, complain
 from xvd.errors import ConfigError
 from xvd.machine.emulated.link import LinkClient
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.emulated.service import connect
 from xvd.machine.xs.client import XenstoreClient
 from xvd.toolstack import vbd as toolstack
-from xvd.toolstack.xldisk import parse_xl_disk
+from xvd.toolstack.xldisk import absolute_target, parse_xl_disk
 from xvd.types import Domid
 
 
@@ -46,6 +48,7 @@ def attach(
 ) -> int:
     """Attach a disk to a guest of an emulated host; a guest that is not there yet is made."""
     description = parse_xl_disk(disk)
+    description.target = absolute_target(description.target, Path.cwd())
 
     async def main() -> int:
         async with _dom0(host) as (machine, store):
@@ -96,40 +99,47 @@ def _state(text: str) -> str:
     return XenbusState(int(text)).name.lower() if text in "012345678" else text
 
 
+_ROW: Final = "{:<9} {:>7} {:<4} {:<12} {:<12} {:<6} {}\n"
+_HEADS: Final = ("disk", "backend", "mode", "frontend", "backend", "daemon", "target")
+_NO_DAEMON: Final = "-"
+
+
 def list_disks(host: common.HostDir = common.DEFAULT_HOST, json: common.Json = False) -> int:
-    """List the disks of an emulated host's guests, and how both ends of each stand."""
+    """List the disks of an emulated host's guests, and how both ends of each stand.
 
-    async def main() -> int:
-        async with _dom0(host) as (_, store):
-            rows = [
-                {
-                    "guest": row.vbd.domid,
-                    "vdev": format_vdev(row.vbd.vdev),
-                    "backend": row.vbd.backend_domid,
-                    "mode": row.mode,
-                    "frontend_state": _state(row.frontend_state),
-                    "backend_state": _state(row.backend_state),
-                    "target": row.target,
-                }
-                for row in await toolstack.list_disks(store)
-            ]
-        if json:
-            common.print_json(rows)
-        else:
-            _print_table(rows)
-        return 0
-
-    return common.run(main())
+    The states are what both ends have written; whether the backend's daemon lives is asked of it.
+    Fails if one does not: its disks are not served, whatever is written.
+    """
+    return common.run(_list(host, json))
 
 
-def _print_table(rows: list[dict[str, object]]) -> None:
-    line = (
-        "{guest:>5} {vdev:<8} {backend:>7} {mode:<4} "
-        "{frontend_state:<12} {backend_state:<12} {target}\n"
-    )
-    titles = ("guest", "vdev", "backend", "mode", "frontend_state", "backend_state", "target")
-    heads = dict(zip(titles, ("guest", "vdev", "backend", "mode", "frontend", "backend", "target"),
-                     strict=True))  # fmt: skip
-    sys.stdout.write(line.format(**heads))
-    for row in rows:
-        sys.stdout.write(line.format(**row))
+async def _list(host: Path, json: bool) -> int:
+    async with _dom0(host) as (_, store):
+        listed = await toolstack.list_disks(store)
+    domids = sorted({row.vbd.backend_domid for row in listed})
+    paths = [host / "control" / f"backend-{domid}" for domid in domids]
+    asked = [ask_one(path, "stats") for path in paths if path.is_socket()]
+    answers = {answer.daemon: answer for answer in await asyncio.gather(*asked)}
+    rows = [_row(row, answers.get(f"backend-{row.vbd.backend_domid}")) for row in listed]
+    if json:
+        output.print_json(rows)
+    else:
+        fields = ("disk", "backend", "mode", "frontend_state", "backend_state", "daemon", "target")
+        lines = [_ROW.format(*_HEADS)]
+        lines += [_ROW.format(*(row[field] for field in fields)) for row in rows]
+        output.tell("".join(lines))
+    return complain(answers.values())
+
+
+def _row(row: toolstack.Listed, answer: Answer | None) -> dict[str, object]:
+    return {
+        "disk": row.vbd.name,
+        "guest": row.vbd.domid,
+        "vdev": format_vdev(row.vbd.vdev),
+        "backend": row.vbd.backend_domid,
+        "mode": row.mode,
+        "frontend_state": _state(row.frontend_state),
+        "backend_state": _state(row.backend_state),
+        "daemon": answer.state if answer else _NO_DAEMON,
+        "target": row.target,
+    }

@@ -2,10 +2,9 @@
 """``xvd backend``: the daemon that serves every disk assigned to its domain."""
 
 import contextlib
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -14,13 +13,16 @@ from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings, parse_settings
 from xvd.blkif.nodes import BackendAssignment
-from xvd.cli import common
+from xvd.cli import common, output
 from xvd.cli.control import ControlServer
 from xvd.cli.report import disk_figures
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, PeerClosed
 from xvd.machine.xen.machine import XenMachine
 from xvd.types import Domid
+
+KINDS: Final = ("vbd", "vbd3")
+"""Of backends whose disks are blkif's: libxl's phy and driver domains, and its tap slot."""
 
 
 def backend(
@@ -63,7 +65,10 @@ def backend(
 
 
 def _kinds(wanted: list[str], real: bool) -> list[str]:
-    """The kinds to serve; `ConfigError` if one that was asked for has a server already."""
+    """The kinds to serve; `ConfigError` for one that is none, or that has a server already."""
+    for kind in wanted:
+        if kind not in KINDS:
+            raise ConfigError(f"there is no kind {kind!r}; there are {', '.join(KINDS)}")
     if not real:
         return wanted or ["vbd"]
     for kind in wanted or ["vbd3"]:
@@ -112,8 +117,7 @@ async def _backend(
         stack.callback(MemoryPressure(server.squeeze).close)
         await server.start()
         stack.push_async_callback(server.close)
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
+        output.tell("ready\n")
         common.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
         if not await stop.wait_or(server.wait()):
             raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")

@@ -19,7 +19,7 @@ from xvd.bench.experiments import EXPERIMENTS
 from xvd.bench.peers import NotInstalled
 from xvd.bench.report import Report, as_json, as_text, machine
 from xvd.bench.run import Run
-from xvd.cli import common
+from xvd.cli import common, output
 from xvd.errors import ConfigError
 
 TINY = 0.005
@@ -60,9 +60,9 @@ def bench(
             if out is not None:  # after each: a run that is cut short leaves what it has measured
                 page.write(reports, out, rounds=rounds)
     if json:
-        common.print_json({"machine": machine(), "experiments": [as_json(r) for r in reports]})
+        output.print_json({"machine": machine(), "experiments": [as_json(r) for r in reports]})
     else:
-        sys.stdout.write("\n".join(as_text(report) for report in reports))
+        output.tell("\n".join(as_text(report) for report in reports))
     return 0
 
 

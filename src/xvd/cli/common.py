@@ -3,6 +3,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import os
 import resource
@@ -15,18 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 from rich.console import Console
 
 from xvd.backend.blocking import in_own_thread
 from xvd.backend.budget import XEN_MAPTRACK, Budget, descriptor_limits, limits_of_host
 from xvd.blkif.nodes import BackendAssignment
-from xvd.blkif.vdev import parse_vdev
-from xvd.cli.control import ask
+from xvd.blkif.vdev import disk_name, parse_vdev
+from xvd.cli import signals
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
-from xvd.errors import ConfigError, PeerClosed, XenstoreError
+from xvd.errors import ConfigError, XenstoreError, describe
 from xvd.machine.emulated.host import Limits
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
@@ -53,6 +53,14 @@ HostOrXen = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log more; twice: all.")]
+Tcp = Annotated[
+    str,
+    typer.Option("--tcp", help="Export on TCP as well: [HOST:]PORT; port 0 is any free one."),
+]
+Remote = Annotated[
+    bool,
+    typer.Option("--allow-remote", help="Let --tcp be reached from elsewhere, unauthenticated."),
+]
 Layers = Annotated[
     list[str],
     typer.Option(
@@ -64,12 +72,16 @@ Layers = Annotated[
 XEN_DIRECTORY = Path("/run/xvd")
 """Where the daemons of a real Xen domain have their control sockets and journals."""
 
-Guest = Annotated[int, typer.Argument(min=1, help="The guest's domain number.")]
+Guest = Annotated[int, typer.Argument(min=0, help="The guest's domain number.")]
 Vdev = Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")]
 
 DEFAULT_HOST = (
     XEN_DIRECTORY if xen.available() else Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
 )
+
+
+GRACE_S = 4.5
+"""What a verb has from a signal to its end, where nothing of a user's is waited for."""
 
 
 def vdev_number(text: str) -> int:
@@ -89,11 +101,11 @@ def split_settings(settings: Sequence[str]) -> tuple[list[str], dict[str, list[s
         if not colon:
             for_all.append(text)
             continue
-        for_one.setdefault(disk_name(disk), []).append(setting)
+        for_one.setdefault(disk_key(disk), []).append(setting)
     return for_all, for_one
 
 
-def disk_name(text: str) -> str:
+def disk_key(text: str) -> str:
     """``1/51712`` from ``1/xvda``; `ConfigError` for anything else."""
     domid, slash, vdev = text.partition("/")
     if not slash or not domid.isdigit():
@@ -101,13 +113,11 @@ def disk_name(text: str) -> str:
     return f"{int(domid)}/{vdev_number(vdev)}"
 
 
-async def daemon_of(host: Path, disk: str) -> Path:
-    """The control socket of the daemon that serves the disk ``DOMID/VDEV``; `PeerClosed`."""
-    for path in sorted((host / "control").glob("backend-*")):
-        with contextlib.suppress(PeerClosed):
-            if any(d["disk"].endswith(f"/{disk}") for d in await ask(path, "stats")):
-                return path
-    raise PeerClosed(f"{host}: no daemon serves the disk {disk}; see xvd list, xvd stats")
+async def demand_disk(store: XenstoreClient, guest: Domid, vdev: int) -> None:
+    """Raise `ConfigError` if the guest has no such disk."""
+    if not await store.exists(f"device/vbd/{vdev}"):
+        name = disk_name(guest, str(vdev))
+        raise ConfigError(f"{name}: there is no such disk; attach it first: xvd attach")
 
 
 async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine, Path]:
@@ -154,14 +164,38 @@ def start_logging(verbose: int) -> None:
 
 
 def run(main: Coroutine[Any, Any, int]) -> int:
-    """Run a verb's coroutine; its result is the exit status."""
-    return asyncio.run(main)
+    """Run a verb's coroutine; its result is the exit status.
+
+    A signal cancels it, unless a `Stop` is made in it, and ends us in `GRACE_S` whatever it does.
+    """
+    try:
+        return asyncio.run(_cancelled_by_signals(main))
+    finally:
+        signals.heed(signals.leave)
 
 
-def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    text = msgspec.json.format(msgspec.json.encode(value), indent=2)
-    sys.stdout.write(text.decode() + "\n")
+async def _cancelled_by_signals(main: Coroutine[Any, Any, int]) -> int:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    came: list[int] = []
+    deadline = signals.Deadline()
+
+    def end(number: int) -> None:
+        if came:
+            signals.die_by(number)
+        came.append(number)
+        deadline.arm(GRACE_S)
+        loop.call_soon_threadsafe(task.cancel)
+
+    signals.heed(end)
+    try:
+        return await main
+    except asyncio.CancelledError:
+        if came:
+            raise signals.Signalled(came[0]) from None
+        raise
+    finally:
+        deadline.disarm()
 
 
 def stderr() -> Console:
@@ -170,17 +204,34 @@ def stderr() -> Console:
 
 
 class Stop:
-    """SIGTERM and SIGINT ask for a clean end; a second one ends at once."""
+    """SIGTERM, SIGINT and SIGHUP ask for a clean end; a second one ends at once.
 
-    def __init__(self) -> None:
+    grace_s: what is not over so many seconds after the first one is cut off; None: nothing is.
+    """
+
+    def __init__(self, grace_s: float | None = None) -> None:
         self.asked = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._ask)
+        self._came = False
+        self._grace_s = grace_s
+        self._deadline = signals.Deadline()
+        self._loop = asyncio.get_running_loop()
+        signals.heed(self._ask, signal.SIGTERM, signal.SIGINT)
 
-    def _ask(self) -> None:
-        if self.asked.is_set():
-            os._exit(1)
-        self.asked.set()
+    def _ask(self, number: int) -> None:
+        if self._came:
+            signals.exit_now()
+        self._came = True
+        self.hurry()
+        self._loop.call_soon_threadsafe(self.asked.set)
+
+    def hurry(self) -> None:
+        """From now on there is only so much time to end, if a limit was given."""
+        if self._grace_s is not None:
+            self._deadline.arm(self._grace_s)
+
+    def take_time(self) -> None:
+        """Something is waited for that may take its time, as a command of the user's."""
+        self._deadline.disarm()
 
     async def wait(self) -> None:
         """Until the first signal."""
@@ -195,25 +246,35 @@ class Stop:
         return self.asked.is_set()
 
 
-async def run_captive(command: str, stop: Stop, **variables: str) -> int:
-    """Run a shell command with `variables` set; its exit status, 128+n if a signal ended it.
+async def run_captive(command: str, stop: Stop, **environment: str) -> int:
+    """Run a shell command with this environment too; its exit status, 128+n if a signal ended it.
 
-    A signal to us is passed on to it.
+    A signal to us is passed on to it, as SIGTERM.
     """
     process = await asyncio.create_subprocess_shell(
-        command, env={**os.environ, **variables}, start_new_session=True
+        command, env={**os.environ, **environment}, start_new_session=True
     )
-    if await stop.wait_or(process.wait()) and process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
+    try:
+        await stop.wait_or(process.wait())
+    finally:
+        if process.returncode is None:
+            stop.take_time()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
     status = await process.wait()
+    stop.hurry()
     return status if status >= 0 else 128 - status
+
+
+def variables(uris: Sequence[str], socket: Path) -> dict[str, str]:
+    """What a captive command finds: ``$uri``, on TCP if that was asked for, and ``$unixsocket``."""
+    return {"uri": uris[-1], "unixsocket": str(socket)}
 
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[Path]:
     """A directory for sockets that only this user may enter, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="xvd-") as path:
+    with tempfile.TemporaryDirectory(prefix="xvd-") as path, signals.removed_at_once(Path(path)):
         yield Path(path)
 
 
@@ -260,9 +321,29 @@ async def open_assigned(
     return await in_own_thread(opening)
 
 
-def parse_tcp(text: str) -> tuple[str, int]:
-    """``HOST:PORT`` or ``PORT`` (then on loopback)."""
+def parse_tcp(text: str, *, allow_remote: bool) -> tuple[str, int] | None:
+    """The address in ``HOST:PORT`` or ``PORT`` (then on loopback); None for nothing.
+
+    Raises `ConfigError` for one that others than this machine reach, unless that is allowed.
+    """
+    if not text:
+        return None
     host, _, port = text.rpartition(":")
-    if not port.isdigit() or int(port) > 65535:
+    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError(f"{text!r} is no address; write HOST:PORT, or PORT for loopback")
-    return host.strip("[]") or "127.0.0.1", int(port)
+    host = host.strip("[]") or "127.0.0.1"
+    if not _is_loopback(host):
+        danger = "NBD is unauthenticated and unencrypted: whoever reaches the port owns the disk"
+        if not allow_remote:
+            raise ConfigError(f"{text}: {danger}; export on loopback, or say --allow-remote")
+        sys.stderr.write(f"xvd: warning: {text}: {danger}\n")
+    return host, int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether all that a name means stays on this machine."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{host!r} is no host: {describe(error)}") from None
+    return all(ipaddress.ip_address(str(it[4][0]).partition("%")[0]).is_loopback for it in found)

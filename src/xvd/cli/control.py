@@ -15,13 +15,14 @@ from typing import Any
 
 import msgspec
 
-from xvd.errors import PeerClosed, XvdError
+from xvd.errors import ConfigError, PeerClosed, XvdError, describe
 from xvd.files import own_directory
 from xvd.sockets import UnixListener, claim
 
 logger = logging.getLogger(__name__)
 
-LINE_MAX = 1 << 20
+LINE_MAX, ANSWER_MAX = 1 << 20, 1 << 28
+"""Bytes of a call, and of its answer: some 2 KiB for each disk."""
 _PARSE_ERROR, _NO_METHOD, _BAD_PARAMS, _FAILED = -32700, -32601, -32602, -32000
 
 
@@ -81,7 +82,7 @@ class ControlServer:
                 result = await result
         except (XvdError, OSError, TypeError) as error:
             code = _BAD_PARAMS if isinstance(error, TypeError) else _FAILED
-            problem = {"code": code, "message": str(error)}
+            problem = {"code": code, "message": describe(error)}
             return {"jsonrpc": "2.0", "id": call.id, "error": problem}
         return {"jsonrpc": "2.0", "id": call.id, "result": result}
 
@@ -94,18 +95,23 @@ class ControlServer:
 
 
 async def ask(path: Path, method: str, **params: object) -> Any:
-    """Call a daemon; `PeerClosed` if none answers there, `DaemonError` if it says no."""
+    """Call a daemon; `PeerClosed` if none answers there, `DaemonError` if it says no.
+
+    Raises `ConfigError` where we may not ask.
+    """
     call = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
     try:
-        reader, writer = await asyncio.open_unix_connection(path, limit=LINE_MAX)
+        reader, writer = await asyncio.open_unix_connection(path, limit=ANSWER_MAX)
         writer.write(msgspec.json.encode(call) + b"\n")
         line = await reader.readline()
         writer.close()
-    except OSError as error:
-        raise PeerClosed(f"{path}: no daemon answers: {error.strerror}") from None
-    if not line:
+        answer = msgspec.json.decode(line) if line else None
+    except PermissionError as error:
+        raise ConfigError(f"{path}: {error.strerror}; be the user who runs the daemon") from None
+    except (OSError, ValueError) as error:
+        raise PeerClosed(f"{path}: no daemon answers: {describe(error)}") from None
+    if answer is None:
         raise PeerClosed(f"{path}: the daemon closed the connection")
-    answer = msgspec.json.decode(line)
     if "error" in answer:
         raise DaemonError(answer["error"]["message"])
     return answer["result"]

@@ -4,7 +4,6 @@
 import contextlib
 import os
 import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,9 @@ from xvd.backend.rival import rival
 from xvd.backend.settings import Settings as BackendSettings
 from xvd.blkif.abi import Abi
 from xvd.blkif.nodes import FrontendConfig, QueueConfig, format_frontend
-from xvd.cli import common
+from xvd.cli import common, output
 from xvd.engines.file import probe_io_uring
+from xvd.errors import describe
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated.host import Limits
 from xvd.machine.xen import xenbus
@@ -55,7 +55,7 @@ def _memfd() -> Finding:
         os.close(os.memfd_create("xvd-doctor"))
     except OSError as error:
         return Finding(
-            "memfd", False, "the emulated machine", str(error), "use Linux 3.17 or later"
+            "memfd", False, "the emulated machine", describe(error), "use Linux 3.17 or later"
         )
     return Finding("memfd", True, "the emulated machine")
 
@@ -207,7 +207,7 @@ def doctor(json: common.Json = False) -> int:
         ]  # fmt: skip
         least, disks = _room(xen)
         room = {"limited_by": least, "backend": disks, "frontend": _guest_room()}
-        common.print_json({"fit": fit, "checks": rows, "disks": room})
+        output.print_json({"fit": fit, "checks": rows, "disks": room})
         return 0 if fit else 1
     for finding in essential + optional:
         mark = "ok     " if finding.ok else ("MISSING" if finding in essential else "absent ")
@@ -216,5 +216,5 @@ def doctor(json: common.Json = False) -> int:
             text += f" ({finding.detail})"
         if finding.remedy:
             text += f"; {finding.remedy}"
-        sys.stdout.write(text + "\n")
+        output.tell(text + "\n")
     return 0 if fit else 1

@@ -3,13 +3,12 @@
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from xvd.cli import common
+from xvd.cli import common, output
 from xvd.errors import ConfigError
 from xvd.files import own_directory
 from xvd.machine.emulated.service import MACHINE_SOCKET, XENSTORE_SOCKET, EmulatedHost
@@ -40,8 +39,7 @@ async def _host(directory: Path) -> int:
     stop = common.Stop()
     async with EmulatedHost() as emulated:
         await emulated.listen(directory)
-        sys.stdout.write(f"{directory}\n")
-        sys.stdout.flush()
+        output.tell(f"{directory}\n")
         await stop.wait()
     for name in ("control", "state"):  # the daemons' sockets and journals end with the host
         shutil.rmtree(directory / name, ignore_errors=True)

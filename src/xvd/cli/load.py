@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd load``: the compiled load generator as a frontend of its own, on any disk."""
 
-import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -13,7 +12,8 @@ import typer
 from xvd.bench.report import machine as describe_machine
 from xvd.bench.ring import COPYING, MAPPING, PERSISTENT, Setup, filling, measure, sample_of
 from xvd.bench.sample import Sample, median
-from xvd.cli import common
+from xvd.blkif.vdev import disk_name
+from xvd.cli import common, output
 from xvd.engines.uri import parse_size
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job, run_load
@@ -59,7 +59,8 @@ def load(
 
     The disk is one of our own, on an emulated host of this process, or a guest's: then this is its
     frontend, as `xvd nbd` is. What the guest's disk holds within the span is lost with --writes and
-    --verify. The status is 1 if an operation failed, or read what had not been written.
+    --verify. The status is 1 if an operation failed, or read what had not been written. A span that
+    is longer than the disk is cut to it.
     """
     if mode not in MODES:
         raise ConfigError(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
@@ -75,14 +76,25 @@ def load(
             return measure(own)
         return _on(host, Domid(guest), common.vdev_number(vdev), job, settings)
 
-    samples = asyncio.run(_repeat(once, runs))
-    what = engine if guest is None else f"{guest}/{vdev}"
+    samples = _measured(once, runs)
+    if (found := int(samples[0].counts["span"])) < job.span:
+        job = replace(job, span=found)
+        sys.stderr.write(f"xvd: the disk has {found} bytes, and the span no more than those\n")
+    what = engine if guest is None else disk_name(guest, str(common.vdev_number(vdev)))
     (_print_json if json else _print)(what, job, samples)
     return 1 if any(sample.errors for sample in samples) else 0
 
 
-async def _repeat(once: Callable[[], Awaitable[Sample]], runs: int) -> list[Sample]:
-    return [await once() for _ in range(runs)]
+def _measured(once: Callable[[], Awaitable[Sample]], runs: int) -> list[Sample]:
+    samples: list[Sample] = []
+
+    async def repeat() -> int:
+        for _ in range(runs):
+            samples.append(await once())
+        return 0
+
+    common.run(repeat())
+    return samples
 
 
 async def _on(host: Path | None, guest: Domid, vdev: int, job: Job, settings: Settings) -> Sample:
@@ -91,6 +103,7 @@ async def _on(host: Path | None, guest: Domid, vdev: int, job: Job, settings: Se
     store = await machine.xenstore()
     path = f"device/vbd/{vdev}"
     try:
+        await common.demand_disk(store, guest, vdev)
         if job.verify:
             await run_load(machine, store, path, filling(job), settings=settings)
         result = await run_load(machine, store, path, job, settings=settings)
@@ -112,14 +125,14 @@ def _print_json(what: str, job: Job, samples: list[Sample]) -> None:
         {"checksum": s.checksum, "front_ns": s.front_ns, "back_ns": s.back_ns, **s.counts}
         for s in samples
     ]
-    common.print_json({"machine": describe_machine(), "jobs": jobs, "xvd": more})
+    output.print_json({"machine": describe_machine(), "jobs": jobs, "xvd": more})
 
 
 def _print(what: str, job: Job, samples: list[Sample]) -> None:
     cpu = [f"front {median(samples, lambda s: s.front_ns or 0):,.0f} ns/op"]
     if samples[0].back_ns is not None:
         cpu.append(f"back {median(samples, lambda s: s.back_ns or 0):,.0f} ns/op")
-    sys.stdout.write(
+    output.tell(
         f"{what}, {_name(job)}: {median(samples, lambda s: s.iops):,.0f} IOPS, "
         f"{median(samples, lambda s: s.mib_per_s):,.0f} MiB/s, {', '.join(cpu)}, "
         f"errors {sum(s.errors for s in samples)}, checksum {samples[0].checksum or '-'}\n"

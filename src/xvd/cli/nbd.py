@@ -2,20 +2,22 @@
 """``xvd nbd``: a guest's disk as an NBD export."""
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from xvd.blkif.vdev import parse_vdev
-from xvd.cli import common
+from xvd.blkif.vdev import disk_name
+from xvd.cli import common, output
 from xvd.cli.control import ControlServer
-from xvd.errors import ConfigError, PeerClosed
+from xvd.errors import PeerClosed
 from xvd.export.nbd import NbdServer
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings, parse_settings
 from xvd.types import Domid
+
+CLOSE_S = 1.5
+"""For clients to read their replies, and then for the backend to let go, at the end."""
 
 
 def nbd(
@@ -26,7 +28,8 @@ def nbd(
         Path | None,
         typer.Option("--socket", help="Path of the NBD socket (default: a private one)."),
     ] = None,
-    tcp: Annotated[str, typer.Option("--tcp", help="Export on TCP as well: [HOST:]PORT.")] = "",
+    tcp: common.Tcp = "",
+    allow_remote: common.Remote = False,
     run: Annotated[
         str, typer.Option("--run", help="Shell command to run with $uri set; its status is ours.")
     ] = "",
@@ -45,14 +48,12 @@ def nbd(
 
     On real Xen it runs in that guest, in the place of its xen-blkfront.
 
-    Prints the export's URI and serves until SIGINT or SIGTERM, or for the length of --run.
+    Prints the export's URI, with --tcp that one too, and serves until SIGINT or SIGTERM, or for the
+    length of --run.
     """
     common.start_logging(verbose)
-    try:
-        number = parse_vdev(vdev)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    address = common.parse_tcp(tcp) if tcp else None
+    number = common.vdev_number(vdev)
+    address = common.parse_tcp(tcp, allow_remote=allow_remote)
     settings = parse_settings(setting)
     with common.private_directory() as directory:
         where = socket or directory / "nbd.sock"
@@ -70,30 +71,31 @@ async def _nbd(
     tcp: tuple[str, int] | None,
     command: str,
 ) -> int:
-    stop = common.Stop()
     machine, directory = await common.open_machine(host, guest)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
         path = f"device/vbd/{vdev}"
-        if not await store.exists(path):
-            raise ConfigError(f"guest {guest} has no disk {vdev}; attach it first: xvd attach")
-        disk = await stack.enter_async_context(
-            await Disk.open(machine, store, path, settings=settings)
-        )
+        await common.demand_disk(store, guest, vdev)
+        disk = await Disk.open(machine, store, path, settings=settings)
+        stack.push_async_callback(disk.close, CLOSE_S)
         export = NbdServer(disk)
-        stack.push_async_callback(export.close)
+        stack.push_async_callback(export.close, CLOSE_S)
         await export.listen_unix(socket)
         if tcp is not None:
             await export.listen_tcp(*tcp)
-        control = ControlServer({"stats": lambda: [{"disk": path, **disk.statistics().figures()}]})
+        name = disk_name(guest, path)
+        control = ControlServer(
+            {"stats": lambda: [{"disk": name, "path": path, **disk.statistics().figures()}]}
+        )
         await control.listen(directory / "control" / f"nbd-{guest}-{vdev}")
         stack.push_async_callback(control.close)
+        stop = common.Stop(common.GRACE_S)
+        stack.callback(stop.hurry)
         if command:
-            return await common.run_captive(command, stop, uri=export.uri, unixsocket=str(socket))
-        sys.stdout.write(export.uri + "\n")
-        sys.stdout.flush()
+            return await common.run_captive(command, stop, **common.variables(export.uris, socket))
+        output.tell("".join(f"{uri}\n" for uri in export.uris))
         if not await stop.wait_or(disk.gone.wait()):
-            raise PeerClosed(f"{path}: the disk was removed from guest {guest}")
+            raise PeerClosed(f"{name}: the disk was removed from its guest")
     return 0

@@ -11,7 +11,8 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
     """Everything known of a disk: what it is, what was negotiated, what was counted."""
     features, connection = device.features, device.connection
     figures: dict[str, Any] = {
-        "disk": device.path,
+        "disk": device.name,
+        "path": device.path,
         "state": device.state.name,
         "image": device.assignment.image if device.assignment else "",
         "counters": device.counters(),

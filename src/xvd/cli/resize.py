@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd resize``: another size for a disk, while its guest uses it."""
 
-import sys
+import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from xvd.cli import common
+from xvd.cli import common, output
 from xvd.cli.control import ask
+from xvd.cli.daemons import server_of
 from xvd.engines.uri import parse_size
-from xvd.errors import ConfigError
+from xvd.errors import ConfigError, PeerClosed
+
+RESIZE_S: Final = 60.0
+"""For storage to take another size."""
 
 
 def resize(
@@ -29,16 +33,21 @@ def resize(
 ) -> int:
     """Give a disk another size, and tell its guest; prints the bytes that it has then."""
     wanted = parse_size(size) if size else None
-    return common.run(_resize(host, f"{guest}/{common.vdev_number(vdev)}", wanted, shrink))
+    return common.run(_resize(host, guest, common.vdev_number(vdev), wanted, shrink))
 
 
-async def _resize(host: Path, disk: str, size: int | None, shrink: bool) -> int:
-    socket = await common.daemon_of(host, disk)
-    if size is not None and not shrink:
-        disks = await ask(socket, "stats")
-        [now] = [it["sectors"] * 512 for it in disks if it["disk"].endswith(f"/{disk}")]
-        if size < now:
-            raise ConfigError(f"{size} bytes are fewer than the {now} of the disk; see --shrink")
-    sectors = await ask(socket, "resize", disk=disk, size=size, shrink=shrink)
-    sys.stdout.write(f"{sectors * 512}\n")
+async def _resize(host: Path, guest: int, vdev: int, size: int | None, shrink: bool) -> int:
+    socket, figures = await server_of(host, guest, vdev)
+    name = figures["disk"]
+    if "sectors" not in figures:
+        raise PeerClosed(f"{name}: its backend has no storage for it; see xvd list")
+    now = figures["sectors"] * 512
+    if size is not None and size < now and not shrink:
+        raise ConfigError(f"{size} bytes are fewer than the {now} of the disk; see --shrink")
+    try:
+        async with asyncio.timeout(RESIZE_S):
+            sectors = await ask(socket, "resize", disk=f"{guest}/{vdev}", size=size, shrink=shrink)
+    except TimeoutError:
+        raise PeerClosed(f"{name}: its storage has no other size after {RESIZE_S:g} s") from None
+    output.tell(f"{sectors * 512}\n")
     return 0

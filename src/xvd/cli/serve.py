@@ -14,7 +14,7 @@ import typer
 from xvd.backend.server import Server
 from xvd.backend.settings import RANGES, Settings, parse_settings
 from xvd.blkif.nodes import BackendAssignment
-from xvd.cli import common
+from xvd.cli import common, output
 from xvd.cli.control import ControlServer
 from xvd.cli.report import account, disk_figures
 from xvd.engines.interface import Engine
@@ -65,7 +65,8 @@ def serve(
         Path | None,
         typer.Option("--socket", help="Path of the NBD socket (default: a private one)."),
     ] = None,
-    tcp: Annotated[str, typer.Option("--tcp", help="Export on TCP as well: [HOST:]PORT.")] = "",
+    tcp: common.Tcp = "",
+    allow_remote: common.Remote = False,
     vdev: Annotated[str, typer.Option("--vdev", help="The disk's name in the guest.")] = "xvda",
     copy: Annotated[bool, typer.Option("--copy", help="Grant copy instead of mapping.")] = False,
     setting: Annotated[
@@ -86,12 +87,14 @@ def serve(
 ) -> int:
     """Serve IMAGE through a Xen ring on an emulated host, and offer the disk as an NBD export.
 
-    Without --run it prints the export's URI and serves until SIGINT or SIGTERM.
+    Without --run it prints the export's URI, with --tcp that one too, and serves until SIGINT or
+    SIGTERM.
     """
     common.start_logging(verbose)
     image = in_format(image, image_format) if image_format else image
+    common.vdev_number(vdev)
     disk = XlDisk(target=image, vdev=vdev, writable=not read_only)
-    address = common.parse_tcp(tcp) if tcp else None
+    address = common.parse_tcp(tcp, allow_remote=allow_remote)
     back, front = split_ends(setting)
     settings = Settings(copying=copy).changed(parse_settings(back))
     front_settings = parse_front_settings(front)
@@ -162,7 +165,7 @@ async def _serve(job: _Job) -> int:
             await control.listen(job.directory / "control" / "serve")
             stack.push_async_callback(control.close)
             begun = time.monotonic()
-            status = await _use(job.command, stop, export.uri, str(job.socket))
+            status = await _use(job, stop, export)
             await export.close()
             if job.report:
                 sys.stderr.write(account(disk_figures(device, opened), time.monotonic() - begun))
@@ -171,10 +174,11 @@ async def _serve(job: _Job) -> int:
     return status
 
 
-async def _use(command: str, stop: common.Stop, uri: str, socket: str) -> int:
-    if command:
-        return await common.run_captive(command, stop, uri=uri, unixsocket=socket)
-    sys.stdout.write(uri + "\n")
-    sys.stdout.flush()
+async def _use(job: _Job, stop: common.Stop, export: NbdServer) -> int:
+    if job.command:
+        return await common.run_captive(
+            job.command, stop, **common.variables(export.uris, job.socket)
+        )
+    output.tell("".join(f"{uri}\n" for uri in export.uris))
     await stop.wait()
     return 0

@@ -2,14 +2,13 @@
 """``xvd sim``: the deterministic simulator."""
 
 import secrets
-import sys
 import traceback
 from typing import Annotated
 
 import typer
 from rich.progress import Progress
 
-from xvd.cli import common
+from xvd.cli import common, output
 from xvd.sim.runner import STEPS, describe, run_seed, run_seeds
 from xvd.sim.world import Options
 
@@ -31,11 +30,10 @@ def sim(
     """
     if seed is None:
         seed = secrets.randbits(32)
-    sys.stdout.write(describe(Options.draw(seed, steps)) + "\n")
-    sys.stdout.flush()
+    output.tell(describe(Options.draw(seed, steps)) + "\n")
     if seeds == 1:
         summary = run_seed(seed, steps)
-        sys.stdout.write(
+        output.tell(
             f"passed: {summary.finished} operations, {summary.failed} failed as they should, "
             f"{summary.deaths} deaths, {summary.replacements} replacements, "
             f"{summary.resizes} resizes, {summary.virtual_s:.3f} s of virtual time, "
@@ -50,10 +48,10 @@ def _many(seed: int, seeds: int, steps: int) -> int:
         task = progress.add_task("seeds", total=seeds)
         failure = run_seeds(seed, seeds, steps, lambda n: progress.update(task, completed=n))
     if failure is None:
-        sys.stdout.write(f"passed: {seeds} seeds\n")
+        output.tell(f"passed: {seeds} seeds\n")
         return 0
     bad, error = failure
-    sys.stdout.write(describe(Options.draw(bad, steps)) + "\n")
-    sys.stdout.write("".join(traceback.format_exception(error)))
-    sys.stdout.write(f"failed: again with: xvd sim --seed {bad} --steps {steps}\n")
+    output.tell(describe(Options.draw(bad, steps)) + "\n")
+    output.tell("".join(traceback.format_exception(error)))
+    output.tell(f"failed: again with: xvd sim --seed {bad} --steps {steps}\n")
     return 1

@@ -1,42 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd stats``: the figures of every disk on an emulated host, once."""
 
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Final
 
-from xvd.cli import common
-from xvd.cli.control import ask
-from xvd.errors import PeerClosed
+from xvd.cli import common, output
+from xvd.cli.daemons import ALIVE, Answer, ask_all, complain
 
-_COLUMNS = ("rd_req", "wr_req", "f_req", "ds_req", "oo_req", "rd_sect", "wr_sect", "errors")
+_COLUMNS: Final = ("rd_req", "wr_req", "f_req", "ds_req", "oo_req", "rd_sect", "wr_sect", "errors")
+_ROW: Final = "{:<14} {:<6} {:<10}"
 
 
 def stats(host: common.HostDir = common.DEFAULT_HOST, json: common.Json = False) -> int:
     """Print the figures of every disk, by blkback's names; sectors are 512 bytes.
 
-    Asks every daemon of the host; fails if there is none.
+    Asks every daemon of the host, and fails if there is none, or one is dead or hangs: in JSON it
+    has null for its disks.
     """
     return common.run(_stats(host, json))
 
 
 async def _stats(host: Path, json: bool) -> int:
-    sockets = sorted((host / "control").glob("*"))
-    answers: dict[str, list[dict[str, Any]]] = {}
-    for path in sockets:
-        try:
-            answers[path.name] = await ask(path, "stats")
-        except PeerClosed:
-            continue  # killed, and its socket left behind
-    if not answers:
-        raise PeerClosed(f"{host}: no daemon answers; start one: xvd backend --host {host}")
+    answers = await ask_all(host, "*", "stats")
     if json:
-        common.print_json(answers)
-        return 0
-    sys.stdout.write(f"{'disk':<28}" + "".join(f"{name:>10}" for name in _COLUMNS) + "\n")
-    for disks in answers.values():
-        for disk in disks:
+        output.print_json({answer.daemon: answer.result for answer in answers})
+    else:
+        output.tell("".join(f"{line.rstrip()}\n" for line in _table(answers)))
+    return complain(answers)
+
+
+def _table(answers: list[Answer]) -> list[str]:
+    """A line for each disk of a backend; one for a daemon that does not live."""
+    lines = [_ROW.format("daemon", "state", "disk") + "".join(f"{name:>10}" for name in _COLUMNS)]
+    for answer in answers:
+        if answer.state != ALIVE:
+            lines.append(_ROW.format(answer.daemon, answer.state, "-"))
+        for disk in answer.result or ():
             if "counters" in disk:
                 figures = "".join(f"{disk['counters'].get(name, 0):>10}" for name in _COLUMNS)
-                sys.stdout.write(f"{disk['disk']:<28}{figures}\n")
-    return 0
+                lines.append(_ROW.format(answer.daemon, answer.state, disk["disk"]) + figures)
+    return lines

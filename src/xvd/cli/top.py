@@ -3,24 +3,35 @@
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
+from rich.text import Text
 
-from xvd.cli import common
-from xvd.cli.control import ask
+from xvd.cli import common, output
+from xvd.cli.daemons import ALIVE, Answer, ask_all
 from xvd.errors import PeerClosed
 from xvd.frontend.statistics import percentile
 
-_HEADS = ("disk", "rd/s", "wr/s", "rd MB/s", "wr MB/s", "p50 us", "p99 us", "busy", "kept %",
-          "refused/s", "errors/s")  # fmt: skip
+_COLUMNS: Final = (
+    ("rd/s", "reads", "8.0f"), ("wr/s", "writes", "8.0f"),
+    ("rd MB/s", "read_mb", "8.1f"), ("wr MB/s", "write_mb", "8.1f"),
+    ("p99 us", "p99_us", "8.0f"), ("p50 us", "p50_us", "8.0f"), ("busy", "in_flight", "5d"),
+    ("errors/s", "errors", "9.0f"), ("refused/s", "refused", "10.0f"),
+    ("kept %", "kept_percent", "7.0f"),
+)  # fmt: skip
+"""Head, field and format of each column, the most important first: a narrow screen shows those."""
+_DISK: Final = "{:<10} {:<5}"
+_GONE: Final = "gone"
+_BACKENDS: Final = "backend-*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +83,68 @@ def rates(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Rate
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """The figures of every disk by its directory, and how its daemon was at that time.
+
+    A daemon that does not live has the disks that it had when it did.
+    """
+
+    at: float
+    disks: dict[str, dict[str, Any]]
+    states: dict[str, str]
+
+    @property
+    def status(self) -> int:
+        """The exit status that this makes: 1 if something is not served."""
+        return 1 if any(state != ALIVE for state in self.states.values()) else 0
+
+
+def looked(before: Look | None, answers: list[Answer], at: float) -> Look:
+    """What is known after these answers: of the dead, what was known before."""
+    disks: dict[str, dict[str, Any]] = dict(before.disks) if before else {}
+    states = dict.fromkeys(disks, _GONE)
+    for answer in answers:
+        had = [path for path, disk in disks.items() if disk["daemon"] == answer.daemon]
+        if answer.state == ALIVE:
+            for path in had:
+                del disks[path], states[path]
+            new = {it["path"]: it | {"daemon": answer.daemon} for it in answer.result}
+            disks |= new
+            states |= dict.fromkeys(new, ALIVE)
+        elif had:
+            states |= dict.fromkeys(had, answer.state)
+        else:
+            states[answer.daemon] = answer.state
+    return Look(at, disks, states)
+
+
+def rows_between(before: Look, after: Look) -> list[tuple[str, Rates | None]]:
+    """(state, rates) of each disk; None for a daemon of which no disk is known."""
+    seconds = after.at - before.at
+    rows: list[tuple[str, Rates | None]] = []
+    for name, state in after.states.items():
+        disk = after.disks.get(name)
+        row = rates(before.disks.get(name, {}), disk, seconds) if disk else None
+        rows.append((state, row))
+    return rows
+
+
+def lines_of(rows: list[tuple[str, Rates | None]], width: int) -> list[str]:
+    """A table of as many columns as the width has room for."""
+    shown, used = [], len(_DISK.format("", ""))
+    for head, name, form in _COLUMNS:
+        used += int(form.partition(".")[0].rstrip("d"))
+        if used <= width:
+            shown.append((head, name, form))
+    heads = "".join(f"{head:>{form.partition('.')[0].rstrip('d')}}" for head, _, form in shown)
+    lines = [_DISK.format("disk", "state") + heads]
+    for state, row in rows:
+        figures = "".join(format(getattr(row, name), form) for _, name, form in shown if row)
+        lines.append((_DISK.format(row.disk if row else "-", state) + figures).rstrip())
+    return lines
+
+
 def top(
     interval: Annotated[
         float, typer.Option("--interval", min=0.05, help="Seconds between two looks.")
@@ -80,49 +153,50 @@ def top(
         int, typer.Option("--count", min=0, help="How many times; 0 until interrupted.")
     ] = 0,
     host: common.HostDir = common.DEFAULT_HOST,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON document a line.")] = False,
 ) -> int:
-    """Show what every disk does: rates, latencies, how well persistent grants serve."""
-    with contextlib.suppress(KeyboardInterrupt):
-        return common.run(_top(host, interval, count))
-    return 0
+    """Show what every disk does: rates, latencies, how well persistent grants serve.
+
+    Off a terminal each look is some lines of text. A backend that dies is shown as dead, and its
+    successor when it comes; the status is 1 if one was missing at the last look.
+    """
+    return common.run(_top(host, interval, count, json))
 
 
-async def _look(host: Path) -> dict[str, dict[str, Any]]:
-    """The figures of every disk that a backend serves, by its directory."""
-    disks: dict[str, dict[str, Any]] = {}
-    answered = False
-    for path in sorted((host / "control").glob("backend-*")):
-        with contextlib.suppress(PeerClosed):
-            disks |= {disk["disk"]: disk for disk in await ask(path, "stats")}
-            answered = True
-    if not answered:
-        raise PeerClosed(f"{host}: no backend answers; start one: xvd backend --host {host}")
-    return disks
-
-
-def _table(rows: list[Rates]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for head in _HEADS:
-        table.add_column(head, justify="left" if head == "disk" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.disk, f"{row.reads:.0f}", f"{row.writes:.0f}", f"{row.read_mb:.1f}",
-            f"{row.write_mb:.1f}", f"{row.p50_us:.0f}", f"{row.p99_us:.0f}", str(row.in_flight),
-            f"{row.kept_percent:.0f}", f"{row.refused:.0f}", f"{row.errors:.0f}",
-        )  # fmt: skip
-    return table
-
-
-async def _top(host: Path, interval: float, count: int) -> int:
-    console = Console(file=sys.stdout)
-    before, then = await _look(host), time.monotonic()
+async def _looks(host: Path, interval: float, count: int) -> AsyncIterator[tuple[Look, Look]]:
+    """Each look with the one before it, until there were so many or a signal came."""
+    stop = common.Stop(common.GRACE_S)
+    before = looked(None, await ask_all(host, _BACKENDS, "stats"), time.monotonic())
     shown = 0
-    with Live(console=console, auto_refresh=False, screen=console.is_terminal) as live:
-        while count == 0 or shown < count:
-            await asyncio.sleep(interval)
-            after, now = await _look(host), time.monotonic()
-            rows = [rates(before.get(name, {}), disk, now - then) for name, disk in after.items()]
-            live.update(_table(rows), refresh=True)
-            before, then = after, now
-            shown += 1
-    return 0
+    while count == 0 or shown < count:
+        if await stop.wait_or(asyncio.sleep(interval)):
+            return
+        try:
+            answers = await ask_all(host, _BACKENDS, "stats")
+        except PeerClosed:
+            answers = []  # all of them have ended; another one may come
+        after = looked(before, answers, time.monotonic())
+        yield before, after
+        before = after
+        shown += 1
+
+
+async def _top(host: Path, interval: float, count: int, json: bool) -> int:
+    console = Console(file=sys.stdout)
+    wide = 1000 if "COLUMNS" not in os.environ else console.width
+    status = 0
+    with contextlib.ExitStack() as stack:
+        live = None
+        if console.is_terminal and not json:
+            live = stack.enter_context(Live(console=console, auto_refresh=False, screen=True))
+        async for before, after in _looks(host, interval, count):
+            status = after.status
+            rows = rows_between(before, after)
+            if json:
+                disks = [{"state": state, **(asdict(row) if row else {})} for state, row in rows]
+                output.print_json({"seconds": after.at - before.at, "disks": disks}, indent=0)
+            elif live is not None:
+                live.update(Text("\n".join(lines_of(rows, console.width))), refresh=True)
+            else:
+                output.tell("\n".join(lines_of(rows, wide)) + "\n")
+    return status

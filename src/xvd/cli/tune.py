@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd set``: the settings of running daemons, shown and changed."""
 
-import contextlib
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from xvd.backend.settings import LIVE, parse_settings
-from xvd.cli import common
-from xvd.cli.control import DaemonError, ask
-from xvd.errors import ConfigError, PeerClosed
+from xvd.cli import common, output
+from xvd.cli.control import DaemonError
+from xvd.cli.daemons import ALIVE, ask_all, complain
+from xvd.errors import ConfigError
 
 
 def tune(
@@ -30,25 +30,27 @@ def tune(
     next connection on. A daemon that is started anew begins with its own options again.
     """
     parse_settings(setting)
-    name = common.disk_name(disk) if disk else ""
+    name = common.disk_key(disk) if disk else ""
     return common.run(_tune(host, setting, name, json))
 
 
 async def _tune(host: Path, texts: list[str], disk: str, json: bool) -> int:
-    answers: dict[str, dict[str, Any]] = {}
-    for path in sorted((host / "control").glob("backend-*")):
-        with contextlib.suppress(PeerClosed):
-            try:
-                answers[path.name] = await ask(path, "set", texts=texts, disk=disk)
-            except DaemonError as error:
-                raise ConfigError(str(error)) from None
-    if not answers:
-        raise PeerClosed(f"{host}: no daemon answers; start one: xvd backend --host {host}")
+    try:
+        answers = await ask_all(host, "backend-*", "set", texts=texts, disk=disk)
+    except DaemonError as error:
+        raise ConfigError(str(error)) from None
+    living = {answer.daemon: answer.result for answer in answers if answer.state == ALIVE}
     if json:
-        common.print_json(answers)
-        return 0
-    for daemon, values in answers.items():
+        output.print_json(living)
+    else:
+        output.tell("".join(_lines(living)))
+    return complain(answers)
+
+
+def _lines(living: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A line for each setting; "-" for what is left to the machine."""
+    for daemon, values in living.items():
         for name, value in values.items():
             live = "live" if name in LIVE else ""
-            sys.stdout.write(f"{daemon:<14} {name:<32} {value:>8} {live}\n")
-    return 0
+            shown = "-" if value is None else value
+            yield f"{daemon:<14} {name:<32} {shown:>8} {live}".rstrip() + "\n"

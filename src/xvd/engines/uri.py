@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Final
 
@@ -39,14 +40,16 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+]*):(.*)", re.DOTALL)
 
 
 def parse_size(text: str) -> int:
-    """Bytes from ``4096``, ``4K``, ``1GiB``, ``8s`` (sectors of 512): units of 1024."""
-    match = re.fullmatch(r"(\d+)\s*([KMGTP]?)(?:i?B)?|(\d+)s", text.strip())
+    """Bytes from ``4096``, ``4K``, ``1.5GiB``, ``8s`` (sectors of 512): units of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:i?B)?|(\d+)s", text.strip(), re.ASCII)
     if match is None:
         raise ConfigError(f"{text!r} is no size; write bytes, or a number with K, M, G, T or s")
-    size = int(match[3]) * 512 if match[3] else int(match[1]) * _UNITS[match[2]]
+    size = Fraction(match[3]) * 512 if match[3] else Fraction(match[1]) * _UNITS[match[2]]
     if size > SIZE_MAX:
         raise ConfigError(f"{text!r} is too large; no disk has more than {SIZE_MAX} bytes (8191P)")
-    return size
+    if size.denominator != 1:
+        raise ConfigError(f"{text!r} is no whole number of bytes; write {int(size)}, or another")
+    return int(size)
 
 
 def parse_time(text: str) -> float:
@@ -175,6 +178,13 @@ LAYERS: dict[str, Callable[[Engine, dict[str, str]], Engine]] = {
 """Layer names: (engine behind, options) -> layer; a layer removes the options that it knows."""
 
 
+LAYER_OPTIONS: dict[str, Sequence[str]] = {
+    "delay": OPERATIONS,
+    "error": ("one_in", "seed", "on", "errno"),
+}
+"""The options of each layer that has any."""
+
+
 def add_layer(lower: Engine, text: str) -> Engine:
     """Put the layer that `text` describes in front; raises `ConfigError`."""
     name, _, rest = text.partition(":")
@@ -183,7 +193,9 @@ def add_layer(lower: Engine, text: str) -> Engine:
     options = _options(rest)
     layer = LAYERS[name](lower, options)
     if options:
-        raise ConfigError(f"layer {name} has no option {', '.join(sorted(options))}")
+        wrong, known = ", ".join(sorted(options)), ", ".join(LAYER_OPTIONS.get(name, ()))
+        has = f"its options are {known}" if known else "it has none"
+        raise ConfigError(f"layer {name} has no option {wrong}; {has}")
     return layer
 
 

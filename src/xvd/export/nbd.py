@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Final, Self
 from urllib.parse import quote
 
-from xvd.errors import ConfigError
+from xvd.errors import ConfigError, describe
 from xvd.export.nbd_connection import NbdConnection
 from xvd.export.nbd_negotiation import Export
 from xvd.export.nbd_protocol import STRING_MAX, TransmissionFlag
@@ -115,7 +115,9 @@ class NbdServer:
             family, address = found[0][0], found[0][4]
             listener = socket.create_server(address[:2], family=family)
         except OSError as error:
-            raise ConfigError(f"{host} port {port}: cannot listen there: {error}") from error
+            raise ConfigError(
+                f"{host} port {port}: cannot listen there: {describe(error)}"
+            ) from error
         self._listen(listener)
         port = listener.getsockname()[1]
         self._uris.append(f"nbd://{_in_uri(host)}:{port}/{quote(self.name)}")
@@ -132,7 +134,7 @@ class NbdServer:
         except (BlockingIOError, ConnectionError):
             return  # it has gone again
         except OSError as error:
-            logger.warning("nbd: no client can be accepted: %s", error)
+            logger.warning("nbd: no client can be accepted: %s", describe(error))
             loop = asyncio.get_running_loop()
             loop.remove_reader(listener)
             loop.call_later(_RETRY_S, self._accept_again, listener)

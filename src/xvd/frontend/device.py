@@ -35,11 +35,12 @@ from xvd.blkif.nodes import (
     parse_state,
     stale_frontend_nodes,
 )
-from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
+from xvd.blkif.vdev import disk_name
+from xvd.errors import DiskInUse, PeerClosed, PeerProtocolError, XenstoreError, XvdError
 from xvd.frontend.connection import Connection, Stepper, smaller
 from xvd.frontend.patience import Patience
 from xvd.frontend.settings import Settings
-from xvd.machine.interface import Machine
+from xvd.machine.interface import Claim, Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.machine.xs.pace import Pace
 from xvd.machine.xs.xenbus import change_device, read_directory, report_error
@@ -92,6 +93,7 @@ class Device:
         stepper: Stepper | None = None,
     ) -> None:
         self.path = path
+        self.name = disk_name(machine.domid, path)
         self.state = FrontendState.STARTING
         self.assignment: FrontendAssignment | None = None
         self.features: BackendFeatures | None = None
@@ -121,8 +123,10 @@ class Device:
 
     async def run(self) -> None:
         """Connect, reconnect, until the user closes it or the toolstack removes it."""
-        error: OSError | XvdError = PeerClosed(f"{self.path}: the disk was closed")
+        error: OSError | XvdError = PeerClosed(f"{self.name}: the disk was closed")
+        claim: Claim | None = None
         try:
+            claim = self._claim()
             own = await self._find_backend()
             await self._take(initial_frontend(own, await self._backend_state()))
             while self.state is not FrontendState.VACANT:
@@ -138,7 +142,16 @@ class Device:
             error = failure
         finally:
             await self._end()
+            if claim is not None:
+                claim.close()
             self._user.ended(error)
+
+    def _claim(self) -> Claim:
+        """Before anything is touched: a second frontend would take the ring from the first."""
+        try:
+            return self._machine.claim(int(self.path.rpartition("/")[2]))
+        except DiskInUse as error:
+            raise DiskInUse(f"{self.name}: {error}") from None
 
     async def _find_backend(self) -> XenbusState:
         """Read who serves this disk, and watch it from now on; our own state as it is written."""
@@ -159,7 +172,7 @@ class Device:
         self._looking = False
         state = await self._backend_state()
         if state is XenbusState.UNKNOWN and self.state is FrontendState.STARTING:
-            self._failure = PeerClosed(f"{self.path}: there is no backend; the disk was removed")
+            self._failure = PeerClosed(f"{self.name}: there is no backend; the disk was removed")
             return None
         return backend_event(state)
 
@@ -169,7 +182,7 @@ class Device:
             return
         if self._tries >= TRIES_MAX and not self._failure:
             self._failure = PeerClosed(
-                f"{self.path}: the backend has refused {self._tries} connections in a row; its log "
+                f"{self.name}: the backend has refused {self._tries} connections in a row; its log "
                 f"and its error node say why"
             )
         if not self._closing and not self._failure and await self._online():
@@ -177,7 +190,7 @@ class Device:
             await self._take(frontend_step(self.state, FrontendEvent.REOPEN))
         else:
             if not self._closing and not self._failure:
-                self._failure = PeerClosed(f"{self.path}: the disk was removed")
+                self._failure = PeerClosed(f"{self.name}: the disk was removed")
             await self._take(frontend_step(self.state, FrontendEvent.LEAVE))
 
     def _await_return(self) -> None:
@@ -188,7 +201,7 @@ class Device:
             self._return = events.call_later(RETURN_S, self._give_up, text)
 
     def _give_up(self, why: str) -> None:
-        text = f"{self.path}: the backend {why}; start one, and open the disk again"
+        text = f"{self.name}: the backend {why}; start one, and open the disk again"
         self._failure = PeerClosed(text)
         self._events.put_nowait(None)
 
@@ -249,6 +262,19 @@ class Device:
         self._closing = True
         self._events.put_nowait(None)
 
+    async def ended(self, running: asyncio.Task[None], timeout_s: float | None) -> None:
+        """Wait for `run`, which was asked to end; after `timeout_s` seconds, if any, abandon it."""
+        try:
+            if (await asyncio.wait([running], timeout=timeout_s))[1]:
+                self.abandon()
+                if (await asyncio.wait([running], timeout=_ABANDONED_S))[1]:
+                    running.cancel()  # it waits for a store that does not answer
+        except asyncio.CancelledError:
+            running.cancel()
+            raise
+        finally:
+            await asyncio.gather(running, return_exceptions=True)
+
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -279,7 +305,7 @@ class Device:
             self._store, self.path, state=state, write=changes.write, remove=changes.remove
         )
         if not there:
-            raise PeerClosed(f"{self.path}: the toolstack has removed the disk")
+            raise PeerClosed(f"{self.name}: the toolstack has removed the disk")
         if state is not None:
             self._written = state
 
@@ -334,7 +360,7 @@ class Device:
                 less = smaller(queues, order)
                 if error.code not in _QUOTA or less is None:
                     raise
-                self._log.info("%s: %s: fewer queues or smaller rings", self.path, error)
+                self._log.info("%s: %s: fewer queues or smaller rings", self.name, error)
                 self.connection.release()
                 queues, order = less
 
@@ -395,7 +421,7 @@ class Device:
             features = await self._backend_features()
         except XvdError as error:
             if await self._backend_state() is XenbusState.CONNECTED:
-                self._log.warning("%s: %s; the size stays as it was", self.path, error)
+                self._log.warning("%s: %s; the size stays as it was", self.name, error)
             return
         if features.sectors != self.features.sectors:
             self.features = features
@@ -420,7 +446,7 @@ class Device:
         if self.connection.failure is not None:
             self._fail(
                 PeerProtocolError(
-                    f"{self.path}: the backend broke the protocol: {self.connection.failure}; "
+                    f"{self.name}: the backend broke the protocol: {self.connection.failure}; "
                     "detach the disk and attach it again"
                 )
             )
@@ -455,6 +481,8 @@ class Device:
             self._timer = None
 
 
+_ABANDONED_S = 1.0
+"""For `run` to notice that it is to return."""
 _QUOTA = ("ENOSPC", "EQUOTA", "E2BIG")
 """What a store says that has no room for our nodes: a frontend of many queues writes hundreds."""
 _NODES = (FrontendAction.PUBLISH, FrontendAction.CLEAN_UP, FrontendAction.REPORT_ERROR)

@@ -24,7 +24,7 @@ from typing import Any, Self
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, DiscardFlag, InfoFlag, Op
 from xvd.blkif.nodes import BackendFeatures
 from xvd.dataplane.types import HasPorts
-from xvd.errors import XvdError
+from xvd.errors import XvdError, describe
 from xvd.frontend.clients import DiskClients
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
@@ -110,9 +110,13 @@ class Disk:
     ) -> None:
         await self.close()
 
-    async def close(self) -> None:
-        """Finish what is outstanding, give the disk back to the next driver. Idempotent."""
-        await self._leave(abandon=False)
+    async def close(self, timeout_s: float | None = None) -> None:
+        """Finish what is outstanding, give the disk back to the next driver. Idempotent.
+
+        A backend that takes longer than `timeout_s` seconds is left as by a process that dies:
+        what it has not answered fails, and the next driver begins with a reset. None: waits.
+        """
+        await self._leave(abandon=False, timeout_s=timeout_s)
 
     def resume(self) -> None:
         """To be called when this domain goes on after a suspension or on another host.
@@ -122,7 +126,7 @@ class Disk:
         """
         self._device.resume()
 
-    async def _leave(self, *, abandon: bool) -> None:
+    async def _leave(self, *, abandon: bool, timeout_s: float | None = None) -> None:
         if self._running is None:
             return
         if abandon or self._ended is not None:
@@ -130,7 +134,7 @@ class Disk:
         else:
             self._device.close()
         running, self._running = self._running, None
-        await asyncio.gather(running, return_exceptions=True)
+        await self._device.ended(running, timeout_s)
 
     # ---- What the disk is ----
 
@@ -250,7 +254,7 @@ class Disk:
 
     def ended(self, error: OSError | XvdError) -> None:
         """There will be no connection again: whatever waits has failed."""
-        self._ended = OSError(errno.ENODEV, f"the disk is gone: {error}")
+        self._ended = OSError(errno.ENODEV, f"the disk is gone: {describe(error)}")
         self.gone.set()
         if not self._ready.done():
             self._ready.set_exception(error)

@@ -4,17 +4,18 @@
 import asyncio
 import errno
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from xvd.blkif.nodes import BackendFeatures
 from xvd.dataplane.front import FrontQueue
 from xvd.dataplane.load import Load
-from xvd.errors import XvdError
+from xvd.errors import ConfigError, XvdError
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
+from xvd.types import RING_SECTOR_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class LoadResult:
     errors: operations that failed or, with verify, read what was not written. begun_ns, ended_ns:
     the first step of any queue and the last, by the system's monotonic clock. cpu_s: of the queues'
     threads meanwhile. checksum: of the data read, which proves that it moved. counters: the
-    queues', added up.
+    queues', added up. span: bytes of the disk that it kept to: the job's, or all that there are.
     """
 
     operations: int
@@ -58,6 +59,7 @@ class LoadResult:
     cpu_s: float
     checksum: int
     counters: dict[str, int]
+    span: int
 
     @property
     def seconds(self) -> float:
@@ -68,6 +70,10 @@ class LoadResult:
     def iops(self) -> float:
         """Operations per second."""
         return self.operations / self.seconds
+
+
+CLOSE_S, CANCELLED_S = 10.0, 2.0
+"""For the backend to let go of a disk whose load is over, or was broken off."""
 
 
 class _User:
@@ -115,9 +121,14 @@ async def run_load(
     """
     loads: list[Load] = []
 
+    span = 0
+
     def stepper(queues: Sequence[FrontQueue]) -> list[Load]:
+        nonlocal span
         shares = min(len(queues), job.depth, job.operations)
-        loads.extend(_share(queue, job, shares, i) for i, queue in enumerate(queues[:shares]))
+        fitted = _fitted(job, device)
+        span = fitted.span
+        loads.extend(_share(queue, fitted, shares, i) for i, queue in enumerate(queues[:shares]))
         if on_start is not None:
             on_start()
         return loads
@@ -125,13 +136,17 @@ async def run_load(
     user = _User()
     device = Device(machine, store, path, user, settings=settings, stepper=stepper)
     running = asyncio.create_task(device.run())
+    patience_s = CLOSE_S
     try:
         await user.done
         if on_end is not None:
             on_end()
+    except asyncio.CancelledError:
+        patience_s = CANCELLED_S
+        raise
     finally:
         device.close()
-        await asyncio.gather(running, return_exceptions=True)
+        await device.ended(running, patience_s)
     ended, errors, checksums = zip(*(load.result for load in loads), strict=True)
     if sum(ended) < job.operations:
         raise OSError(errno.ENODEV, f"the backend left after {sum(ended)} operations")
@@ -144,7 +159,17 @@ async def run_load(
         cpu_s=sum(cpu_ns) / 1e9,
         checksum=sum(checksums) % (1 << 64),
         counters=user.counters,
+        span=span,
     )
+
+
+def _fitted(job: Job, device: Device) -> Job:
+    """The job on the disk that there is; `ConfigError` if not one operation fits."""
+    assert device.features is not None
+    size = device.features.sectors * RING_SECTOR_SIZE
+    if size < job.size:
+        raise ConfigError(f"{device.name} has {size} bytes: too few for one of {job.size}")
+    return replace(job, span=min(job.span, size))
 
 
 def _share(queue: FrontQueue, job: Job, shares: int, number: int) -> Load:

@@ -139,6 +139,13 @@ class EventChannels(Protocol):
         """
 
 
+class Claim(Protocol):
+    """A disk that this process is the frontend of; it ends with the process at the latest."""
+
+    def close(self) -> None:
+        """Let another frontend have it. Idempotent."""
+
+
 class Machine(Protocol):
     """One process's stake in one domain."""
 
@@ -161,6 +168,12 @@ class Machine(Protocol):
     @property
     def event_channels(self) -> EventChannels:
         """Event channels."""
+
+    def claim(self, vdev: int) -> Claim:
+        """Become the only frontend of a disk of this domain.
+
+        Raises `DiskInUse` if there is one already, in this process or another.
+        """
 
     async def xenstore(self) -> "XenstoreClient":
         """A new connection to the store under this domain's identity."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xvd.blkif.abi import XenbusState
-from xvd.blkif.vdev import format_vdev
+from xvd.blkif.vdev import disk_name, format_vdev
 from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.machine.xs.client import Transaction, XenstoreClient
 from xvd.toolstack.xldisk import XlDisk
@@ -49,8 +49,8 @@ class Vbd:
 
     @property
     def name(self) -> str:
-        """For people: ``guest 1 xvda``."""
-        return f"guest {self.domid} {format_vdev(self.vdev)}"
+        """For people: ``1/xvda``."""
+        return disk_name(self.domid, str(self.vdev))
 
 
 async def create_guest(store: XenstoreClient, domid: Domid, name: str) -> None:
@@ -190,6 +190,9 @@ async def attach(
             f"{vbd.name}: no backend has taken the disk within {timeout_s:g} s; "
             f"start one in domain {backend_domid}: xvd backend"
         ) from None
+    except asyncio.CancelledError:
+        await remove_nodes(store, vbd)
+        raise
     if state not in offered:
         reason = await backend_error(store, vbd)
         await remove_nodes(store, vbd)

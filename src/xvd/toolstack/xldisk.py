@@ -7,6 +7,7 @@ stand there.
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from xvd.blkif.vdev import parse_vdev
 from xvd.errors import ConfigError
@@ -14,6 +15,9 @@ from xvd.errors import ConfigError
 FORMATS = ("raw", "qcow", "qcow2", "vhd", "qed")
 BACKEND_TYPES = ("phy", "tap", "qdisk", "standalone")
 _ACCESS = {"r": False, "ro": False, "w": True, "rw": True}
+_BEFORE_A_PATH = (*FORMATS, "file", "aio", "phy", "tap", "tap2", "vhdx", "vmdk", "vdi", "luks")
+"""What may stand before a path, with a colon."""
+_SCHEME = re.compile(r"[a-z][a-z0-9+]*:")
 _POSITIONAL = ("target", "format", "vdev", "access")
 
 
@@ -89,8 +93,11 @@ def _set(disk: XlDisk, key: str, value: str) -> None:
     elif key in ("target", "vdev", "backend", "script"):
         setattr(disk, key, value)
     else:
-        known = "target, format, vdev, access, backend, backendtype, script, devtype"
-        raise ConfigError(f"unknown key {key!r} in a disk description; there are {known}")
+        keys = "target, format, vdev, access, backend, backendtype, script, devtype"
+        flags = ", ".join(_FLAGS)
+        raise ConfigError(
+            f"unknown key {key!r} in a disk description; there are {keys}, and the words {flags}"
+        )
 
 
 def _parts(text: str) -> list[str]:
@@ -103,6 +110,17 @@ def _parts(text: str) -> list[str]:
         part, _, rest = rest.partition(",")
         parts.append(part.strip())
     return parts
+
+
+def absolute_target(target: str, directory: Path) -> str:
+    """A target whose path, if it is a relative one, begins at `directory`: the user's, not the
+    daemon's. ``file:`` and formats may stand in front; what names no file stays as it is.
+    """
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in _BEFORE_A_PATH:
+        return f"{scheme}:{absolute_target(rest, directory)}"
+    named = not target or _SCHEME.match(target)
+    return target if named else str(directory / target)
 
 
 def parse_xl_disk(text: str) -> XlDisk:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from xvd.engines.interface import Engine
 from xvd.engines.layers.base import Layer
+from xvd.errors import describe
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,6 @@ class Log(Layer):
         try:
             call()
         except OSError as e:
-            self._emit(f"{operation} offset={offset} length={length} failed: {e}")
+            self._emit(f"{operation} offset={offset} length={length} failed: {describe(e)}")
             raise
         self._emit(f"{operation} offset={offset} length={length} ok")

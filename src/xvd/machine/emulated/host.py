@@ -15,7 +15,7 @@ import os
 import threading
 from dataclasses import dataclass, field
 
-from xvd.errors import EventChannelError, GrantError
+from xvd.errors import DiskInUse, EventChannelError, GrantError
 from xvd.machine.emulated.shared import DomainState, clean_session, heap_bytes
 from xvd.types import PAGE_SIZE, Domid, Gref, Port
 
@@ -67,6 +67,7 @@ class _Domain:
     free_grefs: list[Gref]
     channels: dict[int, _End] = field(default_factory=dict)
     shares: dict[int, list[_Shared]] = field(default_factory=dict)
+    claims: dict[int, int] = field(default_factory=dict)  # a frontend's session, by vdev
     deferred: list[_Shared] = field(default_factory=list)
 
 
@@ -216,6 +217,7 @@ class Host:
             if self._sessions.pop(session.number, None) is None:
                 return
             domain = self._domains[session.domid]
+            domain.claims = {v: n for v, n in domain.claims.items() if n != session.number}
             mine = [p for p, end in domain.channels.items() if end.session == session.number]
             for port in mine:
                 self._close_port(domain, port)
@@ -331,6 +333,21 @@ class Session:
             end = domain.channels.get(port) if domain else None
             if domain and end and end.session == self.number:
                 self.host._close_port(domain, port)
+
+    def claim(self, vdev: int) -> None:
+        """Become the frontend of a disk; `DiskInUse` if there is one, in whatever process."""
+        with self.host._lock:
+            claims = self.host._domain(self.domid).claims
+            if vdev in claims:
+                raise DiskInUse("another frontend uses the disk; end that one first")
+            claims[vdev] = self.number
+
+    def disclaim(self, vdev: int) -> None:
+        """Be its frontend no longer; nothing happens if we are not."""
+        with self.host._lock:
+            domain = self.host._domains.get(self.domid)
+            if domain is not None and domain.claims.get(vdev) == self.number:
+                del domain.claims[vdev]
 
     def close(self) -> None:
         """Give everything back, as a process that dies does."""

@@ -18,7 +18,15 @@ from typing import Any
 
 import msgspec
 
-from xvd.errors import ConfigError, EventChannelError, GrantError, PeerClosed, XvdError
+from xvd.errors import (
+    ConfigError,
+    DiskInUse,
+    EventChannelError,
+    GrantError,
+    PeerClosed,
+    XvdError,
+    describe,
+)
 from xvd.machine.emulated.host import Host, Limits, Session
 from xvd.sockets import UnixListener, claim
 from xvd.types import Domid, Gref, Port
@@ -47,6 +55,7 @@ class Answer(msgspec.Struct, array_like=True):
 _ERRORS: dict[str, Callable[[str, int], XvdError]] = {
     "grant": GrantError,
     "evtchn": EventChannelError,
+    "busy": lambda text, _: DiskInUse(text),
     "config": lambda text, _: ConfigError(text),
 }
 
@@ -204,6 +213,8 @@ class _ClientCalls:
             return Answer(error="grant", text=str(error), number=error.status), []
         except EventChannelError as error:
             return Answer(error="evtchn", text=str(error), number=error.errno), []
+        except DiskInUse as error:
+            return Answer(error="busy", text=str(error)), []
         except (ConfigError, TypeError, ValueError, IndexError) as error:
             return Answer(error="config", text=str(error)), []
 
@@ -229,6 +240,14 @@ class _ClientCalls:
 
     def unbind(self, port: int) -> tuple[Answer, list[int]]:
         self.session.unbind(Port(port))
+        return Answer(), []
+
+    def claim(self, vdev: int) -> tuple[Answer, list[int]]:
+        self.session.claim(vdev)
+        return Answer(), []
+
+    def disclaim(self, vdev: int) -> tuple[Answer, list[int]]:
+        self.session.disclaim(vdev)
         return Answer(), []
 
     def create_domain(self, domid: int) -> tuple[Answer, list[int]]:
@@ -257,6 +276,7 @@ _CALLS: dict[str, Callable[..., tuple[Answer, list[int]]]] = {
     name: getattr(_ClientCalls, name)
     for name in (
         "state", "share", "unshare", "alloc_unbound", "bind_interdomain", "unbind",
+        "claim", "disclaim",
         "create_domain", "destroy_domain", "books", "xenstore",
     )
 }  # fmt: skip
@@ -291,7 +311,7 @@ class LinkClient:
                 _send(self._socket, Request(call, list(arguments)), [])
                 data, fds = _receive(self._socket)
         except OSError as error:
-            raise PeerClosed(f"the host is gone: {error}") from None
+            raise PeerClosed(f"the host is gone: {describe(error)}") from None
         if not data:
             raise PeerClosed("the host has closed the connection")
         answer = msgspec.json.decode(data, type=Answer)
@@ -328,6 +348,14 @@ class LinkClient:
     def unbind(self, port: Port) -> None:
         """As `host.Session.unbind`."""
         self._call_if_alive("unbind", port)
+
+    def claim(self, vdev: int) -> None:
+        """As `host.Session.claim`."""
+        self._call("claim", vdev)
+
+    def disclaim(self, vdev: int) -> None:
+        """As `host.Session.disclaim`."""
+        self._call_if_alive("disclaim", vdev)
 
     def _call_if_alive(self, call: str, *arguments: int) -> None:
         """A host that is gone has nothing left to be given back to."""

@@ -42,8 +42,30 @@ class Calls(Protocol):
     def unbind(self, port: Port) -> None:
         """Close a port."""
 
+    def claim(self, vdev: int) -> None:
+        """Become the only frontend of a disk."""
+
+    def disclaim(self, vdev: int) -> None:
+        """Be it no longer."""
+
     def close(self) -> None:
         """End the session."""
+
+
+class EmulatedClaim:
+    """`machine.interface.Claim`: the host forgets it with the session."""
+
+    def __init__(self, calls: Calls, vdev: int) -> None:
+        self._calls = calls
+        self._vdev = vdev
+        self._held = True
+        calls.claim(vdev)
+
+    def close(self) -> None:
+        """Let another frontend have the disk."""
+        if self._held:
+            self._held = False
+            self._calls.disclaim(self._vdev)
 
 
 class EmulatedMachine:
@@ -83,6 +105,10 @@ class EmulatedMachine:
         if domid == self.domid:
             self._states[domid] = state
         return state
+
+    def claim(self, vdev: int) -> EmulatedClaim:
+        """Become the only frontend of a disk of this domain; `DiskInUse`."""
+        return EmulatedClaim(self._calls, vdev)
 
     async def xenstore(self) -> "XenstoreClient":
         """A new connection to the store under this domain's identity."""

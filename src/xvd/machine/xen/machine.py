@@ -7,6 +7,7 @@ from typing import Protocol
 
 from xvd.errors import ConfigError, XenstoreError
 from xvd.machine.xen import evtchn, xenbus
+from xvd.machine.xen.claim import XenClaim
 from xvd.machine.xen.evtchn import XenEventChannel
 from xvd.machine.xen.gntalloc import XenSharedPages
 from xvd.machine.xen.gntdev import XenForeignGrants
@@ -52,6 +53,12 @@ class XenMachine:
                     f"xenstore does not say which domain this is (node domid: {error}); in dom0 "
                     "xen-init-dom0 writes it"
                 ) from None
+
+    def claim(self, vdev: int) -> XenClaim:
+        """Become the only frontend of a disk of this domain; `DiskInUse`."""
+        claim = XenClaim(vdev)
+        self._made.add(claim)
+        return claim
 
     async def xenstore(self) -> XenstoreClient:
         """A new connection to the store under this domain's identity."""

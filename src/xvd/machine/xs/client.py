@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
-from xvd.errors import PeerClosed, XenstoreError
+from xvd.errors import PeerClosed, XenstoreError, describe
 from xvd.machine.xs.messages import (
     PAYLOAD_MAX,
     Framer,
@@ -279,7 +279,9 @@ class XenstoreClient(_Operations):
         try:
             reader, writer = await asyncio.open_unix_connection(os.fspath(path))
         except OSError as error:
-            raise PeerClosed(f"no xenstore answers at {os.fspath(path)}: {error}") from error
+            raise PeerClosed(
+                f"no xenstore answers at {os.fspath(path)}: {describe(error)}"
+            ) from error
         return cls(reader, writer)
 
     @classmethod
@@ -330,7 +332,7 @@ class XenstoreClient(_Operations):
         try:
             await self._writer.drain()
         except OSError as error:
-            self._end(PeerClosed(f"the connection to the xenstore was lost: {error}"))
+            self._end(PeerClosed(f"the connection to the xenstore was lost: {describe(error)}"))
         except asyncio.CancelledError:
             reply.cancel()
             raise
