@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every plot can be read: no text over another or cut off, no bar behind a legend, no scale in
+which small values vanish."""
+
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.backends import backend_agg
+
+from xvd.bench.plot import figure_of, panels_of
+from xvd.bench.report import Plot, Report
+
+pytestmark = pytest.mark.slow
+
+PLACES = ("tmpfs", "disk, O_DIRECT")
+SMALL = [f"4 KiB random {what}, {place}" for place in PLACES for what in ("read", "write")]
+LARGE = [f"128 KiB sequential {what}, {place}" for place in PLACES for what in ("read", "write")]
+
+PLOTS = {
+    "storage": Plot(
+        "",
+        "IOPS, fio being 1",
+        {
+            who: [(name, 1 + number / 3) for number, name in enumerate(SMALL + LARGE)]
+            for who in ("xvd", "copied")
+        },
+    ),
+    "nbd": Plot(
+        "",
+        "IOPS",
+        {
+            "nbdkit": [("4 KiB random read", 67_733.0), ("256 KiB sequential read", 4_953.0)],
+            "qemu-nbd": [("4 KiB random read", 50_406.0), ("256 KiB sequential read", 3_195.0)],
+            "xvd serve": [("4 KiB random read", 130_518.0), ("256 KiB sequential read", 11_608.0)],
+        },
+    ),
+    "vhost-user": Plot(
+        "",
+        "IOPS",
+        {
+            name: [("4 KiB random read", 96_668.0), ("256 KiB sequential read", 22_306.0)]
+            for name in ("vhost-user-blk, client sleeps", "vhost-user-blk, client polls", "xvd")
+        },
+    ),
+    "limit": Plot(
+        "",
+        "IOPS, the probe being 1",
+        {
+            who: [(f"{what}, {how}", 1.66) for what in ("read", "null storage, write")
+                  for how in ("events", "polled")]
+            for who in ("probe", "xvd")
+        },
+    ),
+    "persistent": Plot(
+        "guests",
+        "IOPS, all guests",
+        {
+            "persistent": [(1, 3.7e6), (2, 3.5e6), (5, 3.2e6), (10, 3.1e6)],
+            "mapping": [(1, 94_270), (2, 54_188), (5, 54_858), (10, 58_756)],
+        },
+    ),
+    "ring-pages": Plot("pages", "IOPS", {"5 ms": [(1, 6_229), (2, 12_324), (64, 298_730)]}, True),
+    "pressure": Plot("", "pages kept", {"": [("left alone", 1024.0), ("squeezed", 0.0)]}),
+}  # fmt: skip
+EVERY = pytest.mark.parametrize("name", PLOTS)
+
+
+def drawn(name: str) -> tuple[Any, Any]:
+    """A plot's figure, and what measures it."""
+    figure = figure_of(Report(name, "A title of the usual length", "", [], PLOTS[name]))
+    canvas = backend_agg.FigureCanvasAgg(figure)
+    canvas.draw()
+    return figure, canvas.get_renderer()
+
+
+def texts(figure: Any) -> list[Any]:
+    """Every text that is shown; of an axis' labels those of places that it shows."""
+    shown = [figure._suptitle]
+    for axes in figure.axes:
+        shown += [axes.title, axes.xaxis.label, axes.yaxis.label]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+            shown += [tick.label1 for tick in ticks]
+            shown.append(axis.get_offset_text())
+    for legend in figure.legends:
+        shown += legend.get_texts()
+    return [text for text in shown if text.get_visible() and text.get_text()]
+
+
+@EVERY
+def test_no_text_lies_over_another_or_outside(name: str) -> None:
+    figure, renderer = drawn(name)
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts(figure)]
+
+    over = [(a, b) for (a, one), (b, other) in combinations(boxes, 2) if one.overlaps(other)]
+    whole = figure.bbox
+    outside = [
+        text
+        for text, box in boxes
+        if box.x0 < whole.x0 or box.x1 > whole.x1 or box.y0 < whole.y0 or box.y1 > whole.y1
+    ]
+
+    assert (over, outside) == ([], [])
+
+
+@EVERY
+def test_no_legend_lies_over_what_is_drawn(name: str) -> None:
+    figure, renderer = drawn(name)
+
+    for legend in figure.legends:
+        box = legend.get_window_extent(renderer)
+        assert not any(box.overlaps(axes.get_window_extent(renderer)) for axes in figure.axes)
+    assert all(axes.get_legend() is None for axes in figure.axes)
+
+
+@EVERY
+def test_every_axis_of_values_has_a_unit_and_shows_its_values(name: str) -> None:
+    figure, _ = drawn(name)
+
+    for axes in figure.axes:
+        bars = [bar.get_width() for bar in axes.patches if bar.get_width() > 0]
+        points = [y for line in axes.lines for y in line.get_ydata()]
+        scale = axes.get_xscale() if bars else axes.get_yscale()
+        values = bars or points
+        assert PLOTS[name].y in (axes.get_xlabel(), axes.get_ylabel())
+        assert scale == "log" or max(values) / min(values) < 10
+
+
+def test_sizes_have_a_panel_each() -> None:
+    panels = panels_of(PLOTS["nbd"].lines)
+
+    assert list(panels) == ["4 KiB", "256 KiB"]
+    assert panels["256 KiB"]["xvd serve"] == [("sequential read", 11_608.0)]
+
+
+def test_the_pictures_of_the_page_are_there() -> None:
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    named = re.findall(r"\(benchmarks/([\w-]+\.svg)\)", (docs / "benchmarks.md").read_text())
+
+    assert sorted(named) == sorted(path.name for path in (docs / "benchmarks").glob("*.svg"))

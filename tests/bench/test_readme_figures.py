@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What README says of speed is what docs/benchmarks.md has."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+README = " ".join((ROOT / "README.md").read_text().split())
+PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
+
+
+def cell(row: str, column: int, nth: int = 0) -> float:
+    """A number of the page: of the nth table row that begins so, the column."""
+    rows = [line for line in PAGE.splitlines() if line.startswith(f"| {row} |")]
+    text = rows[nth].strip("|").split("|")[column].strip()
+    return float(text.replace(",", ""))
+
+
+def column(job: str, number: int) -> list[float]:
+    """The numbers of a column, over the rows whose name matches."""
+    rows = [line.strip("|").split("|") for line in PAGE.splitlines() if re.match(job, line)]
+    return [float(row[number].strip().replace(",", "")) for row in rows]
+
+
+LOAD = r"\| (4|128) KiB (random|sequential) \w+, depth \d+ \|"
+POLLING = r"\| (4|128) KiB .*poll_us=2000 \|"
+NBD = (
+    r"\| (4|256) KiB (random|sequential) \w+ \| [\d,]+ \| [\d,]+ \| [\d,]+ \| [\d.]+ \| [\d.]+ \|$"
+)
+
+CLAIMS = {
+    "does 1.7 times as many 4 KiB reads": ("{:.1f}", lambda: [cell("xvd, events: read", 4)]),
+    "2.1 times as many writes": ("{:.1f}", lambda: [cell("xvd, events: write", 4)]),
+    "1.2 to 1.3 million, as many": (
+        "{:.1f} to {:.1f}",
+        lambda: [cell(f"xvd, polled: {what}", 1) / 1e6 for what in ("read", "write")],
+    ),
+    "1.3 to 2.2 times as fast as nbdkit": (
+        "{:.1f} to {:.1f}",
+        lambda: [min(column(NBD, 4)), max(column(NBD, 4))],
+    ),
+    "do 3.5 million operations": (
+        "{:.1f}", lambda: [column(r"\| 2 \| persistent \| [\d,]+ \| [\d.e-]+ \|", 2)[0] / 1e6]
+    ),
+    "54 thousand where each": (
+        "{:.0f}", lambda: [column(r"\| 2 \| mapping \| [\d,]+ \| [\d.e-]+ \|", 2)[0] / 1e3]
+    ),
+    "between 0.6 and 1.2 times as fast as Linux's xen-blkback": (
+        "{:.1f} and {:.1f}",
+        lambda: [min(column(LOAD, 4)), max(column(LOAD, 4))],
+    ),
+    "1.1 to 2.8 times if it looks first": (
+        "{:.1f} to {:.1f}",
+        lambda: [min(column(POLLING, 4)), max(column(POLLING, 4))],
+    ),
+    "up to 26 times as fast as QEMU's": ("{:.0f}", lambda: [max(column(LOAD, 5))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_figure_of_readme_is_the_pages(claim: str) -> None:
+    form, numbers = CLAIMS[claim]
+
+    assert claim in README
+    assert form.format(*numbers()) in claim
