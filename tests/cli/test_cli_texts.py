@@ -206,3 +206,17 @@ def test_every_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(daemon.line), 0)
+
+
+def test_ctrl_c_while_a_verb_is_loaded_ends_it_by_the_signal() -> None:
+    code = """
+import os, signal, sys
+from xvd.cli import app
+load = app.import_module
+app.import_module = lambda name: (os.kill(os.getpid(), signal.SIGINT), load(name))[1]
+sys.argv = ["xvd", "list"]
+sys.exit(app.run())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

@@ -61,6 +61,7 @@ from xvd.errors import (
     PeerProtocolError,
     XenstoreError,
     XvdError,
+    describe,
 )
 from xvd.loglimit import LogLimit
 from xvd.machine.interface import Machine
@@ -293,7 +294,7 @@ class Device:
             if self.engine is not None:
                 engine, self.engine = self.engine, None
                 await self._storage.call(engine.close)
-            self._error = f"cannot open {self.assignment.image!r}: {error}"
+            self._error = f"cannot open {self.assignment.image!r}: {describe(error)}"
             self._log.error("%s", self._error)
             self.put(BackendEvent.STORAGE_FAILED)
             return
@@ -348,12 +349,12 @@ class Device:
                 self.connection = None
             if not resume:
                 self._kept.disconnected()
-            frontend, text = self.assignment.frontend, str(error)
+            frontend, text = self.assignment.frontend, describe(error)
             if isinstance(error, EventChannelError) and (other := self._rival()):
                 text += f": the disk is served by {other}"
             self._error = f"cannot connect to {frontend}: {text}"
-            ours = not isinstance(error, XvdError | OSError)
-            self._log.error("cannot connect to %s: %s", frontend, text, exc_info=ours)
+            told = isinstance(error, XvdError | OSError)  # what is not is a mistake of ours
+            self._log.error("cannot connect to %s: %s", frontend, text, exc_info=not told)
             return self.put(BackendEvent.CONNECT_FAILED)
         if resume:
             self.connection.kick()
@@ -417,9 +418,8 @@ class Device:
     @property
     def mode(self) -> str:
         """How data is moved: "grant copy", "mapping" (for each request) or "persistent grants"."""
-        if self.connection is None:
-            return "grant copy" if self._settings.copying else "mapping"
-        return self.connection.mode
+        otherwise = "grant copy" if self._settings.copying else "mapping"
+        return otherwise if self.connection is None else self.connection.mode
 
     def _threads_ended(self, failure: Exception | None) -> None:
         """The queues are drained, or a ring is broken: give everything back at once."""

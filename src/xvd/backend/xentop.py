@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from xvd.errors import ConfigError
+from xvd.errors import ConfigError, describe
 from xvd.files import create_own, open_own_directory, own_directory, remove
 from xvd.machine.xs.client import XenstoreClient
 from xvd.machine.xs.xenbus import change_device
@@ -113,7 +113,7 @@ class XentopPages:
         try:
             page = XentopPage(int(domid), int(vdev), directory=self._directory)
         except (OSError, ConfigError) as error:
-            logger.warning("%s: xentop cannot show it: %s", path, error)
+            logger.warning("%s: xentop cannot show it: %s", path, describe(error))
             return
         self._pages[path] = page, counters
         await change_device(self._store, path, state=None, write={PID_NODE: str(os.getpid())})

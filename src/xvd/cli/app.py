@@ -90,11 +90,11 @@ def _complain(error: BaseException) -> None:
 
 def run() -> int:
     """Run a verb and return its exit status; print what went wrong as one line on stderr."""
-    signals.heed(signals.leave)
-    wanted = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    for name in [wanted] if wanted in VERBS else VERBS:
-        _add(name)
     try:
+        signals.heed(signals.leave)
+        wanted = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        for name in [wanted] if wanted in VERBS else VERBS:
+            _add(name)
         return _ended()
     except ConfigError as error:
         _complain(error)
