@@ -14,6 +14,7 @@ from xvd.blkif.messages import AnyRequest
 from xvd.dataplane.clients import Clients, Fence
 from xvd.dataplane.front import FrontQueue
 from xvd.export import nbd_protocol as nbd
+from xvd.export.memory import ExportMemory
 from xvd.export.transmission import Transmission
 
 READ, WRITE, DISC, FLUSH, TRIM = range(5)
@@ -85,7 +86,7 @@ def new_client(
     ours.setblocking(False)
     transmission = Transmission(
         theirs.detach(), structured=structured, requests_max=16, bytes_max=bytes_max,
-        payload_max=1 << 20, received=received,
+        payload_max=1 << 20, memory=ExportMemory(1 << 30), received=received,
     )  # fmt: skip
     return Client(ours, transmission)
 

@@ -69,6 +69,12 @@ static inline void xvd_store64(void *p, uint64_t v)
 	__atomic_store_n((uint64_t *)p, v, __ATOMIC_RELEASE);
 }
 
+/* Count something that several threads count; the sum before. Modulo 2^64: to add -n takes n. */
+static inline uint64_t xvd_add64(void *p, uint64_t v)
+{
+	return __atomic_fetch_add((uint64_t *)p, v, __ATOMIC_SEQ_CST);
+}
+
 static inline void xvd_pause(void)
 {
 #if defined(__x86_64__) || defined(__i386__)

@@ -16,6 +16,7 @@ cdef extern from "atomics.h" nogil:
     bint xvd_cas64(void *p, uint64_t old, uint64_t v)
     uint64_t xvd_load64(const void *p)
     void xvd_store64(void *p, uint64_t v)
+    uint64_t xvd_add64(void *p, uint64_t v)
     void xvd_pause()
     void xvd_copy_slot(void *private_copy, const void *shared, uint32_t size)
     uint16_t xvd_get16(const void *p)

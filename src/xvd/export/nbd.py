@@ -6,6 +6,7 @@ reads, and the flush of one makes it durable for all (NBD's CAN_MULTI_CONN).
 """
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Final, Self
 from urllib.parse import quote
 
 from xvd.errors import ConfigError, describe
+from xvd.export.memory import ExportMemory
 from xvd.export.nbd_connection import NbdConnection
 from xvd.export.nbd_negotiation import Export
 from xvd.export.nbd_protocol import STRING_MAX, TransmissionFlag
@@ -31,7 +33,10 @@ CONNECTIONS_MAX: Final = 64
 CLOSE_TIMEOUT_S: Final = 5.0
 PATIENCE_S: Final = 10.0
 """For a client to choose an export, and to read the last replies after it has disconnected: one
-that does neither keeps its place no longer."""
+that does neither keeps its place no longer. And for one to send or read a byte while others wait
+for memory that it holds."""
+MEMORY_MAX: Final = 256 << 20
+"""Bytes of buffers of all clients together: four of them may have all that one may."""
 _PREFERRED_MAX = 4096
 _RETRY_S: Final = 1.0
 """Until another client is accepted when there was no descriptor for the last one."""
@@ -55,6 +60,7 @@ class NbdServer:
         tells_holes: bool = False,
         connections_max: int = CONNECTIONS_MAX,
         patience_s: float = PATIENCE_S,
+        memory_max: int = MEMORY_MAX,
     ) -> None:
         for text in (name, description):
             if len(text.encode()) > STRING_MAX or "\0" in text:
@@ -66,7 +72,10 @@ class NbdServer:
         self.description = description
         self.count: Counter[str] = Counter()
         self.patience_s = patience_s
+        self.memory = ExportMemory(memory_max)
         self._connections_max = connections_max
+        self._relief: asyncio.TimerHandle | None = None
+        asyncio.get_running_loop().add_reader(self.memory.bell, self._memory_is_short)
         self._connections: set[NbdConnection] = set()
         self._listeners: list[socket.socket] = []
         self._claimed: list[UnixListener] = []
@@ -182,10 +191,43 @@ class NbdServer:
         self.count["connections"] += 1
         self._connections.add(connection)
         self._nobody.clear()
-        if self._closed or len(self._connections) > self._connections_max:
+        taken = sum(not other.ending for other in self._connections)
+        if self._closed or (taken > self._connections_max and not self._make_place()):
             self.count["turned_away"] += 1
             return False
         return True
+
+    def _make_place(self) -> bool:
+        """Let the client go that has been idle for longest; False if none is."""
+        idle = {c: seconds for c in self._connections if (seconds := c.idle_s) is not None}
+        if not idle:
+            return False
+        self.count["idle_cut"] += 1
+        max(idle, key=idle.__getitem__).abort()
+        return True
+
+    # ---- Memory ----
+
+    def _memory_is_short(self) -> None:
+        """Somebody has begun to wait for memory, or there may be some for who waits."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.memory.bell)
+        for connection in self._connections:
+            connection.wake()
+        if self._relief is None:
+            loop = asyncio.get_running_loop()
+            self._relief = loop.call_later(self.patience_s, self._relieve)
+
+    def _relieve(self) -> None:
+        """Cut off who holds memory and does nothing with it, while somebody waits for some."""
+        self._relief = None
+        if not self.memory.starved:
+            return
+        for connection in list(self._connections):
+            if connection.holds_for_nothing(self.patience_s):
+                self.count["idle_cut"] += 1
+                connection.abort()
+        self._memory_is_short()
 
     def left(self, connection: NbdConnection) -> None:
         """Forget a client."""
@@ -197,11 +239,12 @@ class NbdServer:
         """Figures by name.
 
         Now: connected, in_flight (requests), held_bytes (their data and replies not yet read).
-        Since the server was made: connections, turned_away, handshakes, malformed, requests,
-        rejected (asked for the impossible), failed (by the disk), bytes_read, bytes_written.
+        Since the server was made: connections, turned_away, idle_cut (for another's sake),
+        handshakes, malformed, requests, rejected (asked for the impossible), failed (by the disk),
+        bytes_read, bytes_written.
         """
         names = (
-            *("connections", "turned_away", "handshakes", "malformed"),
+            *("connections", "turned_away", "idle_cut", "handshakes", "malformed"),
             *("requests", "rejected", "failed", "bytes_read", "bytes_written"),
         )
         now = {
@@ -222,6 +265,10 @@ class NbdServer:
         What takes longer than `timeout_s` seconds is cut off and cancelled.
         """
         self._closed = True
+        if self.memory.bell >= 0:
+            asyncio.get_running_loop().remove_reader(self.memory.bell)
+        if self._relief is not None:
+            self._relief.cancel()
         for claimed in self._claimed:
             claimed.remove()
         self._claimed.clear()
@@ -238,6 +285,7 @@ class NbdServer:
             for connection in list(self._connections):
                 connection.cancel()
             await self._nobody.wait()
+        self.memory.close()
 
 
 def _in_uri(host: str) -> str:

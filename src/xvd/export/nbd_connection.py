@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 from xvd.export import nbd_protocol as nbd
+from xvd.export.memory import ExportMemory
 from xvd.export.nbd_negotiation import OPTION_LENGTH_MAX, Export, Negotiation, Outcome
 from xvd.export.nbd_protocol import Malformed
 from xvd.export.nbd_requests import ExportedDisk, Requests, Storage
@@ -41,6 +42,7 @@ class Owner(Protocol):
 
     disk: ExportedDisk
     storage: Storage | None
+    memory: ExportMemory
     count: Counter[str]
     patience_s: float
 
@@ -89,6 +91,33 @@ class NbdConnection:
     def held_bytes(self) -> int:
         """Data of requests in progress, and replies that the client has not read."""
         return len(self._unsent) if self._transmission is None else self._transmission.held
+
+    @property
+    def idle_s(self) -> float | None:
+        """Seconds for which a client that has chosen an export has asked for nothing; None while
+        something of it is in progress, or before that, or when it is on its way out."""
+        if self._ending or self._transmission is None or self.in_flight or self.held_bytes:
+            return None
+        return self._transmission.idle_s
+
+    @property
+    def ending(self) -> bool:
+        """Whether its place is free for another."""
+        return self._ending
+
+    def holds_for_nothing(self, seconds: float) -> bool:
+        """Whether it has kept memory for so long without sending or reading a byte."""
+        transmission = self._transmission
+        return (
+            transmission is not None
+            and transmission.awaits_client
+            and transmission.idle_s >= seconds
+        )
+
+    def wake(self) -> None:
+        """Let it be stepped: there may be memory for it, or it has some to give back."""
+        if self._transmission is not None:
+            self._owner.disk.wake(self._transmission)
 
     def counters(self) -> dict[str, int]:
         """What the transmission has counted."""
@@ -217,6 +246,7 @@ class NbdConnection:
             requests_max=REQUESTS_MAX,
             bytes_max=BYTES_MAX,
             payload_max=nbd.PAYLOAD_MAX,
+            memory=self._owner.memory,
             received=bytes(self._received),
         )
         self._received.clear()

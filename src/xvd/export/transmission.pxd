@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stddef cimport size_t
 
 from xvd.dataplane.ports cimport client_ports, front_io
+from xvd.export.memory cimport ExportMemory, export_memory
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
@@ -75,6 +76,8 @@ cdef struct transmission:
     uint32_t structured
     uint32_t requests_max, payload_max
     uint64_t bytes_max
+    export_memory *memory        # that all clients of the export share
+    uint64_t active_ns           # when bytes came or went for the last time
     slot *slots
     slot *free                   # last in, first out: the hot buffers stay hot
     uint32_t in_use
@@ -123,6 +126,7 @@ cdef inline slot *take(slot_list *slots) noexcept nogil:
 
 cdef class Transmission:
     cdef transmission t
+    cdef ExportMemory memory
 
     cdef described(self, slot *s)
     cdef put_reply(self, slot *s, tuple parts)

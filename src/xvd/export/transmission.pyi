@@ -2,6 +2,8 @@ from typing import Final
 
 from typing_extensions import Buffer, disjoint_base
 
+from xvd.export.memory import ExportMemory
+
 _Request = tuple[int, int, int, int, int, int, int, bytes | None]
 
 @disjoint_base
@@ -19,6 +21,7 @@ class Transmission:
         requests_max: int,
         bytes_max: int,
         payload_max: int,
+        memory: ExportMemory,
         received: Buffer = b"",
     ) -> Transmission: ...
     @property
@@ -34,4 +37,8 @@ class Transmission:
     def in_progress(self) -> int: ...
     @property
     def held(self) -> int: ...
+    @property
+    def idle_s(self) -> float: ...
+    @property
+    def awaits_client(self) -> bool: ...
     def counters(self) -> dict[str, int]: ...

@@ -17,13 +17,14 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
-from xvd.dataplane.c cimport xvd_exchange32, xvd_load_acquire, xvd_store_release
+from xvd.dataplane.c cimport monotonic_ns, xvd_exchange32, xvd_load_acquire, xvd_store_release
 from xvd.dataplane.ports cimport (CLIENT_READS, CLIENT_WRITES, STEP_DRAINED, STEP_WORKED,
                                   client_host, wrap)
 from xvd.export.transmission_ask cimport end_input, take_answers, tell
 from xvd.export.transmission_in cimport receive, relaunch
 from xvd.export.transmission_out cimport finish, send
-from xvd.export.transmission_slots cimport drop_buffer, ensure_buffer, rounded, unplace
+from xvd.export.transmission_slots cimport (drop_buffer, drop_idle, ensure_buffer, rounded,
+                                            unplace)
 
 import os
 
@@ -40,6 +41,10 @@ cdef uint32_t step(void *ctx, const client_host *host) noexcept nogil:
         moved |= send(t)
     if not t.over and not t.ports.waiting & CLIENT_READS:
         moved |= receive(t, host)
+    if moved:
+        t.active_ns = monotonic_ns()
+    elif t.idle and xvd_load_acquire(&t.memory.starved):
+        drop_idle(t)
     if t.over and t.in_use == 0:
         end_input(t, NEWS_GONE)  # which ends the polls that still run
         return STEP_DRAINED
@@ -111,8 +116,8 @@ cdef class Transmission:
 
     fd: its socket, which is ours from now on, also if this raises. structured: it has negotiated
     structured replies. requests_max, bytes_max: what it may have in progress, and how many bytes of
-    data. payload_max: bytes of its longest read or write. received: what came after its
-    negotiation.
+    data. payload_max: bytes of its longest read or write. memory: what it shares with the export's
+    other clients. received: what came after its negotiation.
 
     The methods are for one thread, another than the one that steps it.
     """
@@ -124,11 +129,15 @@ cdef class Transmission:
     LEFT = NEWS_LEFT
 
     def __cinit__(self, int fd, *, bint structured, uint32_t requests_max, uint64_t bytes_max,
-                  uint32_t payload_max, const uint8_t[::1] received=b""):
+                  uint32_t payload_max, ExportMemory memory not None,
+                  const uint8_t[::1] received=b""):
         cdef uint32_t i
         self.t.fd = fd
         self.t.bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         pthread_mutex_init(&self.t.mutex, NULL)
+        self.memory = memory
+        self.t.memory = &memory.m
+        self.t.active_ns = monotonic_ns()
         self.t.structured = structured
         self.t.requests_max = requests_max
         self.t.bytes_max = bytes_max
@@ -159,7 +168,7 @@ cdef class Transmission:
         close_descriptors(&self.t)
         if self.t.slots != NULL:
             for i in range(self.t.requests_max):
-                drop_buffer(&self.t.slots[i])
+                drop_buffer(&self.t, &self.t.slots[i])
         pthread_mutex_destroy(&self.t.mutex)
         free(self.t.slots)
         free(self.t.input)
@@ -234,7 +243,7 @@ cdef class Transmission:
         cdef size_t head = len(parts[0])
         if head > HEAD_MAX:
             head = 0
-        if size - head > s.capacity and not ensure_buffer(s, rounded(size - head)):
+        if size - head > s.capacity and not ensure_buffer(&self.t, s, rounded(size - head)):
             raise MemoryError("no memory for a reply")
         for number, one in enumerate(parts):
             part = one
@@ -263,6 +272,16 @@ cdef class Transmission:
     def held(self):
         """Bytes of their data, and of replies that the client has not read."""
         return self.t.held
+
+    @property
+    def idle_s(self):
+        """Seconds since bytes came from the client, or went to it."""
+        return (monotonic_ns() - self.t.active_ns) / 1e9
+
+    @property
+    def awaits_client(self):
+        """Whether data is held for nothing but what the client has to send or to read."""
+        return self.t.held > 0 and self.t.in_progress == (self.t.filling != NULL)
 
     def counters(self):
         """requests, and bytes_read and bytes_written of those that a queue carried out."""

@@ -18,6 +18,8 @@ from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT
                          munmap)
 from posix.uio cimport iovec
 
+from xvd.dataplane.c cimport xvd_load_acquire
+from xvd.export.memory cimport give_memory, has_memory, take_memory
 from xvd.export.transmission cimport (SLOT_FREE, SLOT_READY, put, slot, transmission)
 
 
@@ -34,8 +36,9 @@ cdef inline size_t rounded(size_t size) noexcept nogil:
     return (size + unit - 1) // unit * unit
 
 
-cdef inline void drop_buffer(slot *s) noexcept nogil:
+cdef inline void drop_buffer(transmission *t, slot *s) noexcept nogil:
     if s.buffer != NULL:
+        give_memory(t.memory, s.capacity)
         if s.capacity >= PAGES_FROM:
             munmap(s.buffer, s.capacity)
         else:
@@ -44,10 +47,10 @@ cdef inline void drop_buffer(slot *s) noexcept nogil:
     s.capacity = 0
 
 
-cdef inline bint ensure_buffer(slot *s, size_t capacity) noexcept nogil:
+cdef inline bint ensure_buffer(transmission *t, slot *s, size_t capacity) noexcept nogil:
     """A buffer of exactly this capacity in the place of the slot's; False without memory."""
     cdef void *memory
-    drop_buffer(s)
+    drop_buffer(t, s)
     if capacity >= PAGES_FROM:
         memory = mmap(NULL, capacity, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if memory == MAP_FAILED:
@@ -58,6 +61,7 @@ cdef inline bint ensure_buffer(slot *s, size_t capacity) noexcept nogil:
             return False
     s.buffer = <uint8_t *>memory
     s.capacity = capacity
+    take_memory(t.memory, capacity)
     return True
 
 
@@ -99,9 +103,20 @@ cdef inline void unplace(slot *s, size_t wanted) noexcept nogil:
 
 # ---- Slots -----------------------------------------------------------------------------------
 
-cdef inline bint has_room(const transmission *t, size_t size) noexcept nogil:
+cdef inline bint has_room(transmission *t, size_t size) noexcept nogil:
     """Whether the client may have another request, with so many bytes of data."""
-    return t.free != NULL and t.held + rounded(size) <= t.bytes_max
+    if t.free == NULL or t.held + rounded(size) > t.bytes_max:
+        return False
+    return t.free.capacity >= rounded(size) or has_memory(t.memory, rounded(size))
+
+
+cdef inline void drop_idle(transmission *t) noexcept nogil:
+    """Give back the buffers that no request uses: somebody waits for memory."""
+    cdef slot *s = t.free
+    while s != NULL:
+        drop_buffer(t, s)
+        s = s.next
+    t.idle = 0
 
 
 cdef inline slot *take_slot(transmission *t, size_t size) noexcept nogil:
@@ -116,7 +131,7 @@ cdef inline slot *take_slot(transmission *t, size_t size) noexcept nogil:
     if size == 0:
         return s
     if s.capacity < needed or t.held + s.capacity > t.bytes_max:
-        if not ensure_buffer(s, needed):
+        if not ensure_buffer(t, s, needed):
             free_slot(t, s)
             return NULL
     s.charge = s.capacity
@@ -130,8 +145,8 @@ cdef inline void free_slot(transmission *t, slot *s) noexcept nogil:
     t.in_use -= 1
     t.held -= s.charge
     s.charge = 0
-    if t.idle + s.capacity > IDLE_MAX:
-        drop_buffer(s)
+    if t.idle + s.capacity > IDLE_MAX or xvd_load_acquire(&t.memory.starved):
+        drop_buffer(t, s)
     t.idle += s.capacity
     s.state = SLOT_FREE
     s.next = t.free
