@@ -2,6 +2,7 @@
 """``xvd backend``: the daemon that serves every disk assigned to its domain."""
 
 import contextlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,6 +19,7 @@ from xvd.cli.control import ControlServer
 from xvd.cli.report import disk_figures
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, PeerClosed
+from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
 from xvd.types import Domid
 
@@ -87,6 +89,7 @@ async def _backend(
 ) -> int:
     stop = common.Stop()
     machine, directory = await common.open_machine(host, domid)
+    os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
     name = f"backend-{machine.domid}"
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)

@@ -26,7 +26,7 @@ def host(
     """
     common.start_logging(verbose)
     try:
-        os.close(own_directory(directory, mode=0o770))
+        os.close(own_directory(directory.resolve(), mode=0o770))
     except OSError as error:
         raise ConfigError(f"{directory}: {error.strerror}; choose another directory") from None
     for name in (XENSTORE_SOCKET, MACHINE_SOCKET):
