@@ -25,8 +25,10 @@ EVERY = PYTHON + CYTHON + OTHERS
 FOR_ALL = ("errors", "files", "loglimit", "packages", "sockets", "types")
 ENDS = ("blkif", "dataplane", "machine.interface", "machine.xs", "engines.interface")
 ARROWS: dict[str, tuple[str, ...]] = {
+    "__init__": ("embed", "frontend"),  # the names that `import xvd` gives
+    "embed": ("backend", "frontend", "engines", "machine", "toolstack", "blkif"),
     "cli": (
-        *("backend", "frontend", "export", "sim", "bench"),
+        *("embed", "backend", "frontend", "export", "sim", "bench"),
         *("engines", "machine", "blkif", "toolstack"),
     ),
     "bench": ("backend", "frontend", "engines", "machine", "toolstack", "blkif", "dataplane"),
@@ -44,7 +46,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "dataplane": (),
     "blkif": (),
 }
-"""Package: what it may import of xvd besides itself and `FOR_ALL` (docs: who may import whom)."""
+"""Package, or file of the top level: what it may import of xvd besides itself and `FOR_ALL`."""
 
 FILE_LINES_MAX, FUNCTION_LINES_MAX = 600, 60
 
@@ -54,8 +56,8 @@ def name_of(path: Path) -> str:
 
 
 def package_of(path: Path) -> str:
-    """The longest name in `ARROWS` that the file lies in; empty for the top level."""
-    parts = path.relative_to(PACKAGE).parts[:-1]
+    """The longest name in `ARROWS` that the file is or lies in; empty for what all may import."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
     for length in range(len(parts), 0, -1):
         if ".".join(parts[:length]) in ARROWS:
             return ".".join(parts[:length])

@@ -138,12 +138,22 @@ async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine,
 
 def budget_of(machine: Machine) -> Budget:
     """What this host has for the disks of a daemon on such a machine."""
-    real = isinstance(machine, xen.XenMachine)
+    if not isinstance(machine, xen.XenMachine):
+        return emulated_budget()
+    return _budget(XEN_MAPTRACK)
+
+
+def emulated_budget() -> Budget:
+    """As `budget_of`, of an emulated machine."""
+    return _budget(Limits().tracks)
+
+
+def _budget(tracks: int) -> Budget:
     _, most = descriptor_limits()
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return Budget(limits_of_host(XEN_MAPTRACK if real else Limits().tracks))
+    return Budget(limits_of_host(tracks))
 
 
 def tell_service_manager(state: str) -> None:

@@ -11,9 +11,8 @@ from typing import Annotated
 
 import typer
 
-from xvd.backend.server import Server
+from xvd import embed
 from xvd.backend.settings import RANGES, Settings, parse_settings
-from xvd.blkif.nodes import BackendAssignment
 from xvd.cli import common, output
 from xvd.cli.control import ControlServer
 from xvd.cli.report import account, disk_figures
@@ -21,16 +20,10 @@ from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.errors import ConfigError
 from xvd.export.nbd import NbdServer
-from xvd.frontend.disk import Disk
 from xvd.frontend.settings import RANGES as FRONT_RANGES
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.frontend.settings import parse_settings as parse_front_settings
-from xvd.machine.emulated.service import EmulatedHost
-from xvd.toolstack.vbd import attach, create_guest, detach
 from xvd.toolstack.xldisk import XlDisk, in_format
-from xvd.types import Domid
-
-GUEST = Domid(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +91,7 @@ def serve(
     back, front = split_ends(setting)
     settings = Settings(copying=copy).changed(parse_settings(back))
     front_settings = parse_front_settings(front)
-    engine = open_engine(image, read_only=read_only, layers=layer, user=f"{GUEST}/{vdev}")
+    engine = open_engine(image, read_only=read_only, layers=layer, user=f"{embed.GUEST}/{vdev}")
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
         directory = stack.enter_context(common.private_directory())
@@ -132,45 +125,27 @@ def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 
 async def _serve(job: _Job) -> int:
     stop = common.Stop()
-
-    async def storage(assignment: BackendAssignment) -> Engine:
-        return job.engine
-
-    async with EmulatedHost() as host, contextlib.AsyncExitStack() as stack:
-        back = host.machine(Domid(0))
-        store = await back.xenstore()
-        stack.push_async_callback(store.close)
-        host.create_domain(GUEST)
-        await create_guest(store, GUEST, "guest")
-        backend = Server(
-            back, store, storage, settings=job.settings,
-            budget=common.budget_of(back),
-        )  # fmt: skip
-        await backend.start()
-        stack.push_async_callback(backend.close)
-        vbd = await attach(store, GUEST, job.disk)
-        front = host.machine(GUEST)
-        guest_store = await front.xenstore()
-        stack.push_async_callback(guest_store.close)
-        path = f"device/vbd/{vbd.vdev}"
-        async with await Disk.open(front, guest_store, path, settings=job.front) as opened:
-            holes = job.engine.info.tells_holes
-            export = NbdServer(opened, storage=job.engine, tells_holes=holes)
-            stack.push_async_callback(export.close)
-            await export.listen_unix(job.socket)
-            if job.tcp is not None:
-                await export.listen_tcp(*job.tcp)
-            device = backend.devices[f"backend/vbd/{GUEST}/{vbd.vdev}"]
-            control = ControlServer({"stats": lambda: [disk_figures(device, opened)]})
-            await control.listen(job.directory / "control" / "serve")
-            stack.push_async_callback(control.close)
-            begun = time.monotonic()
-            status = await _use(job, stop, export)
-            await export.close()
-            if job.report:
-                sys.stderr.write(account(disk_figures(device, opened), time.monotonic() - begun))
-        with contextlib.suppress(OSError):
-            await detach(store, vbd)
+    async with (
+        embed.served(
+            job.engine, job.disk, settings=job.settings, front=job.front,
+            budget=common.emulated_budget(),
+        ) as (opened, device),
+        contextlib.AsyncExitStack() as stack,
+    ):  # fmt: skip
+        holes = job.engine.info.tells_holes
+        export = NbdServer(opened, storage=job.engine, tells_holes=holes)
+        stack.push_async_callback(export.close)
+        await export.listen_unix(job.socket)
+        if job.tcp is not None:
+            await export.listen_tcp(*job.tcp)
+        control = ControlServer({"stats": lambda: [disk_figures(device, opened)]})
+        await control.listen(job.directory / "control" / "serve")
+        stack.push_async_callback(control.close)
+        begun = time.monotonic()
+        status = await _use(job, stop, export)
+        await export.close()
+        if job.report:
+            sys.stderr.write(account(disk_figures(device, opened), time.monotonic() - begun))
     return status
 
 

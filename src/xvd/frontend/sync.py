@@ -15,9 +15,18 @@ T = TypeVar("T")
 
 
 class SyncDisk:
-    """Runs an event loop in a thread of its own; `connect` makes the `Disk` in it."""
+    """Runs an event loop in a thread of its own; `connect` makes the `Disk` in it.
 
-    def __init__(self, connect: Callable[[], Awaitable[Disk]]) -> None:
+    release: what `close` does in that thread after the disk is closed, as to end the disk's host.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[Disk]],
+        *,
+        release: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        self._release = release
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="xvd-disk", daemon=True)
         self._thread.start()
@@ -83,8 +92,17 @@ class SyncDisk:
         self._wait(self._disk.discard(offset, length, secure=secure))
 
     def close(self) -> None:
-        """As `Disk.close`, and end the thread."""
+        """As `Disk.close`, and end the thread. Idempotent."""
         if self._loop.is_closed():
             return
-        self._wait(self._disk.close())
-        self._stop()
+        try:
+            self._wait(self._leave())
+        finally:
+            self._stop()
+
+    async def _leave(self) -> None:
+        try:
+            await self._disk.close()
+        finally:
+            if self._release is not None:
+                await self._release()

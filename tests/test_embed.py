@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image as a disk in one call, with an event loop and without; and what `import xvd` gives."""
+
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import xvd
+from xvd.engines.uri import open_engine
+from xvd.errors import ConfigError, EngineError
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    return path
+
+
+def held() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+@pytest.fixture
+def nothing_kept() -> Iterator[None]:
+    """Descriptors and threads are as many afterwards as before."""
+    with xvd.open_image("memory:1M"):  # what a process takes once for all
+        pass
+    before = held()
+    yield
+    assert held() == before
+
+
+def is_free(image: Path) -> bool:
+    """Whether another one may write to the image: no lock is left on it."""
+    open_engine(str(image)).close()
+    return True
+
+
+async def write(storage: str | Path, data: bytes) -> None:
+    async with xvd.emulated(storage) as disk:
+        await disk.write(5, data)
+        await disk.flush()
+
+
+@pytest.mark.usefixtures("nothing_kept")
+class TestAnImage:
+    def test_is_written_with_an_event_loop(self, image: Path) -> None:
+        asyncio.run(write(image, b"hello"))
+
+        assert image.read_bytes()[:12] == bytes(5) + b"hello" + bytes(2)
+        assert is_free(image)
+
+    def test_is_written_without_one(self, image: Path) -> None:
+        with xvd.open_image(str(image)) as disk:
+            assert isinstance(disk, xvd.SyncDisk)
+            assert isinstance(disk.disk, xvd.Disk)
+            disk.write(5, b"hello")
+            disk.flush()
+
+        assert image.read_bytes()[:12] == bytes(5) + b"hello" + bytes(2)
+        assert is_free(image)
+
+    def test_is_given_back_by_an_exception(self, image: Path) -> None:
+        with pytest.raises(KeyError), xvd.open_image(image):
+            raise KeyError
+
+        assert is_free(image)
+
+    def test_closes_twice(self, image: Path) -> None:
+        disk = xvd.open_image(image)
+        disk.close()
+        disk.close()
+
+        assert is_free(image)
+
+    def test_may_be_read_only(self, image: Path) -> None:
+        with xvd.open_image(image, read_only=True) as disk:
+            assert disk.disk.read_only
+            with pytest.raises(OSError, match="read-only") as refused:
+                disk.write(0, b"x")
+
+        assert refused.value.errno == errno.EROFS
+
+    def test_may_have_layers(self, image: Path, expect_log: Callable[[str], None]) -> None:
+        expect_log("1/xvda: storage fails")
+        with xvd.open_image(image, layers=["error:one_in=1,on=write"]) as disk:
+            with pytest.raises(OSError, match="Input/output error") as failed:
+                disk.write(0, bytes(512))
+
+        assert failed.value.errno == errno.EIO
+        assert is_free(image)
+
+    def test_is_a_file_if_it_is_a_path_whatever_its_name(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        odd = Path("memory:1M")
+        odd.write_bytes(bytes(SIZE * 2))
+
+        with xvd.open_image(odd) as disk:
+            assert disk.size == SIZE * 2
+
+    def test_that_is_missing_is_said_to_be(self, tmp_path: Path) -> None:
+        with pytest.raises(EngineError, match=r"none\.img: no such image"):
+            xvd.open_image(tmp_path / "none.img")
+
+    def test_that_is_in_use_is_said_to_be(self, image: Path) -> None:
+        with xvd.open_image(image), pytest.raises(EngineError, match="in use"):
+            xvd.open_image(image)
+
+    def test_that_makes_no_sense_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="is no size"):
+            xvd.open_image("memory:lots")
+
+
+def test_import_xvd_imports_nothing_but_what_is_asked_for() -> None:
+    program = (
+        "import sys, xvd\n"
+        "print([name for name in sys.modules if name.startswith('xvd.')])\n"
+        "print(xvd.XvdError.__module__, set(xvd.__all__) <= set(dir(xvd)))\n"
+        "print([name for name in sys.modules if name.startswith('xvd.')])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=False, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (
+        0,
+        "[]\nxvd.errors True\n['xvd.errors']\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize("name", xvd.__all__)
+def test_every_name_is_there(name: str) -> None:
+    assert getattr(xvd, name) is not None
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'xvd' has no attribute 'nothing'"):
+        xvd.nothing  # noqa: B018

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""README's snippets do what they say as they stand, from top to bottom; so do the examples."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TIMEOUT_S = 60
+
+INSTALLING = ("make demo", "make test", "make setup", "make wheel")
+"""How the lines begin that build and install: `.ci/run` and `make wheel` try what they do."""
+
+FENCED = r"^```(\w*)\n((?:.*\n)*?)```$"
+INDENTED = r"(^ {4}.*\n(?:\n*^ {4}.*\n)*)"
+BLOCK = re.compile(f"{FENCED}|{INDENTED}", re.MULTILINE)
+
+
+class Snippet(NamedTuple):
+    """A block of code: what it is written in, and its text."""
+
+    language: str
+    text: str
+
+
+def snippets_of(page: str) -> list[Snippet]:
+    """The blocks of a page: fenced ones say their language, and indented ones are for the shell."""
+    found = []
+    for language, fenced, indented in BLOCK.findall(page):
+        shell = re.sub(r"^ {4}", "", indented, flags=re.MULTILINE)
+        found.append(Snippet(language, fenced) if fenced else Snippet("sh", shell))
+    return found
+
+
+def installs(snippet: Snippet) -> bool:
+    return snippet.text.startswith(INSTALLING)
+
+
+RUN = {"sh": ("bash", "-euc"), "python": (sys.executable, "-Werror", "-c")}
+"""Language: what runs a snippet of it."""
+
+IN_ONE_PROCESS = "Images are identical.\n"
+IN_FOUR = """\
+machine
+ready
+disk      backend mode frontend     backend      daemon target
+1/xvda          0 w    initialising init_wait    alive  HERE/disk.img
+Images are identical.
+"""
+IN_PYTHON = "bytearray(b'any size')\n"
+OUTPUTS = (IN_ONE_PROCESS, IN_FOUR, IN_PYTHON)
+"""What README's snippets print, in their order."""
+
+
+def run(command: Sequence[str], directory: Path) -> tuple[int, str]:
+    """The exit status and all output; what it left running ends as well."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+    seen = directory / ".output"
+    with seen.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=directory, env={**os.environ, "PATH": path}, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            status = process.wait(TIMEOUT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    text = seen.read_text().replace(str(directory.resolve()), "HERE")
+    seen.unlink()
+    return status, text
+
+
+def test_every_block_is_run_or_exempt_by_name() -> None:
+    """No snippet escapes by its form, and no exemption outlives what it was for."""
+    snippets = snippets_of(README)
+    assert {snippet.language for snippet in snippets} <= {"text", *RUN}
+    shown = "".join(snippet.text for snippet in snippets if installs(snippet))
+    lines = shown.strip().splitlines()
+    assert [line for line in lines if not line.startswith(INSTALLING)] == []
+    assert [word for word in INSTALLING if word not in shown] == []
+
+
+def test_what_installs_is_in_the_makefile() -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = set(re.findall(r"\bmake (\w+)", "\n".join(it.text for it in snippets_of(README))))
+    assert named
+    assert named <= set(targets)
+
+
+def test_the_blocks_of_a_page_are_found() -> None:
+    page = "words\n\n    a\n\n    b\n\nwords\n\n```python\nc\n```\n\n- item\n"
+    assert snippets_of(page) == [Snippet("sh", "a\n\nb\n"), Snippet("python", "c\n")]
+
+
+@pytest.mark.slow
+def test_snippets_run_as_they_stand(tmp_path: Path, requires_tool: Callable[[str], str]) -> None:
+    requires_tool("qemu-img")
+    snippets = [it for it in snippets_of(README) if it.language in RUN and not installs(it)]
+
+    outcomes = [run((*RUN[it.language], it.text), tmp_path) for it in snippets]
+
+    # Two daemons share the terminal, each at its own pace: lines count, not their order.
+    assert [(status, sorted(text.splitlines())) for status, text in outcomes] == [
+        (0, sorted(text.splitlines())) for text in OUTPUTS
+    ]
+
+
+EXAMPLES = {
+    "image.py": """\
+a disk of 16 MiB in blocks of 512 bytes
+through the ring: b'any size, any alignment'
+a write is refused: the disk is read-only
+in the file: 8 times, first at 12345
+"""
+}
+"""Example: what it prints."""
+
+
+def test_every_example_in_python_is_run() -> None:
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXAMPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name: str, tmp_path: Path) -> None:
+    command = (sys.executable, "-Werror", str(ROOT / "examples" / name))
+
+    outcome = run(command, tmp_path)
+
+    assert outcome == (0, EXAMPLES[name])
+    assert list(tmp_path.iterdir()) == []
