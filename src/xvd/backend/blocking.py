@@ -40,8 +40,13 @@ async def in_own_thread(call: Callable[..., _T], *arguments: object) -> _T:
         except RuntimeError:
             return  # the loop has ended: nobody waits
 
-    threading.Thread(target=work, name="xvd-storage", daemon=True).start()
-    return await outcome
+    thread = threading.Thread(target=work, name="xvd-storage", daemon=True)
+    thread.start()
+    try:
+        return await outcome
+    finally:
+        if not outcome.cancelled():
+            thread.join()  # it has told us, and has nothing more to do
 
 
 class InTurn:
