@@ -11,6 +11,7 @@ from rig_disk import World, disk_world, run, until
 from xvd.backend import device as device_module
 from xvd.backend import sizes as sizes_module
 from xvd.backend.blocking import in_own_thread
+from xvd.backend.device import StorageOpener
 from xvd.backend.sizes import SizeLook
 from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine
@@ -37,38 +38,57 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     one.lives.set()
 
 
-async def add(world: World, vdev: str, target: str) -> None:
-    await world.guest()
-    await attach(world.store, Domid(1), parse_xl_disk(f"vdev={vdev},target={target}"), timeout_s=5)
-
-
-def test_disks_are_attached_beside_any_number_that_hang(
-    server: Server, expect_log: Callable[[str], None]
-) -> None:
-    expect_log("its storage does not answer")
-    hanging = 20
+def opener_of(server: Server) -> StorageOpener:
+    """Opens storage in memory, and whatever lies below /dead when the server answers."""
 
     def open_somehow(assignment: BackendAssignment) -> Engine:
-        if assignment.image != "1M":
+        if assignment.image.startswith("/dead"):
             server.lives.wait()
         return open_engine("memory:1M")
 
     async def open_storage(assignment: BackendAssignment) -> Engine:
         return await in_own_thread(open_somehow, assignment)
 
+    return open_storage
+
+
+async def add(world: World, vdev: str, target: str, timeout_s: float = 25) -> None:
+    disk = parse_xl_disk(f"vdev={vdev},target={target}")
+    await attach(world.store, Domid(1), disk, timeout_s=timeout_s)
+
+
+def test_disks_are_attached_beside_any_number_that_hang(server: Server) -> None:
+    hanging = 20
+
     async def work() -> None:
-        async with disk_world(open_storage=open_storage) as world:
+        async with disk_world(open_storage=opener_of(server)) as world:
             await world.guest()
-            waiting = [
-                asyncio.ensure_future(
-                    attach(world.store, Domid(1), parse_xl_disk(text), timeout_s=0.5)
-                )
-                for text in (f"vdev=xvd{chr(98 + i)},target=/dead/{i}" for i in range(hanging))
-            ]
-            await until(lambda: len(world.server.devices) == hanging)
+            names = [f"xvd{chr(98 + number)}" for number in range(hanging)]
+            waiting = [asyncio.ensure_future(add(world, name, f"/dead/{name}")) for name in names]
+            assert world.server is not None
+            served = world.server
+            await until(lambda: len(served.devices) == hanging)
             await add(world, "xvda", "memory:1M")
-            ended = await asyncio.gather(*waiting, return_exceptions=True)
-            assert {type(end) for end in ended} == {PeerClosed}
+            assert not any(task.done() for task in waiting)
+            server.lives.set()
+            await asyncio.gather(*waiting)
+
+    run(work())
+
+
+def test_a_disk_whose_storage_hangs_can_be_taken_away(
+    server: Server, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("its storage does not answer")
+
+    async def work() -> None:
+        async with disk_world(open_storage=opener_of(server)) as world:
+            await world.guest()
+            with pytest.raises(PeerClosed, match="no backend has taken the disk"):
+                await add(world, "xvdb", "/dead/one", timeout_s=0.1)
+            assert world.server is not None
+            served = world.server
+            await until(lambda: not served.devices)
 
     run(work())
 
