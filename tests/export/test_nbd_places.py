@@ -74,6 +74,25 @@ def test_nobody_with_something_in_progress_makes_place(
     served.call(server.close())
 
 
+@pytest.mark.parametrize(("command", "length"), [(WRITE, 4096), (READ, 4 * PIECE)])
+def test_who_stops_within_a_request_or_a_reply_makes_place_in_the_end(
+    served: Served, limited: Limited, path: Path, command: int, length: int
+) -> None:
+    server = limited(connections_max=1, patience_s=0.1)
+    with NbdClient(path) as stalled:
+        stalled.go()
+        stalled.request(command, 0, length)  # no data follows, and no reply is read
+        while not served.call(figures(server))["held_bytes"]:
+            pass
+
+        for _ in range(20_000):
+            with NbdClient(path) as late:
+                if late.socket.recv(1):  # greeted: there was a place
+                    break
+        assert served.call(figures(server))["idle_cut"] == 1
+    served.call(server.close())
+
+
 @pytest.mark.slow
 def test_all_clients_together_hold_no_more_than_the_export_allows(
     served: Served, limited: Limited, path: Path

@@ -198,12 +198,15 @@ class NbdServer:
         return True
 
     def _make_place(self) -> bool:
-        """Let the client go that has been idle for longest; False if none is."""
+        """Let the client go that has been idle for longest, or else one that has kept us waiting in
+        the middle of a request or of a reply; False if there is neither."""
         idle = {c: seconds for c in self._connections if (seconds := c.idle_s) is not None}
-        if not idle:
+        stalled = (c for c in self._connections if c.holds_for_nothing(self.patience_s))
+        found = max(idle, key=idle.__getitem__) if idle else next(stalled, None)
+        if found is None:
             return False
         self.count["idle_cut"] += 1
-        max(idle, key=idle.__getitem__).abort()
+        found.abort()
         return True
 
     # ---- Memory ----
