@@ -21,9 +21,6 @@ _SCHEME = re.compile(r"[a-z][a-z0-9+]*:")
 _POSITIONAL = ("target", "format", "vdev", "access")
 
 
-_SCHEME = re.compile(r"[a-z][a-z0-9+]*:")
-
-
 def in_format(target: str, name: str) -> str:
     """The URI of a target that somebody says has the format `name`: ``raw:/images/a.img``.
 
