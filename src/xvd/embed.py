@@ -19,6 +19,7 @@ from xvd.backend.settings import Settings
 from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
+from xvd.errors import XvdError
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.frontend.sync import SyncDisk
@@ -71,7 +72,7 @@ async def served(
         path = f"device/vbd/{vbd.vdev}"
         async with await Disk.open(machine, guest_store, path, settings=front) as disk:
             yield Served(disk, backend.devices[f"backend/vbd/{GUEST}/{vbd.vdev}"])
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, XvdError):  # the host ends in any case
             await detach(store, vbd)
 
 

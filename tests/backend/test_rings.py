@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from rig_disk import World, disk_world, opener, run, until
-from rig_guest import RawFrontend, backend_error, backend_reaches
+from rig_guest import RawFrontend, backend_error, backend_reaches, connected
 from rig_queue import NOTHING, rq
 
 from xvd.backend import device as device_module
@@ -15,21 +15,9 @@ from xvd.backend.device import Device
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op, Status
 from xvd.blkif.messages import Segment
-from xvd.toolstack.vbd import Vbd
 
 CONNECTED, FAILED = 4, 6
 WIDE = Settings(max_ring_page_order=6, max_queues=8)
-
-
-async def connected(
-    world: World, target: str = "memory:8M", *, queues: int = 1, order: int = 0
-) -> tuple[RawFrontend, Vbd]:
-    vbd = await world.attach(target)
-    machine, store = await world.guest()
-    frontend = RawFrontend(machine, store, vbd, queues=queues, order=order)
-    await frontend.publish()
-    await backend_reaches(world, vbd, CONNECTED)
-    return frontend, vbd
 
 
 def the_device(world: World) -> Device:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from rig_disk import World, disk_world, opener, run, until
-from rig_guest import RawFrontend, backend_error, backend_reaches
+from rig_guest import backend_error, backend_reaches, connected
 from rig_queue import rq
 from served_disk import rigged_disk
 
@@ -112,11 +112,7 @@ def test_a_successor_does_not_serve_another_file_of_the_same_name(
 
     async def work() -> None:
         async with disk_world() as world:
-            vbd = await world.attach(str(image))
-            machine, store = await world.guest()
-            frontend = RawFrontend(machine, store, vbd)
-            await frontend.publish()
-            await backend_reaches(world, vbd, 4)
+            frontend, vbd = await connected(world, str(image))
             assert world.server is not None
             await world.server.close()
             another_of_the_same_name(image)
@@ -135,14 +131,10 @@ def test_a_successor_does_not_serve_another_file_of_the_same_name(
 def test_a_frontend_that_left_meanwhile_may_have_another_file(image: Path) -> None:
     async def work() -> None:
         async with disk_world() as world:
-            vbd = await world.attach(str(image))
-            machine, store = await world.guest()
-            frontend = RawFrontend(machine, store, vbd)
-            await frontend.publish()
-            await backend_reaches(world, vbd, 4)
+            frontend, vbd = await connected(world, str(image))
             assert world.server is not None
             await world.server.close()
-            await store.write(f"{vbd.frontend}/state", "1")
+            await frontend.write({"state": "1"})
             another_of_the_same_name(image)
             await world.serve(opener())
             await backend_reaches(world, vbd, 2)
@@ -159,11 +151,7 @@ def test_a_ring_that_took_anothers_place_gets_none_of_its_requests(
 
     async def work() -> None:
         async with disk_world() as world:
-            vbd = await world.attach(str(image))
-            machine, store = await world.guest()
-            frontend = RawFrontend(machine, store, vbd)
-            await frontend.publish()
-            await backend_reaches(world, vbd, 4)
+            frontend, _ = await connected(world, str(image))
             page = frontend.pages
             page.view[:BLOCK] = b"1" * BLOCK
             assert world.server is not None

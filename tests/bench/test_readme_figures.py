@@ -68,7 +68,7 @@ CLAIMS = {
         "{:.1f} and {:.1f}",
         lambda: [min(column(LOAD, 4)), max(column(LOAD, 4))],
     ),
-    "1.1 to 2.8 times if it looks first": (
+    "1.1 to 2.8 times with polling": (
         "{:.1f} to {:.1f}",
         lambda: [min(column(POLLING, 4)), max(column(POLLING, 4))],
     ),

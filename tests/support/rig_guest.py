@@ -124,6 +124,18 @@ class RawFrontend:
         self.pages.close()
 
 
+async def connected(
+    world: World, target: str = "memory:8M", *, queues: int = 1, order: int = 0
+) -> tuple[RawFrontend, Vbd]:
+    """A disk attached to guest 1, and a frontend without manners that is connected to it."""
+    vbd = await world.attach(target)
+    machine, store = await world.guest()
+    frontend = RawFrontend(machine, store, vbd, queues=queues, order=order)
+    await frontend.publish()
+    await backend_reaches(world, vbd, 4)
+    return frontend, vbd
+
+
 class RawBackend:
     """A backend without manners, in domain 0."""
 

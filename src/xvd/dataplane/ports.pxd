@@ -43,7 +43,8 @@ cdef struct grant_copy:
 cdef struct grant_ports:
     void *ctx
     # 0: unmap may return before the pages are gone. Linux's gntdev puts it off while somebody has a
-    # reference to a page, and direct I/O drops its own after it has said that it is done (dbe97cff).
+    # reference to a page, and direct I/O drops its own after it has said that it is done
+    # (dbe97cff).
     uint32_t unmaps_at_once
     # Map n sets of references. One set fails alone and then maps nothing.
     void (*map)(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil
@@ -59,7 +60,8 @@ cdef struct granter_ports:
     uint8_t *base                # `count` contiguous pages of our own memory
     const uint32_t *grefs        # page i is granted as grefs[i]
     uint32_t count
-    uint32_t lasting             # 1: a grant lasts as long as the page; granting and revoking do nothing
+    uint32_t lasting             # 1: a grant lasts as long as the page; granting and revoking do
+                                 # nothing
     void (*grant)(void *ctx, uint32_t page, uint32_t readonly) noexcept nogil
     # 0, or -1 while the peer still has the page mapped: then it may not be reused (XSA-396).
     int (*revoke)(void *ctx, uint32_t page) noexcept nogil
@@ -69,10 +71,11 @@ cdef struct granter_ports:
 
 cdef struct event_ports:
     void *ctx
-    int fd                       # polled by edges: each event ends a wait; -1: somebody else wakes us
+    int fd                       # polled by edges: each event ends a wait; -1: somebody else wakes
+                                 # us
     void (*notify)(void *ctx) noexcept nogil
-    # An event has come: let the next one in, at once or by what is put on the thread's io_uring to be
-    # done with its next wait. 0: there was no room on that. The ring is to be looked at after this.
+    # An event has come: let the next one in, at once or by what is put on the thread's io_uring to
+    # be done with its next wait. 0: there was no room on that. The ring is to be looked at after this.
     int (*acknowledge)(void *ctx, void *io_uring) noexcept nogil
 
 
@@ -162,7 +165,8 @@ cdef struct front_io:
     uint32_t next_page           # the queue's: of the chain, the first that is not on the ring yet
     uint64_t token               # in: the caller's
     front_io *next               # in whichever list it is
-    front_io *follow             # the queue's: which one the request with our last sector goes on with
+    front_io *follow             # the queue's: which one the request with our last sector goes on
+                                 # with
     Py_buffer view
     uint32_t has_view
     # Of a client's operation (clients.pyx), the host's:

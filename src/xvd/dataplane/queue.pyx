@@ -37,7 +37,8 @@ from xvd.dataplane.persistent cimport (
     NOBODY, close_book, idle_too_long, open_book, persistent_grant)
 from xvd.dataplane.ports cimport (
     PAGES_EACH, ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
-    STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
+    STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping,
+    grants_of, wrap)
 from xvd.dataplane.purge cimport purge, purge_all
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
