@@ -42,8 +42,8 @@ from xvd.dataplane.ports cimport (
 from xvd.dataplane.purge cimport purge, purge_all
 from xvd.dataplane.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring cimport (
-    RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending, back_respond,
-    check_ring)
+    RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending,
+    back_respond, check_ring)
 from xvd.dataplane.space cimport (LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space,
                                   take_space)
 from xvd.dataplane.storage cimport collect, start
@@ -384,7 +384,8 @@ cdef class BackendQueue:
             return
         fault = fault_of(q.journal, memory.shape[0], &q.ring)
         if fault[0]:
-            raise PeerProtocolError(f"the journal of its ring is of no use: {(<bytes>fault).decode()}")
+            raise PeerProtocolError(
+                f"the journal of its ring is of no use: {(<bytes>fault).decode()}")
         q.ring.req_cons, q.ring.rsp_prod_pvt = q.journal.req_cons, q.journal.rsp_prod_pvt
         for i in range(q.ring.nr_ents):
             if (q.pendings[i].entry.word & KIND_MASK == ENTRY_TAKEN

@@ -6,9 +6,9 @@ Two open descriptions of the same file: one with O_DIRECT, if the file allows it
 aligned, and one through the page cache for the rest; the kernel keeps the two coherent. A discard
 punches a hole, and so can a write of zeros (`zeroes`).
 
-A flush is fdatasync. Linux tells each open description once that data could not be written back, and
-has forgotten the data then: the next fdatasync succeeds and means nothing. So each channel flushes a
-description of its own, which misses nothing that another was told, and after the first failure no
+A flush is fdatasync. Linux tells each open description once that data could not be written back,
+and has forgotten the data then: the next fdatasync succeeds and means nothing. So each channel
+flushes a description of its own, which misses nothing that another was told, and after the first failure no
 flush of the image is acknowledged any more (`Health`).
 
 A file in memory (tmpfs) is read and written at once: io_uring would hand each operation to a thread
@@ -99,7 +99,7 @@ cdef bint aligned(const file_state *f, const engine_io *io) noexcept nogil:
 
 
 cdef bint is_zero(const uint8_t *data, size_t size) noexcept nogil:
-    """Whether there is nothing but zeros; the bytes are compared with those LOOKED_AT before them."""
+    """Whether there is nothing but zeros: bytes are compared with those LOOKED_AT before them."""
     cdef size_t i
     for i in range(min(size, <size_t>LOOKED_AT)):
         if data[i]:

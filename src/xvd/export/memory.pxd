@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The buffers of all clients of an export together, whichever threads step them.
 
-A buffer counts from when it is made until it is given back, also while a free request keeps it: so a
-request that finds one costs nothing here. Where there is no room a client waits, and `starved` says
-so: whoever steps then keeps no buffer that is not in use. The bell tells the event loop, which wakes
-who waits when there is room again, and cuts off who holds some and does nothing with it.
+A buffer counts from when it is made until it is given back, also while a free request keeps it: so
+a request that finds one costs nothing here. Where there is no room a client waits, and `starved`
+says so: whoever steps then keeps no buffer that is not in use. The bell tells the event loop, which
+wakes who waits when there is room again, and cuts off who holds some and does nothing with it.
 """
 
 from libc.stddef cimport size_t

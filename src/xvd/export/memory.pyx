@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
-"""What the clients of one export may hold together, as a Python object; memory.pxd has the rules."""
+"""What the clients of one export may hold together, for Python; memory.pxd has the rules."""
 
 from libc.stdint cimport uint64_t
 from posix.unistd cimport close
