@@ -272,7 +272,12 @@ def test_grants_that_the_backend_has_dropped_are_ended_every_ten_seconds(monkeyp
     async def work() -> None:
         async with disk_world(serve=False, limits=LARGE) as world:
             async with model_disk(world, max_queues=2) as (disk, backend):
-                await asyncio.gather(*(disk.write(i * 100_352, bytes(4096)) for i in range(8)))
+                # All are in flight before one is answered: no grant serves two of them.
+                backend.paused = True
+                writes = [asyncio.ensure_future(disk.write(i << 17, bytes(4096))) for i in range(8)]
+                await until(lambda: len(backend.seen) == 8)
+                backend.paused = False
+                await asyncio.gather(*writes)
                 assert disk.counters()["revoked"] == 0
                 for mapping in backend.kept.values():
                     mapping.close()
