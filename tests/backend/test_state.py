@@ -10,7 +10,7 @@ import pytest
 
 from xvd.backend.state import DiskState
 from xvd.blkif.abi import Abi
-from xvd.dataplane.journal import journal_size
+from xvd.dataplane.back.journal import journal_size
 from xvd.errors import BudgetError, ConfigError, EngineError
 
 DISK = "backend/vbd/1/51712"

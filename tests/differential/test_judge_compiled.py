@@ -9,7 +9,7 @@ import pytest
 from xvd.blkif.abi import DISCARD, INDIRECT, REQUEST, SEGMENT, Abi, Op, Status
 from xvd.blkif.messages import IndirectRequest, unpack_request, unpack_segments
 from xvd.blkif.validate import Limits, Refusal, answer, validate
-from xvd.dataplane.request import judge
+from xvd.dataplane.back.request import judge
 
 EXAMPLES = 4000  # for each ABI
 OFFERS = list(itertools.product([False, True], repeat=3))

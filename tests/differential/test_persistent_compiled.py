@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from xvd.dataplane.persistent import PersistentGrants
+from xvd.dataplane.back.persistent import PersistentGrants
 
 CAPACITY = 12
 INTERVAL = 100_000_000

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from xvd.blkif import ring as reference
 from xvd.blkif.abi import Abi, nr_ents
 from xvd.blkif.messages import Response
-from xvd.dataplane import ring as compiled
+from xvd.dataplane.ring import ring as compiled
 from xvd.errors import LocalProtocolError, PeerProtocolError
 from xvd.types import PAGE_SIZE, RequestId
 

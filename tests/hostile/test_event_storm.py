@@ -10,7 +10,7 @@ from rig_front import FrontWorld
 from rig_queue import GUEST, QueueWorld, rq
 
 from xvd.blkif.abi import Op
-from xvd.dataplane.uring import Loop
+from xvd.dataplane.loop.loop import Loop
 from xvd.machine.interface import EventChannel
 
 

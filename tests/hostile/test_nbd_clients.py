@@ -19,7 +19,7 @@ from rig_client import (
     waiting_client,
 )
 
-from xvd.dataplane.clients import Clients, Fence
+from xvd.dataplane.front.clients import Clients, Fence
 from xvd.export import nbd_protocol as nbd
 from xvd.export.transmission import Transmission
 

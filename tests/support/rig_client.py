@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from rig_front import FrontWorld
 
 from xvd.blkif.messages import AnyRequest
-from xvd.dataplane.clients import Clients, Fence
-from xvd.dataplane.front import FrontQueue
+from xvd.dataplane.front.clients import Clients, Fence
+from xvd.dataplane.front.queue import FrontQueue
 from xvd.export import nbd_protocol as nbd
 from xvd.export.memory import ExportMemory
 from xvd.export.transmission import Transmission

@@ -17,8 +17,8 @@ from xvd.blkif.messages import (
     unpack_segments,
 )
 from xvd.blkif.ring import BackRing, Outcome
-from xvd.dataplane.front import FrontQueue
-from xvd.dataplane.ring import FrontRing
+from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.ring.ring import FrontRing
 from xvd.machine.emulated.host import Host, Limits
 from xvd.machine.interface import Mapping
 from xvd.types import Gref, RequestId

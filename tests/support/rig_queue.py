@@ -24,9 +24,9 @@ from xvd.blkif.messages import (
     pack_segments,
 )
 from xvd.blkif.ring import FrontRing, Outcome
-from xvd.dataplane.journal import journal_size
-from xvd.dataplane.queue import BackendQueue
-from xvd.dataplane.uring import Loop
+from xvd.dataplane.back.journal import journal_size
+from xvd.dataplane.back.queue import BackendQueue
+from xvd.dataplane.loop.loop import Loop
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.machine.emulated.host import Host, Limits

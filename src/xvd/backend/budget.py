@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST
-from xvd.dataplane.queue import memory_of
+from xvd.dataplane.back.queue import memory_of
 from xvd.errors import BudgetError
 from xvd.types import PAGE_SIZE
 

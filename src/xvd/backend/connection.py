@@ -18,9 +18,9 @@ from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState
 from xvd.blkif.abi import InfoFlag, nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
-from xvd.dataplane.journal import unanswered
-from xvd.dataplane.queue import BackendQueue
-from xvd.dataplane.thread import BUDGET, QueueThread
+from xvd.dataplane.back.journal import unanswered
+from xvd.dataplane.back.queue import BackendQueue
+from xvd.dataplane.loop.thread import BUDGET, QueueThread
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, PeerProtocolError
 from xvd.machine.interface import Machine

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A queue's journal as a file: memory that outlives the process, on a file system made of memory.
 
-dataplane/journal.pxd says what is in it and why. Here is only how it is had: its space is taken
-before it is used, as a page that cannot be had later would end the whole daemon by SIGBUS.
+dataplane/back/journal.pxd says what is in it and why. Here is only how it is had: its space is
+taken before it is used, as a page that cannot be had later would end the whole daemon by SIGBUS.
 """
 
 import mmap
 import os
 
-from xvd.dataplane.journal import journal_fault, journal_size
+from xvd.dataplane.back.journal import journal_fault, journal_size
 from xvd.errors import BudgetError, ConfigError
 from xvd.files import create_own, open_own
 

@@ -2,10 +2,10 @@
 """Both ends of a ring without threads: whoever made them steps one, then the other."""
 
 from xvd.blkif.abi import Abi, Op, nr_ents
-from xvd.dataplane.front import FrontQueue
-from xvd.dataplane.load import Load
-from xvd.dataplane.queue import BackendQueue
-from xvd.dataplane.ring import FrontRing
+from xvd.dataplane.back.queue import BackendQueue
+from xvd.dataplane.front.load import Load
+from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.ring.ring import FrontRing
 from xvd.engines.uri import open_engine
 from xvd.frontend.load import Job
 from xvd.machine.emulated.host import Host

@@ -15,13 +15,13 @@ from xvd.bench.pair import Pair
 from xvd.bench.peers import NotInstalled, missing
 from xvd.bench.report import Plot, Report, Table
 from xvd.bench.run import Run
-from xvd.dataplane.thread import BUDGET
+from xvd.dataplane.loop.thread import BUDGET
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job
 
 STEPS = {
-    "front": "__pyx_f_3xvd_9dataplane_4load_step",
-    "back": "__pyx_f_3xvd_9dataplane_5queue_step",
+    "front": "__pyx_f_3xvd_9dataplane_5front_4load_step",
+    "back": "__pyx_f_3xvd_9dataplane_4back_5queue_step",
 }
 """The compiled functions that are one round of an end, as the linker knows them."""
 

@@ -160,7 +160,7 @@ cdef struct front_io:
     uint64_t nr_sectors          # in
     uint64_t issued              # the queue's: sectors put on the ring so far
     uint8_t *buffer              # in: untouched until the operation is over; unused while `placed`
-    uint32_t placed              # granted pages that its data lies in; 0: none (front_place.pxd)
+    uint32_t placed              # granted pages that its data lies in; 0: none (front/place.pxd)
     uint32_t first_page          # of those, a chain
     uint32_t next_page           # the queue's: of the chain, the first that is not on the ring yet
     uint64_t token               # in: the caller's
@@ -169,7 +169,7 @@ cdef struct front_io:
                                  # with
     Py_buffer view
     uint32_t has_view
-    # Of a client's operation (clients.pyx), the host's:
+    # Of a client's operation (front/clients.pyx), the host's:
     client_ports *client
     const client_host *host      # of a placed one: whose pages it has
     uint32_t guarded             # a write that unaligned ones on its sectors wait for

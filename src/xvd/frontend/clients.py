@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk's clients: in the threads of its queues while there are any, else in the event loop.
 
-A client is compiled (dataplane/clients.pyx): it takes its requests off a descriptor, and the thread
-of one of the queues steps it. When the disk changes its backend, its clients wait in a room that
-the event loop steps, and go on to the next queues with everything they have under way.
+A client is compiled (dataplane/front/clients.pyx): it takes its requests off a descriptor, and the
+thread of one of the queues steps it. When the disk changes its backend, its clients wait in a room
+that the event loop steps, and go on to the next queues with everything they have under way.
 """
 
 import asyncio
@@ -12,8 +12,8 @@ import os
 from collections.abc import AsyncIterator, Sequence
 
 from xvd.blkif.nodes import BackendFeatures
-from xvd.dataplane.clients import Clients, Fence
-from xvd.dataplane.front import FrontQueue
+from xvd.dataplane.front.clients import Clients, Fence
+from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.types import HasPorts
 from xvd.frontend.connection import Connection
 from xvd.types import RING_SECTOR_SIZE

@@ -12,9 +12,9 @@ from functools import partial
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
-from xvd.dataplane.front import FrontQueue
-from xvd.dataplane.ring import FrontRing
-from xvd.dataplane.thread import Queue, QueueThread
+from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.loop.thread import Queue, QueueThread
+from xvd.dataplane.ring.ring import FrontRing
 from xvd.errors import EventChannelError, GrantError, PeerProtocolError
 from xvd.frontend.settings import Settings
 from xvd.frontend.statistics import Statistics

@@ -264,7 +264,7 @@ class Disk:
     # ---- Clients ----
 
     def attach(self, client: HasPorts) -> None:
-        """Have a compiled client stepped in the thread of a queue (dataplane/clients.pyx).
+        """Have a compiled client stepped in the thread of a queue (dataplane/front/clients.pyx).
 
         What its queue refuses it asks of this object's methods. It survives connections, as any
         operation does.

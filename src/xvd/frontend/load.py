@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from xvd.blkif.nodes import BackendFeatures
-from xvd.dataplane.front import FrontQueue
-from xvd.dataplane.load import Load
+from xvd.dataplane.front.load import Load
+from xvd.dataplane.front.queue import FrontQueue
 from xvd.errors import ConfigError, XvdError
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from xvd.blkif.abi import DiscardFlag, Op
 from xvd.blkif.nodes import BackendFeatures
-from xvd.dataplane.front import FrontQueue
+from xvd.dataplane.front.queue import FrontQueue
 from xvd.frontend.connection import Connection
 from xvd.types import RING_SECTOR_SIZE
 

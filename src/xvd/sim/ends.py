@@ -2,7 +2,7 @@
 """The two ends of a simulated disk: the shipped queues, with a sleep that the scheduler can see.
 
 A queue that has found nothing to do, and has asked for an event, sleeps until its event is
-delivered, something completes, or its watchdog ends. That is what `dataplane/uring` does in a
+delivered, something completes, or its watchdog ends. That is what `dataplane/loop/loop` does in a
 thread of each queue's own; here the scheduler decides when, for each of them.
 """
 
@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, Op, nr_ents
-from xvd.dataplane.front import FrontQueue
-from xvd.dataplane.journal import journal_fault
-from xvd.dataplane.queue import BackendQueue
-from xvd.dataplane.ring import FrontRing
+from xvd.dataplane.back.journal import journal_fault
+from xvd.dataplane.back.queue import BackendQueue
+from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.ring.ring import FrontRing
 from xvd.engines.bridge import BridgeChannel
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.sim.clock import Clock

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from typing import TypeVar
 
 from xvd.blkif.abi import Abi
-from xvd.dataplane.journal import journal_size
+from xvd.dataplane.back.journal import journal_size
 from xvd.machine.emulated.host import Host, Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient

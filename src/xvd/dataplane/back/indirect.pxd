@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Indirect requests: their segments are fetched from granted pages, once, and judged as a copy.
+
+The pages are the frontend's and may change while we look (XSA-155), so their bytes are copied to
+private memory before the first of them is read. The copy is a grant copy even where data is mapped:
+a few kilobytes cost less than mapping a page and shooting it down again. Where mappings are kept
+they are read from those: the pages come from the same pool as the data's, as in blkback.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t
+
+from xvd.dataplane.abi cimport (BLKIF_PAGE_SIZE, BLKIF_SEGMENTS_PER_INDIRECT_PAGE,
+                                REFUSAL_BAD_GRANT, REFUSAL_NONE)
+from xvd.dataplane.back.answer cimport refuse
+from xvd.dataplane.c cimport xvd_copy_slot
+from xvd.dataplane.back.gather cimport hold_grant, map_fresh, next_copy, run_copies
+from xvd.dataplane.back.pending cimport backend_queue, pending
+from xvd.dataplane.back.persistent cimport NOBODY, let_go
+from xvd.dataplane.ports cimport grant_copy, is_shortage
+from xvd.dataplane.back.request cimport check_data, parse_segments, request
+
+
+cdef inline uint32_t pages_of(const request *rq) noexcept nogil:
+    return ((rq.nr_segments + BLKIF_SEGMENTS_PER_INDIRECT_PAGE - 1)
+            // BLKIF_SEGMENTS_PER_INDIRECT_PAGE)
+
+
+cdef inline void hold_descriptors(backend_queue *q, pending *p) noexcept nogil:
+    """Use the persistent grants of a request's indirect pages, for as long as the copy takes."""
+    cdef uint32_t page
+    for page in range(pages_of(&p.rq)):
+        p.room.held[page] = hold_grant(q, p.rq.indirect_grefs[page])
+
+
+cdef inline bint read_kept(backend_queue *q, pending *p, uint32_t page,
+                           uint32_t size) noexcept nogil:
+    """Copy the descriptors of a page that is mapped, and let it go; False if there was no room to
+    map it in: a grant copy may do (see `copy_instead`)."""
+    cdef uint32_t number = p.room.held[page]
+    cdef uint8_t *at = q.kept.grants[number].page
+    cdef bint may_copy = not q.grants.unmaps_at_once or is_shortage(q.kept.grants[number].status)
+    if at != NULL:
+        xvd_copy_slot(p.room.descriptors + page * BLKIF_PAGE_SIZE, at, size)
+    elif not may_copy:
+        p.failed = 1
+    let_go(&q.kept, number, q.now_ns)
+    return at != NULL or p.failed
+
+
+cdef inline void read_descriptors(backend_queue *q, pending *p, uint32_t *n) noexcept nogil:
+    """Copy a request's descriptors as far as its segments fill the pages, or describe the copy."""
+    cdef uint32_t page, size, left = p.rq.nr_segments * q.ring.layout.segment_size
+    cdef grant_copy *op
+    for page in range(pages_of(&p.rq)):
+        size = min(left, <uint32_t>BLKIF_PAGE_SIZE)
+        left -= size
+        if q.persistent and p.room.held[page] != NOBODY and read_kept(q, p, page, size):
+            continue
+        op = next_copy(q, p, n)
+        op.local = p.room.descriptors + page * BLKIF_PAGE_SIZE
+        op.gref = p.rq.indirect_grefs[page]
+        op.offset = 0
+        op.size = size
+        op.to_grant = 0
+
+
+cdef inline int judge_descriptors(backend_queue *q, pending *p) noexcept nogil:
+    if p.failed:
+        return REFUSAL_BAD_GRANT
+    parse_segments(p.room.descriptors, q.ring.layout, p.rq.nr_segments, &p.rq)
+    return check_data(&p.rq, &q.limits)
+
+
+cdef inline void fetch_indirect(backend_queue *q) noexcept nogil:
+    """Give the batch's indirect requests their segments, by one copy; refuse those that are bad."""
+    cdef uint32_t i, kept = 0, n = 0
+    cdef int refusal
+    cdef pending *p
+    if q.persistent:
+        for i in range(q.nr_batch):
+            if q.batch[i].rq.indirect:
+                hold_descriptors(q, q.batch[i])
+        map_fresh(q)
+    for i in range(q.nr_batch):
+        if q.batch[i].rq.indirect:
+            read_descriptors(q, q.batch[i], &n)
+    run_copies(q, n)
+    for i in range(q.nr_batch):
+        p = q.batch[i]
+        refusal = judge_descriptors(q, p) if p.rq.indirect else REFUSAL_NONE
+        if refusal != REFUSAL_NONE:
+            refuse(q, p, refusal)
+            continue
+        q.batch[kept] = p
+        kept += 1
+    q.nr_batch = kept

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one backend queue holds: requests between the ring and their responses, and its counters."""
+
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+
+from xvd.dataplane.abi cimport REFUSAL_COUNT
+from xvd.dataplane.back.journal cimport journal_entry, journal_header
+from xvd.dataplane.latency cimport latencies
+from xvd.dataplane.back.persistent cimport persistent_grants
+from xvd.dataplane.ports cimport (engine_io, engine_ports, event_ports, grant_copy, grant_mapping,
+                                  grant_ports)
+from xvd.dataplane.back.request cimport request, request_limits
+from xvd.dataplane.ring.ring cimport back_ring
+from xvd.dataplane.back.space cimport space, space_pool
+
+
+cdef enum:
+    COPIES = 1024                # grant copies of one call; more are several calls
+    SETS = 256                   # sets of one mapping or unmapping, at least
+    GRANTS_PER_REQUEST = 33      # Linux's frontend: 32 segments and an indirect page
+    PAUSE_NS = 1000000           # blkback's msleep(1) after a request that could not be mapped
+
+cdef enum recovery:
+    RECOVERED = 0
+    TAKING_OVER = 1              # the journal holds requests of a predecessor
+    BEGINNING = 2                # some of them wait until others are answered
+
+
+# Names as blkback's in sysfs where it has them.
+cdef struct queue_counters:
+    uint64_t rd_req, wr_req, f_req, ds_req, oo_req
+    uint64_t rd_sect, wr_sect, ds_sect
+    uint64_t requests, responses, errors, storage_errors
+    uint64_t mapped, unmapped, copied
+    uint64_t map_calls, unmap_calls, copy_calls
+    uint64_t buffer_pages_released
+    uint64_t persistent_hits, persistent_misses, persistent_purged
+    uint64_t notified, suppressed, steps, recovered, starved
+    uint64_t refusals[REFUSAL_COUNT]
+
+# What a request still has to do at the storage, in this order.
+cdef enum pending_stage:
+    STAGE_WRITE = 1              # the data of a flush or a barrier, after what was written before
+    STAGE_FLUSH = 2              # a barrier's: its own data must be durable when it is answered
+
+# A request between the ring and its response.
+cdef struct pending:
+    request rq
+    journal_entry *entry
+    uint32_t waiting             # 1: a predecessor's, not begun yet
+    uint32_t stages              # pending_stage: what follows the operation under way
+    grant_mapping mapping        # what is mapped for this request only
+    uint32_t mapped              # 1: `mapping` is to be unmapped
+    uint32_t holding             # 1: the persistent grants in `room.held` are to be let go
+    uint32_t passing             # how many of its references are mapped for it only
+    uint32_t copying             # 1: its data goes through pages of our own
+    uint32_t failed              # 1: a grant could not be had
+    uint32_t starved             # 1: for want of room or memory of our own
+    space *own                   # for a direct request's segments
+    space *room                  # where this request's segments are: `own`, or a large one
+    engine_io io
+    uint64_t begun_ns            # when it was taken
+
+cdef struct backend_queue:
+    back_ring ring
+    request_limits limits
+    grant_ports *grants
+    event_ports *events
+    engine_ports *engine
+    uint32_t copying             # 1: grant copy for all; 0: mapping
+    uint32_t persistent          # 1: keep what is mapped, as far as `kept` allows
+    uint32_t stopping
+    uint32_t broken
+    uint32_t withdrawn           # bits of `limits.offered` that the storage turned out not to do
+    uint64_t resume_ns           # nothing is taken before; 0: no pause
+    uint32_t stalled             # 1: the next request waits for something that is in flight
+    pending *barrier             # in flight, and alone; NULL when there is none
+    uint32_t in_flight           # taken and not yet answered
+    uint32_t unpushed            # responses written and not yet published
+    pending *pendings            # nr_ents of them
+    pending **free_list
+    uint32_t nr_free
+    pending **batch              # requests accepted in this step
+    uint32_t nr_batch
+    space_pool small             # one for each request
+    space_pool large             # for the segments of indirect requests
+    persistent_grants kept
+    uint64_t now_ns              # as of the beginning of this step
+    uint32_t given_time          # 1: `now_ns` is set from outside
+    uint32_t max_pages           # bounce pages that are kept though nobody uses them
+    uint32_t idle_pages          # how many those are now
+    uint64_t squeezed_until_ns
+    grant_mapping *sets          # scratch: sets of one grant call, `nr_sets` long
+    uint32_t nr_sets
+    uint32_t *fresh              # scratch, as long: persistent grants that are to be mapped
+    uint32_t nr_fresh
+    pending **owners             # whose each copy is
+    grant_copy *copies           # scratch, COPIES long
+    engine_io **ios
+    journal_header *journal
+    recovery recovering
+    int alarm_fd                 # rung when storage fails or cannot, once until `failure` is asked
+    uint32_t alarmed
+    int32_t last_error           # -errno
+    queue_counters count
+    latencies latency            # from taking a request to answering it

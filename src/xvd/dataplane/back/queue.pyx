@@ -1,0 +1,577 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
+"""The backend's queue: a state machine with one step.
+
+A request's way: `take` copies its slot once and judges the copy; `gather` maps its grants, or
+copies the data of a write in; `start` hands it to the engine; `collect` takes what the engine has
+finished, copies the data of a read out, unmaps; `answer` writes the response; `publish_responses`
+makes them visible, together. Nothing here sleeps, allocates or touches a Python object.
+
+The descriptor is copied because the frontend may rewrite it while we look. The data is not (when
+mapping): a guest that changes its own data in flight hurts only itself.
+
+journal.pxd says what outlives this process, and why.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from posix.unistd cimport close, read
+
+from xvd.dataplane.abi cimport (
+    BLKIF_DISCARD_SECURE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE,
+    BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE,
+    REFUSAL_COUNT, REFUSAL_NONE, SRING_REQ_PROD, blkif_layouts, blkif_refusal_names)
+from xvd.dataplane.back.answer cimport publish_responses, refuse, use_space
+from xvd.dataplane.back.buffers cimport shrink, take_up
+from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits, xvd_load_acquire
+from xvd.dataplane.back.gather cimport gather, unmap
+from xvd.dataplane.back.indirect cimport fetch_indirect
+from xvd.dataplane.back.journal cimport (
+    ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of,
+    journal_entry, journal_header, mark_taken, strike)
+from xvd.dataplane.latency cimport latency_lists
+from xvd.dataplane.back.pending cimport (
+    BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER,
+    backend_queue, pending)
+from xvd.dataplane.back.persistent cimport (
+    NOBODY, close_book, idle_too_long, open_book, persistent_grant)
+from xvd.dataplane.ports cimport (
+    PAGES_EACH, ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
+    STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping,
+    grants_of, wrap)
+from xvd.dataplane.back.purge cimport purge, purge_all
+from xvd.dataplane.back.request cimport NR_SEGMENTS, parse, request, validate
+from xvd.dataplane.ring.ring cimport (
+    RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending,
+    back_respond, check_ring)
+from xvd.dataplane.back.space cimport (LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space,
+                                  take_space)
+from xvd.dataplane.back.storage cimport collect, start
+
+import os
+
+from xvd.dataplane.back.journal import journal_size
+from xvd.errors import LocalProtocolError, PeerProtocolError
+
+
+def memory_of(uint32_t nr_ents, uint32_t indirect_max, uint32_t persistent_max):
+    """Bytes that a queue takes when it is made; without the pages that data is copied through."""
+    cdef uint32_t large = large_spaces(nr_ents, indirect_max), sets = max(nr_ents, <uint32_t>SETS)
+    cdef size_t kept = max(persistent_max, GRANTS_PER_REQUEST * nr_ents) if persistent_max else 0
+    kept *= sizeof(persistent_grant) + 5 * sizeof(uint32_t)
+    return (nr_ents * (sizeof(pending) + 4 * sizeof(void *) + NR_SEGMENTS * SEGMENT_BYTES)
+            + large * (sizeof(space) + indirect_max * SEGMENT_BYTES) + kept
+            + sets * (sizeof(grant_mapping) + sizeof(uint32_t)) + COPIES * sizeof(grant_copy)
+            + journal_size(nr_ents))
+
+
+cdef uint32_t large_spaces(uint32_t nr_ents, uint32_t indirect_max) noexcept nogil:
+    """How many indirect requests may be in flight."""
+    if indirect_max == 0:
+        return 0
+    return min(nr_ents, max(<uint32_t>1, <uint32_t>LARGE_SEGMENTS // indirect_max))
+
+
+# ---- Taking ----------------------------------------------------------------------------------
+
+cdef bint may_begin(backend_queue *q, const request *rq) noexcept nogil:
+    """Whether a request that was found good can be begun now, or has to wait for others.
+
+    A barrier waits for all before it, and all after it wait for the barrier, on this ring: nothing
+    orders two rings of a disk (Linux 29bde093).
+    """
+    if q.barrier != NULL or rq.operation == BLKIF_OP_WRITE_BARRIER and q.in_flight:
+        return False
+    return not rq.indirect or q.large.nr_free > 0
+
+
+cdef int judge(backend_queue *q, pending *p) noexcept nogil:
+    """Parse the private copy of a slot and find the first reason to refuse it."""
+    parse(p.entry.slot, q.ring.layout, &p.rq)
+    return validate(&p.rq, &q.limits)
+
+
+cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
+    """Copy and judge new requests; those accepted are in `batch`. How many were taken.
+
+    One that has to wait stays on the ring, and all behind it: they are looked at again when
+    something has been answered.
+    """
+    cdef uint32_t count, i, taken = 0, pages = 0
+    cdef int refusal
+    cdef bint again = q.stalled
+    cdef pending *p
+    q.stalled = 0
+    if back_pending(&q.ring, &count) == RING_BROKEN:
+        q.broken = 1
+        return 0
+    count = min(count, budget, q.nr_free)
+    for i in range(count):
+        p = q.free_list[q.nr_free - 1]
+        back_peek(&q.ring, p.entry.slot)
+        refusal = judge(q, p)
+        if refusal == REFUSAL_NONE and not may_begin(q, &p.rq):
+            q.stalled = 1
+            q.count.oo_req += not again
+            break
+        q.nr_free -= 1
+        p.entry.index = q.ring.req_cons
+        q.ring.req_cons += 1
+        mark_taken(q.journal, p.entry, q.ring.req_cons)
+        begin(q, p, refusal)
+        taken += 1
+        pages += p.rq.nr_segments
+        if pages >= budget * PAGES_EACH:
+            break
+    q.count.requests += taken
+    return taken
+
+
+cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
+    """Into the batch with a request, or refuse it."""
+    q.in_flight += 1
+    p.begun_ns = q.now_ns
+    p.mapped = p.holding = p.failed = p.starved = 0
+    p.copying = q.copying
+    if p.rq.indirect and refusal == REFUSAL_NONE:
+        use_space(p, take_space(&q.large))
+    take_up(q, p.room)
+    if refusal != REFUSAL_NONE:
+        refuse(q, p, refusal)
+        return
+    if p.rq.operation == BLKIF_OP_WRITE_BARRIER:
+        q.barrier = p
+    q.batch[q.nr_batch] = p
+    q.nr_batch += 1
+
+
+cdef void take_over(backend_queue *q) noexcept nogil:
+    """Read a predecessor's journal: finish the answer it was at, and find what is to be executed.
+
+    At most one entry can be between two stores of `take`, and one between two of `respond`; the
+    indices tell on which side.
+    """
+    cdef uint32_t i
+    cdef pending *p
+    for i in range(q.ring.nr_ents):
+        p = &q.pendings[i]
+        if p.entry.word & KIND_MASK == ENTRY_ANSWERING:
+            if p.entry.rsp_index == q.ring.rsp_prod_pvt:
+                parse(p.entry.slot, q.ring.layout, &p.rq)
+                back_respond(&q.ring, p.rq.id, p.rq.operation, p.entry.status)
+            strike(q.journal, p.entry, q.ring.rsp_prod_pvt)
+    q.nr_free = 0
+    for i in range(q.ring.nr_ents):
+        p = &q.pendings[i]
+        p.waiting = p.entry.word & KIND_MASK == ENTRY_TAKEN
+        if not p.waiting:
+            q.free_list[q.nr_free] = p
+            q.nr_free += 1
+    q.unpushed += 1
+
+
+cdef void recover(backend_queue *q) noexcept nogil:
+    """Execute again what a predecessor left. That is right: the frontend was not told of any of it.
+
+    An indirect request's pages are read again, and judged again: they may hold something else now.
+    """
+    cdef uint32_t i
+    cdef int refusal
+    cdef pending *p
+    if q.recovering == TAKING_OVER:
+        take_over(q)
+    q.recovering = RECOVERED
+    for i in range(q.ring.nr_ents):
+        p = &q.pendings[i]
+        if not p.waiting:
+            continue
+        refusal = judge(q, p)
+        if refusal == REFUSAL_NONE and not may_begin(q, &p.rq):
+            q.recovering = BEGINNING
+            q.stalled = 1
+            continue
+        p.waiting = 0
+        q.count.requests += 1
+        q.count.recovered += 1
+        begin(q, p, refusal)
+
+
+cdef void account(backend_queue *q, const request *rq) noexcept nogil:
+    if rq.operation == BLKIF_OP_READ:
+        q.count.rd_req += 1
+        q.count.rd_sect += rq.nr_sectors
+    elif rq.operation == BLKIF_OP_WRITE:
+        q.count.wr_req += 1
+        q.count.wr_sect += rq.nr_sectors
+    elif rq.operation == BLKIF_OP_DISCARD:
+        q.count.ds_req += 1
+        q.count.ds_sect += rq.nr_sectors
+    else:
+        q.count.f_req += 1
+        q.count.wr_sect += rq.nr_sectors
+
+
+cdef void prepare(backend_queue *q, pending *p) noexcept nogil:
+    """Fill in what the engine will be asked; where the data lies is known after `gather`."""
+    cdef uint32_t op = p.rq.operation
+    p.stages = 0
+    if p.rq.nr_segments and op == BLKIF_OP_FLUSH_DISKCACHE:
+        p.stages = STAGE_WRITE
+    elif p.rq.nr_segments and op == BLKIF_OP_WRITE_BARRIER:
+        p.stages = STAGE_WRITE | STAGE_FLUSH
+    p.io.flags = ENGINE_SECURE if p.rq.flag & BLKIF_DISCARD_SECURE else 0
+    p.io.owner = p
+    p.io.iov = p.room.iov
+    p.io.iovcnt = 0
+    p.io.offset = p.rq.sector_number * BLKIF_SECTOR_SIZE
+    p.io.length = p.rq.nr_sectors * BLKIF_SECTOR_SIZE
+    if op == BLKIF_OP_READ:
+        p.io.op = ENGINE_READ
+    elif op == BLKIF_OP_WRITE:
+        p.io.op = ENGINE_WRITE
+    elif op == BLKIF_OP_DISCARD:
+        p.io.op = ENGINE_DISCARD
+    else:
+        p.io.op = ENGINE_FLUSH
+
+
+cdef void admit(backend_queue *q) noexcept nogil:
+    """Count and prepare what has been judged for good."""
+    cdef uint32_t i
+    for i in range(q.nr_batch):
+        account(q, &q.batch[i].rq)
+        prepare(q, q.batch[i])
+
+
+# ---- The step --------------------------------------------------------------------------------
+
+cdef uint32_t take_new(backend_queue *q, uint32_t budget) noexcept nogil:
+    """Into the batch with what a predecessor left, and after that with what is new. How many."""
+    q.resume_ns = 0
+    if q.recovering:
+        recover(q)
+        if q.recovering:
+            return q.nr_batch
+    return q.nr_batch + take(q, budget)
+
+
+cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
+    """One bounded round; STEP_* flags."""
+    cdef backend_queue *q = <backend_queue *>ctx
+    cdef uint32_t moved = 0
+    q.count.steps += 1
+    if not q.given_time:
+        q.now_ns = monotonic_ns()
+    if not q.stopping and not q.broken:
+        q.nr_batch = 0
+        if q.now_ns >= q.resume_ns:
+            moved = take_new(q, budget)
+        fetch_indirect(q)
+        admit(q)
+        gather(q)
+        start(q)
+    moved += collect(q)
+    publish_responses(q)
+    shrink(q)
+    if (q.stopping or q.broken) and q.in_flight == 0:
+        if q.persistent:
+            purge_all(q)
+        return STEP_BROKEN | STEP_DRAINED if q.broken else STEP_DRAINED
+    if q.persistent and purge(q):
+        moved += 1
+    return STEP_WORKED if moved else 0
+
+
+cdef int may_sleep(void *ctx) noexcept nogil:
+    cdef backend_queue *q = <backend_queue *>ctx
+    if q.resume_ns and not q.stopping and not q.broken:
+        return True              # until then, and what is answered meanwhile wakes the thread
+    if q.stopping or q.broken or q.stalled:
+        return q.in_flight > 0
+    return not back_final_check(&q.ring)
+
+
+cdef int peek(void *ctx) noexcept nogil:
+    return back_has_news(&(<backend_queue *>ctx).ring)
+
+
+cdef check_offer(uint32_t offered, uint32_t indirect_max):
+    """Refuse to make a queue that would answer OKAY to what it cannot do."""
+    if indirect_max > BLKIF_MAX_INDIRECT_SEGMENTS:
+        raise LocalProtocolError(f"indirect requests have at most {BLKIF_MAX_INDIRECT_SEGMENTS} "
+                                 f"segments, not {indirect_max}")
+    if bool(offered & (1 << BLKIF_OP_INDIRECT)) != bool(indirect_max):
+        raise LocalProtocolError("indirect requests are offered with a number of segments, or not")
+
+
+cdef class BackendQueue:
+    """One queue of one disk, used by one thread at a time.
+
+    ring: writable buffer over the mapped ring pages. abi: number of `blkif.abi.Abi`. grants,
+    events, engine: objects with the tables' capsules as ``ports``; they are kept alive. capacity:
+    512-byte sectors. unit: how many of those this frontend counts as one, 1 to 8. offered: bit ``1 << operation`` for each operation advertised, bit 16 for
+    secure discard. indirect_max: segments of an indirect request as advertised, 0 (none) to 4096.
+    copying: grant copy instead of mapping; what would be mapped for one request is copied also where
+    the grants' table says that unmapping takes its time. persistent: both ends offered persistent grants; with
+    mapping, up to `persistent_max` pages stay mapped, each until it was unused for
+    `persistent_idle_s` seconds (0: for ever). max_pages: how many pages that data is copied through
+    stay in memory between requests. journal: writable memory of
+    `journal_size` bytes that outlives the process, or None. resume: a predecessor on the same ring
+    left it, and it is taken up; otherwise a new one is begun there.
+
+    Raises PeerProtocolError if the ring's indices are insane (more requests than entries), or the
+    journal is not one of this ring, or is damaged (`journal.journal_fault`).
+    """
+
+    def __init__(self, ring, uint32_t nr_ents, int abi, grants, events, engine, *,
+                 uint64_t capacity, uint32_t logical_sectors=1, uint32_t unit=1, bint read_only=False,
+                 uint32_t offered=0x3, uint32_t indirect_max=0, bint copying=False,
+                 bint persistent=False, uint32_t persistent_max=1056, double persistent_idle_s=60,
+                 uint32_t max_pages=1024, journal=None, bint resume=False):
+        cdef uint8_t[::1] page = ring
+        if journal is None:
+            journal = bytearray(journal_size(nr_ents))
+        if self.q.pendings != NULL:
+            raise LocalProtocolError("a queue is made once")
+        check_ring(page.shape[0], nr_ents, abi)
+        check_offer(offered, indirect_max)
+        self.keep = (ring, grants, events, engine)
+        self.q.ring.sring = &page[0]
+        self.q.ring.nr_ents = nr_ents
+        self.q.ring.layout = &blkif_layouts[abi]
+        self.q.grants = grants_of(grants)
+        self.q.events = events_of(events)
+        self.q.engine = engine_of(engine)
+        self.q.limits.capacity = capacity
+        self.q.limits.logical_sectors = logical_sectors
+        self.q.limits.unit = unit
+        self.q.limits.read_only = read_only
+        self.q.limits.offered = offered
+        self.q.limits.indirect_max = indirect_max
+        self.q.persistent = persistent and not copying
+        self.q.copying = copying or not (persistent or self.q.grants.unmaps_at_once)
+        self.q.max_pages = max_pages
+        self.set_persistent(persistent_max, persistent_idle_s)
+        self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.allocate(nr_ents)
+        self.attach(journal, resume)
+        self.table.ctx = &self.q
+        self.table.step = step
+        self.table.may_sleep = may_sleep
+        self.table.peek = peek
+        self.table.events = self.q.events
+        self.table.engine = self.q.engine
+        self.table.due_ns = &self.q.resume_ns
+
+    cdef attach(self, object journal, bint resume):
+        """Start from the journal, or from what is on the ring. Called by the constructor."""
+        cdef backend_queue *q = &self.q
+        cdef uint8_t[::1] memory = journal
+        cdef const char *fault
+        cdef uint32_t i
+        if memory.shape[0] < <Py_ssize_t>journal_size(q.ring.nr_ents):
+            raise LocalProtocolError(f"a journal of {q.ring.nr_ents} requests has "
+                                     f"{journal_size(q.ring.nr_ents)} bytes, not {memory.shape[0]}")
+        self.keep += (journal,)
+        q.journal = <journal_header *>&memory[0]
+        for i in range(q.ring.nr_ents):
+            q.pendings[i].entry = &entries_of(q.journal)[i]
+        if not resume:
+            if not back_attach(&q.ring):
+                raise PeerProtocolError(f"the frontend has put more requests on the ring than its "
+                                        f"{q.ring.nr_ents} entries hold")
+            begin_journal(q.journal, &q.ring, int.from_bytes(os.urandom(8), "little") | 1)
+            return
+        fault = fault_of(q.journal, memory.shape[0], &q.ring)
+        if fault[0]:
+            raise PeerProtocolError(
+                f"the journal of its ring is of no use: {(<bytes>fault).decode()}")
+        q.ring.req_cons, q.ring.rsp_prod_pvt = q.journal.req_cons, q.journal.rsp_prod_pvt
+        for i in range(q.ring.nr_ents):
+            if (q.pendings[i].entry.word & KIND_MASK == ENTRY_TAKEN
+                    and q.pendings[i].entry.index == q.journal.req_cons):
+                q.ring.req_cons += 1
+        q.recovering = TAKING_OVER
+
+    cdef allocate(self, uint32_t nr_ents):
+        cdef backend_queue *q = &self.q
+        cdef uint32_t i, indirect_max = q.limits.indirect_max
+        cdef uint32_t large = large_spaces(nr_ents, indirect_max)
+        q.pendings = <pending *>calloc(nr_ents, sizeof(pending))
+        q.free_list = <pending **>calloc(nr_ents, sizeof(void *))
+        q.batch = <pending **>calloc(nr_ents, sizeof(void *))
+        q.nr_sets = max(nr_ents, <uint32_t>SETS)
+        q.sets = <grant_mapping *>calloc(q.nr_sets, sizeof(grant_mapping))
+        q.fresh = <uint32_t *>calloc(q.nr_sets, sizeof(uint32_t))
+        q.owners = <pending **>calloc(max(nr_ents, <uint32_t>COPIES), sizeof(void *))
+        q.copies = <grant_copy *>calloc(COPIES, sizeof(grant_copy))
+        q.ios = <engine_io **>calloc(nr_ents, sizeof(void *))
+        if not (q.pendings and q.free_list and q.batch and q.sets and q.fresh and q.owners
+                and q.copies and q.ios and (not q.persistent or self.open_kept()) and open_pool(&q.small, nr_ents, NR_SEGMENTS)
+                and open_pool(&q.large, large, indirect_max)):
+            raise MemoryError(f"no memory for a queue of {nr_ents} requests")
+        for i in range(nr_ents):
+            q.free_list[i] = &q.pendings[i]
+            q.pendings[i].own = &q.small.spaces[i]
+            use_space(&q.pendings[i], q.pendings[i].own)
+        q.nr_free = nr_ents
+
+    cdef bint open_kept(self) except -1:
+        """The book of persistent grants: for the limit, or for what Linux's frontend uses."""
+        cdef uint32_t capacity = max(self.q.kept.limit, GRANTS_PER_REQUEST * self.q.ring.nr_ents)
+        return open_book(&self.q.kept, capacity, int.from_bytes(os.urandom(4), "little"))
+
+    def __dealloc__(self):
+        close_pool(&self.q.small)
+        close_pool(&self.q.large)
+        free(self.q.pendings)
+        free(self.q.free_list)
+        free(self.q.batch)
+        free(self.q.sets)
+        free(self.q.fresh)
+        close_book(&self.q.kept)
+        free(self.q.owners)
+        free(self.q.copies)
+        free(self.q.ios)
+        if self.q.alarm_fd > 0:
+            close(self.q.alarm_fd)
+
+    @property
+    def ports(self):
+        """Capsule ``xvd.stepper_ports``, for a `Loop`."""
+        return wrap(&self.table, "xvd.stepper_ports")
+
+    def step(self, uint32_t budget=64):
+        """One bounded round, as the thread runs it; STEP_* flags (1 worked, 2 broken, 4 drained)."""
+        cdef uint32_t flags
+        with nogil:
+            flags = step(&self.q, budget)
+        return flags
+
+    def may_sleep(self):
+        """Ask for an event and look once more; True if there is nothing to do."""
+        return bool(may_sleep(&self.q))
+
+    def stop(self):
+        """Take no more requests; those taken are finished by further steps. Any thread."""
+        self.q.stopping = 1
+
+    def release(self):
+        """Unmap what was kept between requests. Only when nothing steps the queue any more."""
+        self.q.broken = 1
+        if self.q.persistent:
+            purge_all(&self.q)
+
+    def abandon(self):
+        """What the system does for a process that died here: its mappings go, nothing is answered.
+
+        For tests and the simulator: the queue is not to be used any more.
+        """
+        cdef uint32_t i
+        cdef pending *p
+        for i in range(self.q.ring.nr_ents):
+            p = &self.q.pendings[i]
+            unmap(&self.q, &p, 1)
+        self.release()
+
+    def set_time(self, uint64_t now_ns):
+        """From now on this is the time, in nanoseconds, for tests and the simulator."""
+        self.q.given_time = 1
+        self.q.now_ns = now_ns
+
+    def set_max_pages(self, uint32_t pages):
+        """Change how many bounce pages stay in memory between requests. Any thread."""
+        self.q.max_pages = pages
+
+    def squeeze(self, double seconds):
+        """Keep none of them for so long, from now on: memory is short. Any thread; wake its thread.
+        """
+        cdef uint64_t now = self.q.now_ns if self.q.given_time else monotonic_ns()
+        self.q.squeezed_until_ns = now + <uint64_t>(seconds * 1e9)
+
+    def set_persistent(self, uint32_t grants_max, double idle_s):
+        """Change how many grants stay mapped, and for how long unused. Any thread; wake its own.
+
+        More than there is memory for (33 for each entry of the ring, or what the queue was made
+        with) are not kept.
+        """
+        self.q.kept.idle_ns = <uint64_t>(idle_s * 1e9)
+        self.q.kept.limit = grants_max
+        self.q.kept.next_scan_ns = 0  # an idle queue looks seldom: at its next step, not after it
+
+    def set_capacity(self, uint64_t sectors):
+        """Change what is out of range for requests taken from now on. Any thread."""
+        self.q.limits.capacity = sectors
+
+    def withdraw(self, uint32_t offered):
+        """Refuse what was offered by these bits, from the next request on. Any thread."""
+        xvd_clear_bits(&self.q.limits.offered, offered)
+
+    @property
+    def withdrawn(self):
+        """Bits as in ``offered`` for what the storage has answered EOPNOTSUPP to."""
+        return self.q.withdrawn
+
+    @property
+    def copying(self):
+        """Whether all data is copied: asked for, or all that this machine can do safely."""
+        return bool(self.q.copying)
+
+    @property
+    def due_ns(self):
+        """When to step again though nothing happens, as `set_time` counts; 0 if there is no need."""
+        return self.q.resume_ns
+
+    @property
+    def overdue(self):
+        """Whether a thread that sleeps has missed something: requests that were not taken, or grants
+        unused for too long. Any thread. Of one that is awake it says nothing.
+        """
+        cdef backend_queue *q = &self.q
+        cdef uint32_t oldest = q.kept.oldest
+        if q.broken or q.stopping:
+            return False
+        if xvd_load_acquire(q.ring.sring + SRING_REQ_PROD) != q.ring.req_cons:
+            return True
+        return (q.persistent and oldest != NOBODY
+                and idle_too_long(&q.kept, &q.kept.grants[oldest], monotonic_ns()))
+
+    @property
+    def in_flight(self):
+        """Requests taken and not yet answered."""
+        return self.q.in_flight
+
+    @property
+    def broken(self):
+        """Whether the frontend broke the ring."""
+        return bool(self.q.broken)
+
+    @property
+    def alarm_fd(self):
+        """Readable when storage has failed, or `withdrawn` has changed; once, until `failure`."""
+        return self.q.alarm_fd
+
+    def failure(self):
+        """(errno of the last failure, failures so far); the alarm is set again."""
+        cdef uint64_t count
+        read(self.q.alarm_fd, &count, 8)
+        self.q.alarmed = 0
+        return -self.q.last_error, self.q.count.storage_errors
+
+    def counters(self):
+        """Everything counted, by name: blkback's names where it has them. Any thread.
+
+        ``latency``: for each kind of request a list of 40 counts; count i is of those answered
+        after 2**i nanoseconds and before twice that, from when they were taken off the ring.
+        """
+        counts = dict(self.q.count)
+        refusals = counts.pop("refusals")
+        counts["in_flight"] = self.q.in_flight
+        counts["latency"] = latency_lists(&self.q.latency)
+        counts["buffer_pages"] = self.q.idle_pages
+        counts["persistent_grants"] = self.q.kept.count
+        counts["refusals"] = {
+            (<bytes>blkif_refusal_names[i]).decode(): refusals[i]
+            for i in range(1, REFUSAL_COUNT) if refusals[i]
+        }
+        return counts

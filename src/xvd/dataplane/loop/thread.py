@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A queue's native thread, as the control plane holds it."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from xvd.dataplane.loop.loop import Loop
+
+BUDGET = 8
+"""Requests of one step, where grants stay mapped: few, so that both ends work at once."""
+
+
+class Queue(Protocol):
+    """What both kinds of queue can do for their thread."""
+
+    @property
+    def ports(self) -> object:
+        """Capsule ``xvd.stepper_ports``."""
+
+    def stop(self) -> None:
+        """Begin nothing new."""
+
+
+class QueueThread:
+    """Runs a queue until it is drained or broken, then calls `on_exit` in the event loop's thread.
+
+    `on_exit` gets the exception that ended the loop, or None. The options are
+    `Loop`'s. Made and used in the event loop's thread.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        name: str,
+        on_exit: Callable[[Exception | None], None],
+        *,
+        poll_s: float = 0.0,
+        watchdog_s: float = 5.0,
+        budget: int = BUDGET,
+    ) -> None:
+        self._queue = queue
+        self._on_exit = on_exit
+        self._events = asyncio.get_running_loop()
+        self.loop = Loop(queue, poll_s=poll_s, watchdog_s=watchdog_s, budget=budget)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        failure: Exception | None = None
+        try:
+            self.loop.run()
+        except OSError as error:
+            failure = error
+        try:
+            self._events.call_soon_threadsafe(self._exited, failure)
+        except RuntimeError:
+            return  # the event loop was closed first: nobody is left to be told
+
+    def _exited(self, failure: Exception | None) -> None:
+        self._thread.join()
+        self._on_exit(failure)
+
+    def wake(self) -> None:
+        """Let the queue be stepped now. Any thread."""
+        self.loop.wake()
+
+    def drain(self) -> None:
+        """Finish what is in flight and nothing more; ends in `on_exit`."""
+        self._queue.stop()
+        self.loop.wake()
+
+    def abandon(self) -> None:
+        """Leave at once, whatever is in flight; ends in `on_exit`."""
+        self.loop.leave()

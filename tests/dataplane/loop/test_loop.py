@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native thread's loop: it sleeps, is woken, drains, and leaves."""
+
+import os
+import threading
+
+import pytest
+from rig_queue import QueueWorld, rq
+
+from xvd.blkif.abi import Op
+from xvd.dataplane.loop.loop import Loop
+from xvd.engines.bridge import BridgeChannel
+from xvd.engines.interface import EngineInfo
+from xvd.engines.memory import MemoryEngine
+
+
+class ByHand(MemoryEngine):
+    """Storage whose operations the test completes; `channel` is the one that was opened last."""
+
+    def open_channel(self) -> BridgeChannel:
+        self.channel = BridgeChannel()
+        return self.channel
+
+    @property
+    def info(self) -> EngineInfo:
+        return MemoryEngine.info.fget(self)  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_running_queue_answers_and_sends_an_event() -> None:
+    with QueueWorld() as world, world.running():
+        world.send(rq(Op.READ, 0, world.segment(0)))
+        world.port.notify()
+        [answer] = world.collect(1)
+    assert answer.status == 0
+
+
+def test_a_stopped_queue_ends_its_loop_when_the_storage_has_answered() -> None:
+    engine = ByHand(1 << 20)
+    with QueueWorld(engine) as world:
+        thread = threading.Thread(target=(loop := Loop(world.queue)).run)
+        thread.start()
+        world.send(rq(Op.READ, 0, world.segment(0)))
+        world.port.notify()
+        engine.channel.wait()
+        [operation] = engine.channel.take()
+        world.queue.stop()
+        loop.wake()
+        operation.complete(0)
+        thread.join()
+        assert [answer.status for answer in world.responses()] == [0]
+
+
+def test_leave_ends_a_loop_with_requests_in_flight() -> None:
+    engine = ByHand(1 << 20)
+    with QueueWorld(engine) as world:
+        thread = threading.Thread(target=(loop := Loop(world.queue)).run)
+        thread.start()
+        world.send(rq(Op.FLUSH_DISKCACHE))
+        world.port.notify()
+        engine.channel.wait()
+        [operation] = engine.channel.take()
+        loop.leave()
+        thread.join()
+        assert world.queue.in_flight == 1
+        operation.complete(0)
+
+
+def test_the_watchdog_finds_a_request_whose_event_was_lost() -> None:
+    with QueueWorld() as world:
+        loop = Loop(world.queue, watchdog_s=0.01)
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        while loop.counters()["sleeps"] < 2:
+            os.sched_yield()
+        world.send(rq(Op.READ, 0, world.segment(0)))
+        [answer] = world.collect(1)
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        assert answer.status == 0
+        assert loop.counters()["watchdogs"] > 0
+
+
+def test_a_broken_ring_ends_the_loop() -> None:
+    with QueueWorld() as world:
+        loop = Loop(world.queue)
+        world.ring_pages.view.cast("I")[0] = 99
+        loop.run()
+        assert world.queue.broken
+
+
+@pytest.mark.parametrize("rounds", [20])
+def test_a_queue_that_comes_and_goes_loses_no_response(rounds: int) -> None:
+    with QueueWorld() as world, world.running():
+        for turn in range(rounds):
+            world.send(*(rq(Op.READ, i, world.segment(i), id=turn * 16 + i) for i in range(16)))
+            world.port.notify()
+            assert sorted(a.id for a in world.collect(16)) == [turn * 16 + i for i in range(16)]
+
+
+def test_a_queue_that_is_looked_at_needs_no_event() -> None:
+    with QueueWorld() as world:
+        thread = threading.Thread(target=(loop := Loop(world.queue, poll_s=60)).run)
+        thread.start()
+        for number in range(3):
+            world.send(rq(Op.READ, 0, world.segment(0), id=number))
+            while world.queue.counters()["responses"] <= number:
+                pass
+        world.queue.stop()
+        thread.join()
+        assert loop.counters()["sleeps"] == 0
+
+
+def test_a_thread_that_waits_long_each_time_looks_less_and_less() -> None:
+    with QueueWorld() as world:
+        loop = Loop(world.queue, poll_s=0.0005, watchdog_s=0.001)
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        while loop.counters()["poll_ns"]:
+            pass
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        assert loop.counters()["sleeps"] > 0
