@@ -265,6 +265,22 @@ def test_attach_refuses_indices_that_make_no_ring() -> None:
         BackRing(pair.page, Abi.X86_64).attach()
 
 
+def test_what_was_published_is_not_read_back() -> None:
+    pair = RingPair()
+    pair.send(1)
+    pair.taken()
+    pair.back.final_check()
+    pair.answer(1)
+    pair.answered()
+    pair.front.final_check()
+
+    pair.lie(SRING_REQ_PROD, 2)
+    assert pair.send(2)
+    pair.taken()
+    pair.lie(SRING_RSP_PROD, 2)
+    assert pair.answer(2)
+
+
 def test_any_power_of_two_of_slots_will_do() -> None:
     page = memoryview(bytearray(PAGE_SIZE))
 

@@ -54,7 +54,8 @@ class ReferenceBack:
     def __init__(self, page: bytearray, abi: Abi, req_cons: int, rsp_prod_pvt: int) -> None:
         self.abi = abi
         self.ring = reference.BackRing(memoryview(page), abi)
-        self.ring.req_cons, self.ring.rsp_prod_pvt = req_cons, rsp_prod_pvt
+        self.ring.req_cons = req_cons
+        self.ring.rsp_prod_pvt = self.ring.rsp_prod = rsp_prod_pvt
 
     def do(self, name: str, *arguments: Any) -> Any:
         if name == "take":
@@ -99,7 +100,8 @@ class ReferenceFront:
     def __init__(self, page: bytearray, abi: Abi, req_prod_pvt: int, rsp_cons: int) -> None:
         self.abi = abi
         self.ring = reference.FrontRing(memoryview(page), abi)
-        self.ring.req_prod_pvt, self.ring.rsp_cons = req_prod_pvt, rsp_cons
+        self.ring.req_prod_pvt = self.ring.req_prod = req_prod_pvt
+        self.ring.rsp_cons = rsp_cons
 
     def do(self, name: str, *arguments: Any) -> Any:
         if name == "free":
@@ -182,6 +184,8 @@ def case(operations: Any) -> Any:
 @given(case(BACK))
 @example((Abi.X86_64, b"\0", 0, [WRAP - 1, 0, 0, 0], 32, [("final_check",), ("take",)]))
 @example((Abi.X86_32, b"x", WRAP - 1, [1, 0, 0, 0], 0, [("take",), ("push",), ("final_check",)]))
+@example((Abi.ARM, b"x", 0, [1, 0, 0, 1], 0,
+          [("take",), ("respond", 1, 0, 0), ("poke", "rsp_prod", 1), ("push",)]))  # fmt: skip
 def test_the_backends_ends_agree(drawn: Any) -> None:
     compare((ReferenceBack, CompiledBack), drawn)
 

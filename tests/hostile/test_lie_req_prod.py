@@ -61,3 +61,15 @@ def test_the_backends_own_index_is_not_read_back(rsp_prod: int) -> None:
         world.send(rq(Op.FLUSH_DISKCACHE))
         world.settle()
         assert world.ring_pages.view.cast("I")[2] == 2
+
+
+def test_a_frontend_that_scribbles_over_the_backends_index_is_told_as_if_it_had_not() -> None:
+    """What the backend has published it knows by itself: the wish for an event is measured from
+    there, not from what now stands on the page."""
+    with QueueWorld() as world:
+        world.ask(rq(Op.FLUSH_DISKCACHE))
+        assert not world.ring.final_check()
+        world.send(rq(Op.FLUSH_DISKCACHE))
+        world.ring_pages.view.cast("I")[2] = 2  # as if its answer had been published already
+        world.settle()
+        assert world.queue.counters()["notified"] == 2

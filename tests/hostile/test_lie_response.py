@@ -112,3 +112,17 @@ def test_a_broken_queue_stays_broken() -> None:
         world.queue.submit(FLUSH, 0, 0, None, 2)
         assert world.queue.step() == BROKEN | DRAINED
         assert world.queue.in_flight == 1
+
+
+def test_a_backend_that_scribbles_over_the_frontends_index_is_told_as_if_it_had_not() -> None:
+    """What the frontend has published it knows by itself: see ring.pxd."""
+    with FrontWorld() as world:
+        world.queue.submit(FLUSH, 0, 0, None, 1)
+        [request] = world.requests()
+        world.answer(request.id, FLUSH)
+        world.push()
+        assert not world.ring.final_check()
+        world.queue.submit(FLUSH, 0, 0, None, 2)
+        world.mapping.view.cast("I")[0] = 2  # as if the second request had been published already
+        world.requests()
+        assert world.queue.counters()["notified"] == 2

@@ -95,8 +95,7 @@ class _Ring:
     def _slot(self, index: int) -> int:
         return RING_HEADER_SIZE + (index & (self.nr_ents - 1)) * self.abi.entry_size
 
-    def _publish(self, prod: int, event: int, index: int) -> bool:
-        old = self._load(prod)
+    def _publish(self, prod: int, event: int, old: int, index: int) -> bool:
         self._store(prod, index)
         # Here the compiled ring has its full fence: the store before, the load after.
         return must_notify(old, index, self._load(event))
@@ -112,6 +111,8 @@ class BackRing(_Ring):
     """The next request to read, u32."""
     rsp_prod_pvt = 0
     """The next response to fill, u32."""
+    rsp_prod = 0
+    """What was published last, u32: our word on the page is never read back."""
 
     def attach(self) -> Self:
         """Start where the ring stands: at the last response that was published.
@@ -126,7 +127,7 @@ class BackRing(_Ring):
                 f"the ring has {self.nr_ents} slots, but the frontend's req_prod {req_prod}"
                 f" is {_distance(req_prod, rsp_prod)} ahead of rsp_prod {rsp_prod}"
             )
-        self.rsp_prod_pvt = self.req_cons = rsp_prod
+        self.rsp_prod = self.rsp_prod_pvt = self.req_cons = rsp_prod
         return self
 
     def unconsumed(self) -> int:
@@ -168,7 +169,8 @@ class BackRing(_Ring):
 
     def push(self) -> bool:
         """Publish the responses filled so far; True when the frontend must be notified."""
-        return self._publish(SRING_RSP_PROD, SRING_RSP_EVENT, self.rsp_prod_pvt)
+        old, self.rsp_prod = self.rsp_prod, self.rsp_prod_pvt
+        return self._publish(SRING_RSP_PROD, SRING_RSP_EVENT, old, self.rsp_prod)
 
     def final_check(self) -> bool:
         """Ask for an event at the next request; True when there is work already: do not sleep.
@@ -186,6 +188,8 @@ class FrontRing(_Ring):
 
     req_prod_pvt = 0
     """The next request to fill, u32."""
+    req_prod = 0
+    """What was published last, u32."""
     rsp_cons = 0
     """The next response to read, u32."""
 
@@ -199,7 +203,7 @@ class FrontRing(_Ring):
         self._store(SRING_RSP_PROD, start)
         self._store(SRING_REQ_EVENT, start + 1)
         self._store(SRING_RSP_EVENT, start + 1)
-        self.req_prod_pvt = self.rsp_cons = _u32(start)
+        self.req_prod = self.req_prod_pvt = self.rsp_cons = _u32(start)
         return self
 
     def free_slots(self) -> int:
@@ -230,7 +234,8 @@ class FrontRing(_Ring):
 
     def push(self) -> bool:
         """Publish the requests filled so far; True when the backend must be notified."""
-        return self._publish(SRING_REQ_PROD, SRING_REQ_EVENT, self.req_prod_pvt)
+        old, self.req_prod = self.req_prod, self.req_prod_pvt
+        return self._publish(SRING_REQ_PROD, SRING_REQ_EVENT, old, self.req_prod)
 
     def take_response(self) -> tuple[Outcome, Response | None]:
         """The next response, copied out: (RESPONSE, it), or (EMPTY or BROKEN, None).

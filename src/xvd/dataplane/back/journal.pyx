@@ -10,9 +10,10 @@ and the one that was being answered; anything else was not written by a predeces
 from libc.stdint cimport INT32_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from xvd.dataplane.abi cimport SRING_INSTANCE, SRING_REQ_PROD, SRING_RSP_PROD, blkif_layouts
-from xvd.dataplane.c cimport xvd_load64, xvd_load_acquire, xvd_store64, xvd_store_release
-from xvd.dataplane.ring.ring cimport back_ring, check_ring
+from xvd.dataplane.abi cimport blkif_layouts
+from xvd.dataplane.c cimport xvd_store_release
+from xvd.dataplane.ring.ring cimport (back_ring, check_ring, instance_of, requests_published,
+                                      responses_published, set_instance)
 
 
 cdef struct found_entries:
@@ -30,8 +31,7 @@ def journal_size(uint32_t nr_ents):
 
 def unanswered(const uint8_t[::1] ring):
     """Requests on a ring that have no response yet, by its shared indices."""
-    cdef uint32_t req_prod = xvd_load_acquire(&ring[SRING_REQ_PROD])
-    return <uint32_t>(req_prod - xvd_load_acquire(&ring[SRING_RSP_PROD]))
+    return <uint32_t>(requests_published(&ring[0]) - responses_published(&ring[0]))
 
 
 def journal_fault(journal, ring, uint32_t nr_ents, int abi):
@@ -60,7 +60,7 @@ cdef void begin_journal(journal_header *journal, back_ring *ring,
     nobody else writes there: on the next ring of the same gref and port it is not found.
     """
     memset(journal, 0, sizeof(journal_header) + ring.nr_ents * sizeof(journal_entry))
-    xvd_store64(ring.sring + SRING_INSTANCE, instance)
+    set_instance(ring.sring, instance)
     journal.nr_ents = ring.nr_ents
     journal.instance = instance
     journal.req_cons, journal.rsp_prod_pvt = ring.req_cons, ring.rsp_prod_pvt
@@ -102,8 +102,8 @@ cdef void find_entry(const journal_header *journal, journal_entry *entries, uint
 cdef const char *fault_of(journal_header *journal, uint64_t size, back_ring *ring) noexcept nogil:
     """The first reason not to believe a journal, or an empty text."""
     cdef uint32_t nr_ents = ring.nr_ents, outstanding, i
-    cdef uint32_t req_prod = xvd_load_acquire(ring.sring + SRING_REQ_PROD)
-    cdef uint32_t rsp_prod = xvd_load_acquire(ring.sring + SRING_RSP_PROD)
+    cdef uint32_t req_prod = requests_published(ring.sring)
+    cdef uint32_t rsp_prod = responses_published(ring.sring)
     cdef found_entries found
     memset(&found, 0, sizeof(found))
     if size < sizeof(journal_header) + nr_ents * sizeof(journal_entry):
@@ -112,7 +112,7 @@ cdef const char *fault_of(journal_header *journal, uint64_t size, back_ring *rin
         return b"it does not begin as a journal does"
     if journal.nr_ents != nr_ents:
         return b"it is of a ring of another size"
-    if journal.instance == 0 or journal.instance != xvd_load64(ring.sring + SRING_INSTANCE):
+    if journal.instance == 0 or journal.instance != instance_of(ring.sring):
         return b"it is of another ring"
     outstanding = journal.req_cons - journal.rsp_prod_pvt
     if outstanding > nr_ents:

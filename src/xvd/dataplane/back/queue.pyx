@@ -20,10 +20,10 @@ from posix.unistd cimport close, read
 from xvd.dataplane.abi cimport (
     BLKIF_DISCARD_SECURE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE,
     BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE,
-    REFUSAL_COUNT, REFUSAL_NONE, SRING_REQ_PROD, blkif_layouts, blkif_refusal_names)
+    REFUSAL_COUNT, REFUSAL_NONE, blkif_layouts, blkif_refusal_names)
 from xvd.dataplane.back.answer cimport publish_responses, refuse, use_space
 from xvd.dataplane.back.buffers cimport shrink, take_up
-from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits, xvd_load_acquire
+from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
 from xvd.dataplane.back.gather cimport gather, unmap
 from xvd.dataplane.back.indirect cimport fetch_indirect
 from xvd.dataplane.back.journal cimport (
@@ -43,7 +43,7 @@ from xvd.dataplane.back.purge cimport purge, purge_all
 from xvd.dataplane.back.request cimport NR_SEGMENTS, parse, request, validate
 from xvd.dataplane.ring.ring cimport (
     RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending,
-    back_respond, check_ring)
+    back_respond, back_resume, back_take, check_ring)
 from xvd.dataplane.back.space cimport (LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space,
                                   take_space)
 from xvd.dataplane.back.storage cimport collect, start
@@ -115,8 +115,7 @@ cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
             q.count.oo_req += not again
             break
         q.nr_free -= 1
-        p.entry.index = q.ring.req_cons
-        q.ring.req_cons += 1
+        p.entry.index = back_take(&q.ring)
         mark_taken(q.journal, p.entry, q.ring.req_cons)
         begin(q, p, refusal)
         taken += 1
@@ -386,11 +385,11 @@ cdef class BackendQueue:
         if fault[0]:
             raise PeerProtocolError(
                 f"the journal of its ring is of no use: {(<bytes>fault).decode()}")
-        q.ring.req_cons, q.ring.rsp_prod_pvt = q.journal.req_cons, q.journal.rsp_prod_pvt
+        back_resume(&q.ring, q.journal.req_cons, q.journal.rsp_prod_pvt)
         for i in range(q.ring.nr_ents):
             if (q.pendings[i].entry.word & KIND_MASK == ENTRY_TAKEN
                     and q.pendings[i].entry.index == q.journal.req_cons):
-                q.ring.req_cons += 1
+                back_take(&q.ring)
         q.recovering = TAKING_OVER
 
     cdef allocate(self, uint32_t nr_ents):
@@ -531,7 +530,7 @@ cdef class BackendQueue:
         cdef uint32_t oldest = q.kept.oldest
         if q.broken or q.stopping:
             return False
-        if xvd_load_acquire(q.ring.sring + SRING_REQ_PROD) != q.ring.req_cons:
+        if back_has_news(&q.ring):
             return True
         return (q.persistent and oldest != NOBODY
                 and idle_too_long(&q.kept, &q.kept.grants[oldest], monotonic_ns()))

@@ -2,15 +2,19 @@
 """The shared ring: private indices of each side, and every access to the shared page.
 
 All index arithmetic is unsigned and 32 bits wide; an index is reduced modulo the ring's size only
-to address a slot. Nothing outside this file dereferences the shared page.
+to address a slot. Nothing outside this file dereferences the shared page, or moves an index.
+
+What this end has published is kept privately: its word on the shared page is written and never read
+back, because the peer may have written something else there.
 """
 
 from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from xvd.dataplane.abi cimport (BLKIF_RING_HEADER, SRING_REQ_EVENT, SRING_REQ_PROD,
                                 SRING_INSTANCE, SRING_RSP_EVENT, SRING_RSP_PROD, blkif_layout)
-from xvd.dataplane.c cimport (DEBUG_ASSERT, xvd_copy_slot, xvd_fence, xvd_load_acquire, xvd_put16,
-                              xvd_put64, xvd_store64, xvd_store_relaxed, xvd_store_release)
+from xvd.dataplane.c cimport (DEBUG_ASSERT, xvd_copy_slot, xvd_fence, xvd_load64, xvd_load_acquire,
+                              xvd_put16, xvd_put64, xvd_store64, xvd_store_relaxed,
+                              xvd_store_release)
 
 
 cdef enum ring_outcome:
@@ -24,12 +28,14 @@ cdef struct back_ring:
     uint32_t nr_ents
     uint32_t req_cons
     uint32_t rsp_prod_pvt
+    uint32_t rsp_prod            # what was published last
 
 cdef struct front_ring:
     uint8_t *sring
     const blkif_layout *layout
     uint32_t nr_ents
     uint32_t req_prod_pvt
+    uint32_t req_prod            # what was published last
     uint32_t rsp_cons
 
 
@@ -38,12 +44,33 @@ cdef inline uint8_t *slot_at(uint8_t *sring, const blkif_layout *layout, uint32_
     return sring + BLKIF_RING_HEADER + <uint64_t>(index & (nr_ents - 1)) * layout.entry_size
 
 
-cdef inline bint publish(uint8_t *prod, uint8_t *event, uint32_t new) noexcept nogil:
+cdef inline bint publish(uint8_t *prod, uint8_t *event, uint32_t *published,
+                         uint32_t new) noexcept nogil:
     """Publish a producer index; whether the peer asked to be told (io/ring.h, PUSH_..._NOTIFY)."""
-    cdef uint32_t old = xvd_load_acquire(prod)
+    cdef uint32_t old = published[0]
+    published[0] = new
     xvd_store_release(prod, new)
     xvd_fence()
     return <uint32_t>(new - xvd_load_acquire(event)) < <uint32_t>(new - old)
+
+
+# ---- What stands on the page, for whoever has no end yet -------------------------------------
+
+cdef inline uint32_t requests_published(const uint8_t *sring) noexcept nogil:
+    return xvd_load_acquire(sring + SRING_REQ_PROD)
+
+
+cdef inline uint32_t responses_published(const uint8_t *sring) noexcept nogil:
+    return xvd_load_acquire(sring + SRING_RSP_PROD)
+
+
+cdef inline uint64_t instance_of(const uint8_t *sring) noexcept nogil:
+    """The number that a backend has given to this ring; 0 on one that a frontend has just made."""
+    return xvd_load64(sring + SRING_INSTANCE)
+
+
+cdef inline void set_instance(uint8_t *sring, uint64_t instance) noexcept nogil:
+    xvd_store64(sring + SRING_INSTANCE, instance)
 
 
 # ---- Backend's side --------------------------------------------------------------------------
@@ -53,12 +80,17 @@ cdef inline bint back_attach(back_ring *r) noexcept nogil:
 
     False if the frontend's index is more than a ring ahead (Linux blkback: -EIO).
     """
-    cdef uint32_t rsp_prod = xvd_load_acquire(r.sring + SRING_RSP_PROD)
-    cdef uint32_t req_prod = xvd_load_acquire(r.sring + SRING_REQ_PROD)
-    if <uint32_t>(req_prod - rsp_prod) > r.nr_ents:
+    cdef uint32_t rsp_prod = responses_published(r.sring)
+    if <uint32_t>(requests_published(r.sring) - rsp_prod) > r.nr_ents:
         return False
-    r.req_cons = r.rsp_prod_pvt = rsp_prod
+    r.req_cons = r.rsp_prod_pvt = r.rsp_prod = rsp_prod
     return True
+
+
+cdef inline void back_resume(back_ring *r, uint32_t req_cons, uint32_t rsp_prod_pvt) noexcept nogil:
+    """Go on from the private indices of a predecessor, who may have died before it published."""
+    r.req_cons, r.rsp_prod_pvt = req_cons, rsp_prod_pvt
+    r.rsp_prod = responses_published(r.sring)
 
 
 cdef inline int back_pending(back_ring *r, uint32_t *count) noexcept nogil:
@@ -78,7 +110,8 @@ cdef inline int back_pending(back_ring *r, uint32_t *count) noexcept nogil:
 
 
 cdef inline void back_peek(back_ring *r, void *private_copy) noexcept nogil:
-    """Copy the next request out and leave it there. Only after `back_pending` counted it.
+    """Copy the next request out and leave it there; `back_take` takes it. Only after
+    `back_pending` counted it.
 
     Whoever looks again later copies again, and may see another request.
     """
@@ -86,10 +119,10 @@ cdef inline void back_peek(back_ring *r, void *private_copy) noexcept nogil:
                   r.layout.entry_size)
 
 
-cdef inline void back_copy(back_ring *r, void *private_copy) noexcept nogil:
-    """Copy the next request out and step over it. Only after `back_pending` counted it."""
-    back_peek(r, private_copy)
+cdef inline uint32_t back_take(back_ring *r) noexcept nogil:
+    """Step over the request that was copied; the index of its slot."""
     r.req_cons += 1
+    return r.req_cons - 1
 
 
 cdef inline void back_respond(back_ring *r, uint64_t id, uint8_t operation,
@@ -106,7 +139,8 @@ cdef inline void back_respond(back_ring *r, uint64_t id, uint8_t operation,
 
 cdef inline bint back_push(back_ring *r) noexcept nogil:
     """Publish the responses; True if the frontend wants an event."""
-    return publish(r.sring + SRING_RSP_PROD, r.sring + SRING_RSP_EVENT, r.rsp_prod_pvt)
+    return publish(r.sring + SRING_RSP_PROD, r.sring + SRING_RSP_EVENT, &r.rsp_prod,
+                   r.rsp_prod_pvt)
 
 
 cdef inline bint back_has_news(const back_ring *r) noexcept nogil:
@@ -134,7 +168,7 @@ cdef inline void front_init(front_ring *r) noexcept nogil:
     xvd_store64(r.sring + SRING_INSTANCE, 0)
     xvd_store_relaxed(r.sring + SRING_REQ_EVENT, 1)
     xvd_store_release(r.sring + SRING_RSP_EVENT, 1)
-    r.req_prod_pvt = r.rsp_cons = 0
+    r.req_prod_pvt = r.req_prod = r.rsp_cons = 0
 
 
 cdef inline uint32_t front_free(front_ring *r) noexcept nogil:
@@ -151,7 +185,8 @@ cdef inline uint8_t *front_next_slot(front_ring *r) noexcept nogil:
 
 cdef inline bint front_push(front_ring *r) noexcept nogil:
     """Publish the requests; True if the backend wants an event."""
-    return publish(r.sring + SRING_REQ_PROD, r.sring + SRING_REQ_EVENT, r.req_prod_pvt)
+    return publish(r.sring + SRING_REQ_PROD, r.sring + SRING_REQ_EVENT, &r.req_prod,
+                   r.req_prod_pvt)
 
 
 cdef inline int front_pending(front_ring *r, uint32_t *count) noexcept nogil:

@@ -41,8 +41,9 @@ cdef class BackRing:
         self.r.layout = &blkif_layouts[abi]
 
     def set_indices(self, uint32_t req_cons, uint32_t rsp_prod_pvt):
-        """Start anywhere: for tests at the wrap of the indices."""
-        self.r.req_cons, self.r.rsp_prod_pvt = req_cons, rsp_prod_pvt
+        """Start anywhere, with every response published: for tests at the wrap of the indices."""
+        self.r.req_cons = req_cons
+        self.r.rsp_prod_pvt = self.r.rsp_prod = rsp_prod_pvt
 
     @property
     def indices(self):
@@ -59,7 +60,8 @@ cdef class BackRing:
         cdef int outcome = back_pending(&self.r, &count)
         if outcome != RING_TAKEN:
             return outcome, b""
-        back_copy(&self.r, self.copy)
+        back_peek(&self.r, self.copy)
+        back_take(&self.r)
         return outcome, self.copy[:self.r.layout.entry_size]
 
     def respond(self, uint64_t id, uint8_t operation, int16_t status):
@@ -87,8 +89,9 @@ cdef class FrontRing:
         self.r.layout = &blkif_layouts[abi]
 
     def set_indices(self, uint32_t req_prod_pvt, uint32_t rsp_cons):
-        """Start anywhere: for tests at the wrap of the indices."""
-        self.r.req_prod_pvt, self.r.rsp_cons = req_prod_pvt, rsp_cons
+        """Start anywhere, with every request published: for tests at the wrap of the indices."""
+        self.r.req_prod_pvt = self.r.req_prod = req_prod_pvt
+        self.r.rsp_cons = rsp_cons
 
     @property
     def indices(self):
