@@ -23,7 +23,7 @@ OTHERS = [
 EVERY = PYTHON + CYTHON + OTHERS
 
 FOR_ALL = ("errors", "files", "loglimit", "packages", "sockets", "types")
-ENDS = ("blkif", "dataplane", "machine.interface", "machine.xs", "engines.interface")
+ENDS = ("xenbus", "blkif", "dataplane", "machine.interface", "machine.xs", "engines.interface")
 TABLES = tuple(
     f"dataplane.{name}" for name in ("abi", "c", "latency", "liburing", "ports", "types")
 )
@@ -43,6 +43,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "frontend": ENDS,
     "toolstack": ("blkif", "machine.xs"),
     "engines": ("dataplane.ports", "dataplane.liburing", "dataplane.c"),
+    "xenbus": ("blkif", "dataplane", "machine.interface", "machine.xs"),
     "machine.emulated": ("machine.interface", "machine.xs", "dataplane.ports", "dataplane.c"),
     "machine.xen": ("machine.interface", "machine.xs", "dataplane.ports", "dataplane.liburing"),
     "machine.xs": ("machine.xs",),

@@ -13,14 +13,14 @@ PAGE = ROOT / "docs/protocol.md"
 MARKER = "<!-- From here on written by tools/draw_handshake.py -->\n"
 sys.path.insert(0, str(ROOT / "src"))
 
-from xvd.blkif import handshake  # noqa: E402
+from xvd.blkif import drawing, handshake  # noqa: E402
 
 
 def drawn() -> str:
     parts = [MARKER]
     for title, table in (("backend", handshake.BACKEND), ("frontend", handshake.FRONTEND)):
-        parts.append(f"\n### The {title}\n\n{handshake.render_table(table)}")
-        parts.append(f"\n```mermaid\n{handshake.render_diagram(table)}```\n")
+        parts.append(f"\n### The {title}\n\n{drawing.render_table(table)}")
+        parts.append(f"\n```mermaid\n{drawing.render_diagram(table)}```\n")
     return "".join(parts)
 
 

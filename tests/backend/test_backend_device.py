@@ -79,10 +79,10 @@ def test_counters_outlive_a_connection(copying: bool, mode: str) -> None:
                     await disk.write(0, bytes(4096))
             assert world.server is not None
             [device] = world.server.devices.values()
-            await until(lambda: device.connection is None)
-            assert device.mode == mode
-            assert device.counters()["wr_req"] == 2
-            assert device.counters()["copied"] == (2 if copying else 0)
+            await until(lambda: device.disk.connection is None)
+            assert device.disk.mode == mode
+            assert device.disk.counters()["wr_req"] == 2
+            assert device.disk.counters()["copied"] == (2 if copying else 0)
 
     run(work())
 
@@ -230,7 +230,7 @@ def test_grants_stay_mapped_when_both_ends_say_so(
             await frontend.ask(rq(Op.READ, 0, Segment(frontend.pages.grefs[0])))
             assert world.server is not None
             [device] = world.server.devices.values()
-            assert device.mode == mode
+            assert device.disk.mode == mode
             assert published == str(int(ours and not copying))
             assert frontend.pages.revoke(0) == (mode != "persistent grants")
             await store.write(f"{vbd.frontend}/state", "6")
@@ -254,7 +254,7 @@ def test_the_limit_is_a_rings_or_a_ring_pages(scaled: bool, kept: int) -> None:
             await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
             assert world.server is not None
             [device] = world.server.devices.values()
-            assert device.counters()["persistent_grants"] == kept
+            assert device.disk.counters()["persistent_grants"] == kept
             frontend.close()
 
     run(work())

@@ -134,7 +134,7 @@ async def check(world: World, number: int, front: FrontSettings | None = None) -
         await disk.write(4096, bytes([number]) * 65536)
         assert await disk.read(4096, 65536) == bytes([number]) * 65536
         assert world.server is not None
-        return world.server.device(f"{number}/51712").mode
+        return world.server.device(f"{number}/51712").disk.mode
 
 
 def test_a_disk_is_offered_what_there_is_room_for() -> None:
@@ -158,7 +158,7 @@ def test_what_is_left_to_later_disks_is_less_and_then_grant_copy() -> None:
         async with disk_world(settings=settings, budget=budget) as world:
             async with await world.disk(domid=1), await world.disk(domid=2):
                 assert world.server is not None
-                kept = world.server.device("2/51712").connection
+                kept = world.server.device("2/51712").disk.connection
                 assert kept is not None
                 assert kept.plan.settings.max_persistent_grants == 528
                 assert await check(world, 3) == "persistent grants"
@@ -229,7 +229,7 @@ def test_a_setting_is_raised_as_far_as_there_is_room() -> None:
         ):
             assert world.server is not None
             world.server.change(["max_persistent_grants=4000"])
-            connection = world.server.device("1/51712").connection
+            connection = world.server.device("1/51712").disk.connection
             assert connection is not None
             assert connection.plan.lease.claim.kept == 2000
 

@@ -137,7 +137,7 @@ def test_data_lies_where_it_belongs_in_either_dialect(both: bool, copying: bool)
                 await disk.discard(4096, 8192)
                 await disk.flush()
                 assert world.server is not None
-                engine = world.server.device("1/51712").engine
+                engine = world.server.device("1/51712").disk.engine
                 assert engine is not None
                 buffer = bytearray(SIZE)
                 engine.read(memoryview(buffer), 0)
@@ -159,7 +159,7 @@ def test_another_size_is_told_in_the_same_unit() -> None:
             async with await world.disk(front=front) as disk:
                 assert world.server is not None
                 device = world.server.device("1/51712")
-                device._set_sectors(SIZE // 1024)
+                device.disk.storage._accept(SIZE // 1024)
                 while disk.size != SIZE // 2:
                     await world.store.exists("backend")
                 sectors = await world.store.read("backend/vbd/1/51712/sectors")

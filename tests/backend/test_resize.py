@@ -47,7 +47,7 @@ def test_a_larger_disk_is_used_without_a_new_connection(image: Path) -> None:
         async with disk_world() as world, await world.disk(str(image)) as disk:
             assert world.server is not None
             device = world.server.device("1/51712")
-            assert await device.resize(8 * MIB) == 8 * MIB // 512
+            assert await device.disk.resize(8 * MIB) == 8 * MIB // 512
             await until(lambda: disk.size == 8 * MIB)
             await disk.write(8 * MIB - 4096, b"e" * 4096)
             assert await disk.read(8 * MIB - 4096, 4096) == b"e" * 4096
@@ -65,7 +65,7 @@ def test_behind_the_end_of_a_smaller_disk_there_is_nothing(image: Path) -> None:
             await frontend.publish()
             await backend_reaches(world, vbd, 4)
             assert world.server is not None
-            await world.server.device("1/51712").resize(2 * MIB)
+            await world.server.device("1/51712").disk.resize(2 * MIB)
             segment = Segment(frontend.pages.grefs[0])
             within = await frontend.ask(rq(Op.READ, 2 * MIB // 512 - 8, segment))
             beyond = await frontend.ask(rq(Op.WRITE, 2 * MIB // 512, segment))
@@ -89,7 +89,7 @@ def test_the_state_is_written_again_so_that_the_frontend_looks(image: Path) -> N
             events = aiter(watch)
             await anext(events)
             assert world.server is not None
-            await world.server.device("1/51712").resize(8 * MIB)
+            await world.server.device("1/51712").disk.resize(8 * MIB)
             await anext(events)
             nodes = [await store.read(f"{vbd.backend}/{name}") for name in ("sectors", "state")]
             assert nodes == [str(8 * MIB // 512), "4"]
@@ -129,7 +129,7 @@ def test_a_disk_that_nobody_uses_has_its_new_size_when_somebody_does(image: Path
             vbd = await world.attach(str(image))
             assert world.server is not None
             await backend_reaches(world, vbd, 2)
-            await world.server.device("1/51712").resize(8 * MIB)
+            await world.server.device("1/51712").disk.resize(8 * MIB)
             async with await world.open(vbd) as disk:
                 assert disk.size == 8 * MIB
 
@@ -158,7 +158,7 @@ def test_storage_of_one_size_says_so_and_nothing_changes() -> None:
         async with disk_world() as world, await world.disk("memory:1M") as disk:
             assert world.server is not None
             with pytest.raises(EngineError, match="the size that it has"):
-                await world.server.device("1/51712").resize(512 * 1024)
+                await world.server.device("1/51712").disk.resize(512 * 1024)
             await disk.write(MIB - 512, b"w" * 512)
 
     run(work())
@@ -186,7 +186,7 @@ def test_requests_under_way_while_the_size_changes_are_all_answered(image: Path)
             for turn in range(10):
                 writes = [disk.write(n * 4096, bytes([turn]) * 4096) for n in range(64)]
                 size = (4 + turn % 3) * MIB
-                await asyncio.gather(*writes, device.resize(size))
+                await asyncio.gather(*writes, device.disk.resize(size))
                 await until(lambda size=size: disk.size == size)
 
     run(work())
@@ -200,8 +200,8 @@ def test_many_who_resize_and_look_at_once_leave_one_size(image: Path) -> None:
             assert world.server is not None
             device = world.server.device("1/51712")
             sizes = [(2 + n % 4) * MIB for n in range(20)]
-            await asyncio.gather(*(device.resize(size) for size in sizes),
-                                 *(device.follow_size() for _ in sizes))  # fmt: skip
+            await asyncio.gather(*(device.disk.resize(size) for size in sizes),
+                                 *(device.disk.follow_size() for _ in sizes))  # fmt: skip
             await until(lambda: disk.size == size_of(image) == sizes[-1])
 
     run(work())

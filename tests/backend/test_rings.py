@@ -53,7 +53,7 @@ def test_requests_that_no_event_told_of_are_found_by_the_daemon(
     async def work() -> None:
         async with disk_world(settings=WIDE) as world:
             frontend, _ = await connected(world, queues=2)
-            connection = the_device(world).connection
+            connection = the_device(world).disk.connection
             assert connection is not None
             await until(lambda: all(link.thread is not None for link in connection.links))
             loops = [link.thread.loop for link in connection.links if link.thread is not None]
@@ -91,10 +91,10 @@ def test_every_queue_serves_and_counts_for_itself(order: int) -> None:
                     answer = await queue.ask(rq(Op.READ, 0, segment, id=i))
                     assert (answer.id, answer.status) == (i, Status.OKAY)
             device = the_device(world)
-            assert device.connection is not None
-            counted = [link.queue.counters()["rd_req"] for link in device.connection.links]
+            assert device.disk.connection is not None
+            counted = [link.queue.counters()["rd_req"] for link in device.disk.connection.links]
             assert counted == [1, 2, 3, 4]
-            assert device.counters()["rd_req"] == 10
+            assert device.disk.counters()["rd_req"] == 10
             frontend.close()
 
     run(work())
@@ -268,7 +268,7 @@ def test_every_queue_keeps_grants_of_its_own() -> None:
             segments = [Segment(gref) for gref in frontend.pages.grefs]
             await frontend.queues[0].ask(rq(Op.READ, 0, *segments))
             await frontend.queues[1].ask(rq(Op.READ, 0, *segments[:2]))
-            connection = the_device(world).connection
+            connection = the_device(world).disk.connection
             assert connection is not None
             kept = [link.queue.counters()["persistent_grants"] for link in connection.links]
             assert kept == [3, 2]

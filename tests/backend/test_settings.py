@@ -11,11 +11,9 @@ from rig_queue import rq
 
 from xvd.backend import server as server_module
 from xvd.backend.device import Device
-from xvd.backend.inbox import Inbox
 from xvd.backend.server import Server
 from xvd.backend.settings import LIVE, RANGES, Settings, parse_settings
 from xvd.blkif.abi import Op
-from xvd.blkif.handshake import BackendEvent
 from xvd.blkif.messages import Segment
 from xvd.errors import ConfigError
 from xvd.frontend.settings import Settings as FrontendSettings
@@ -84,7 +82,7 @@ async def four_grants_kept(world: World) -> tuple[RawFrontend, Device]:
     await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
     assert world.server is not None
     device = world.server.device("1/51712")
-    assert device.counters()["persistent_grants"] == 4
+    assert device.disk.counters()["persistent_grants"] == 4
     return frontend, device
 
 
@@ -94,7 +92,7 @@ def test_what_is_live_holds_at_once() -> None:
             frontend, device = await four_grants_kept(world)
             assert world.server is not None
             values = world.server.change(["max_persistent_grants=1"])
-            await until(lambda: device.counters()["persistent_grants"] == 1)
+            await until(lambda: device.disk.counters()["persistent_grants"] == 1)
             assert values["max_persistent_grants"] == 1
             frontend.close()
 
@@ -112,7 +110,7 @@ def test_grants_that_are_unused_for_as_long_as_is_set_now_are_let_go(
             frontend, device = await four_grants_kept(world)
             assert world.server is not None
             world.server.change(["persistent_grant_unused_seconds=1"])
-            await until(lambda: device.counters()["persistent_grants"] == 0)
+            await until(lambda: device.disk.counters()["persistent_grants"] == 0)
             frontend.close()
 
     run(work())
@@ -126,10 +124,10 @@ def test_figures_are_logged_from_when_that_is_set(caplog: pytest.LogCaptureFixtu
                 await disk.read(0, 4096)
                 assert world.server is not None
                 device = world.server.device("1/51712")
-                device.log_figures()
+                device.disk.log_figures()
                 assert "rd_req" not in caplog.text
                 world.server.change(["log_stats=Y"])
-                device.log_figures()
+                device.disk.log_figures()
                 assert "oo_req 0, rd_req 1, wr_req 0" in caplog.text
 
     caplog.set_level(logging.INFO)
@@ -146,7 +144,7 @@ def test_how_long_to_look_is_the_machines_affair_unless_it_is_set(
     async def work() -> None:
         async with disk_world(settings=Settings(poll_us=set_to)) as world, await world.disk():
             assert world.server is not None
-            connection = world.server.device("1/51712").connection
+            connection = world.server.device("1/51712").disk.connection
             assert connection is not None
             assert (connection.loop_counters()["poll_ns"] > 0) is looks
 
@@ -180,21 +178,6 @@ def test_a_disks_own_setting_stays_when_that_of_all_changes() -> None:
             with pytest.raises(ConfigError):
                 world.server.change(["max_queues=2", "log_stats=2"])
             assert world.server.settings_of("x").values()["max_queues"] == 5
-
-    run(work())
-
-
-def test_only_the_newest_of_a_frontends_states_waits() -> None:
-    async def work() -> None:
-        inbox = Inbox()
-        e = BackendEvent
-        states = (e.FRONTEND_CONNECTED, e.FRONTEND_CLOSED, e.FRONTEND_INITIALISING)
-        inbox.put(e.STORAGE_READY)
-        for _ in range(1000):
-            for event in (e.REMOVE, *states):
-                inbox.put(event)
-        assert len(inbox) == 3
-        assert [await inbox.get() for _ in range(3)] == [e.STORAGE_READY, e.REMOVE, states[-1]]
 
     run(work())
 

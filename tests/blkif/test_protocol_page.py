@@ -3,7 +3,8 @@
 
 from pathlib import Path
 
-from xvd.blkif.handshake import BACKEND, FRONTEND, render_diagram, render_table
+from xvd.blkif.drawing import render_diagram, render_table
+from xvd.blkif.handshake import BACKEND, FRONTEND
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/protocol.md"
 

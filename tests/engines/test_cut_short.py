@@ -78,7 +78,7 @@ def size_of(image: Path) -> int:
 async def cut(world: World, image: Path, size: int) -> None:
     """Cut it, and let the daemon have looked."""
     assert world.server is not None
-    engine = world.server.device("1/51712").engine
+    engine = world.server.device("1/51712").disk.engine
     assert engine is not None
     os.truncate(image, size)
     await until(lambda: engine.info.size == size)
@@ -133,13 +133,13 @@ def test_it_shrinks_if_somebody_says_so(image: Path) -> None:
             device = world.server.device("1/51712")
             os.truncate(image, MIB)
             with pytest.raises(ConfigError, match=r"has 2048 sectors, the disk 8192; see --shrink"):
-                await device.resize()
+                await device.disk.resize()
             assert disk.size == 4 * MIB
 
-            assert await device.resize(shrink=True) == MIB // 512
+            assert await device.disk.resize(shrink=True) == MIB // 512
             await until(lambda: disk.size == MIB)
-            assert device.engine is not None
-            assert device.engine.trouble == ""
+            assert device.disk.engine is not None
+            assert device.disk.engine.trouble == ""
 
     run(work())
 

@@ -123,7 +123,7 @@ def test_neither_a_barrier_nor_a_write_through_succeeds_and_it_is_told_once(
     async def work() -> None:
         async with disk_world() as world, await world.disk(store.device) as disk:
             assert world.server is not None
-            engine = world.server.device("1/51712").engine
+            engine = world.server.device("1/51712").disk.engine
             assert engine is not None
             fill(engine)
             for _ in range(3):

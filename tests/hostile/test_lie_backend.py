@@ -264,7 +264,7 @@ def test_xsa_349_a_storm_of_states_is_looked_at_once_for_many(states: str) -> No
             longest = 0
             for turn in range(400):
                 await backend.write({"state": states[turn % len(states)]})
-                longest = max(longest, disk.device._events.qsize())
+                longest = max(longest, disk.device.waiting)
             assert longest <= 4
             await disk._leave(abandon=True)
             backend.close()

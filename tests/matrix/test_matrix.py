@@ -109,11 +109,11 @@ class Pair:
     """Both ends of one connected disk, what it should hold, and the storage behind it."""
 
     def __init__(self, case: Case, disk: Disk, device: Device, storage: MemoryEngine) -> None:
-        assert device.connection is not None
+        assert device.disk.connection is not None
         self.case = case
         self.disk = disk
         self.device = device
-        self.backend = device.connection
+        self.backend = device.disk.connection
         self.storage = storage
         self.expected = bytearray(SIZE)
 

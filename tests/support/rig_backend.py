@@ -38,10 +38,10 @@ from xvd.blkif.validate import Limits, Refusal, answer, validate
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import EventChannel, ForeignGrants, Machine, Mapping
-from xvd.machine.xs.xenbus import change_device, read_directory
 from xvd.toolstack.vbd import Vbd, add, wait_for_state
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid, Gref
+from xvd.xenbus.directory import change_device, read_directory
 
 SECTOR = 512
 RICH = BackendFeatures(

@@ -154,7 +154,7 @@ class Connection:
         self.config = plan.config
         self.links: list[Link] = []
         self._failure: Exception | None = None
-        self._on_exit: Callable[[Exception | None], None] = lambda _: None
+        self._on_exit: Callable[[Exception | None], None] = _tell_nobody
         several = len(plan.config.queues) > 1
         try:
             if not plan.resume:
@@ -307,3 +307,9 @@ class Connection:
         for link in reversed(self.links):
             link.release()
         self.plan.lease.close()
+        # Who is told knows us: without this our descriptors would wait for the collector.
+        self._on_exit = _tell_nobody
+
+
+def _tell_nobody(_failure: Exception | None) -> None:
+    """Nobody waits for the end."""

@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 
 from xvd.backend.budget import Budget
 from xvd.backend.device import Device, StorageOpener
+from xvd.backend.disk import ServedDisk
 from xvd.backend.rival import no_rival
 from xvd.backend.settings import Settings, parse_settings
 from xvd.backend.sharing import SharedStorage
@@ -22,8 +23,8 @@ from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.loglimit import LogLimit
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
-from xvd.machine.xs.xenbus import remove_device, report_error
 from xvd.types import DOM0, Domid
+from xvd.xenbus.directory import remove_device, report_error
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +97,15 @@ class Server:
         while True:
             await asyncio.sleep(LOOK_S)
             for device in self.devices.values():
-                device.wake_overdue()
-                device.log_figures()
+                device.disk.wake_overdue()
+                device.disk.log_figures()
 
     async def _look_at_sizes(self) -> None:
-        sizes: SizeLook[Device] = SizeLook()
+        sizes: SizeLook[ServedDisk] = SizeLook()
         while True:
             await asyncio.sleep(LOOK_S)
-            for device in await sizes.look(list(self.devices.values())):
-                following = asyncio.ensure_future(device.follow_size())  # it may hang
+            for disk in await sizes.look([device.disk for device in self.devices.values()]):
+                following = asyncio.ensure_future(disk.follow_size())  # it may hang
                 self._again.add(following)
                 following.add_done_callback(self._again.discard)
 
@@ -137,13 +138,13 @@ class Server:
         else:
             changed = self._settings = self._settings.changed(values)
         for path, device in self.devices.items():
-            device.apply(self.settings_of(path))
+            device.disk.apply(self.settings_of(path))
         return changed.values()
 
     def squeeze(self) -> None:
         """Memory is short: every disk gives back what it keeps and does not use."""
         for device in self.devices.values():
-            device.squeeze()
+            device.disk.squeeze()
 
     async def close(self) -> None:
         """Drain and release every disk, leaving its nodes for whoever serves it next."""
@@ -229,7 +230,7 @@ class Server:
 
     async def _serve(self, device: Device) -> None:
         with contextlib.suppress(PeerClosed, XenstoreError):
-            await self._pages.add(device.path, device.counters)
+            await self._pages.add(device.path, device.disk.counters)
         try:
             await device.run()
         finally:

@@ -17,7 +17,7 @@ from typing import Any, Final
 from xvd.errors import ConfigError, describe
 from xvd.files import create_own, open_own_directory, own_directory, remove
 from xvd.machine.xs.client import XenstoreClient
-from xvd.machine.xs.xenbus import change_device
+from xvd.xenbus.directory import change_device
 
 logger = logging.getLogger(__name__)
 

@@ -138,9 +138,9 @@ def backend_counters(server: Server) -> dict[str, float]:
     """The counters of every connected disk, added up, each as ``back_NAME``."""
     total: dict[str, float] = {}
     for device in server.devices.values():
-        if device.connection is None:
+        if device.disk.connection is None:
             continue
-        figures = device.connection.counters() | device.connection.loop_counters()
+        figures = device.disk.connection.counters() | device.disk.connection.loop_counters()
         for name, value in figures.items():
             if isinstance(value, int):
                 total[f"back_{name}"] = total.get(f"back_{name}", 0) + value

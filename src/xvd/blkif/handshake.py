@@ -11,14 +11,16 @@ How a caller uses it (`BackendState` and `FrontendState` alike):
    backend_step(state, event)``. One event at a time: finish 2 before the next one.
 2. Take ``step.state`` and do ``step.actions`` in order. At most one of them is marked *nodes*: it
    writes its nodes and ``step.state.xenbus`` in one xenstore transaction, which first checks that
-   our own ``state`` node still exists (else the disk's directory is gone: write nothing), and
-   which starts again on EAGAIN. Without such an action the state is written first. It is not
-   written when it is None, or what the node says already (PUBLISH_SIZE is the exception).
+   our own ``state`` node still exists and is not `foreign_state` (else the directory is gone, or
+   another disk's: write nothing), and which starts again on EAGAIN. Without such an action the
+   state is written first. It is not written when it is None, or what the node says already
+   (PUBLISH_SIZE is the exception).
 3. CONNECT, RECONNECT, DISCONNECT, READ_FEATURES, STOP_IO and FAIL_IO take time; their end comes
    back as an event, and meanwhile further events are fed. One that is asked for while it runs is
    the one that runs: it ends once.
 4. LOOK means: read the peer's node (a backend reads its ``online`` node too) and feed what it
    says as an event, as if a watch had fired. So nothing is lost that was ignored while we worked.
+5. The disk's way ends in a state that is `final`.
 
 Events of the peer are levels, not edges: on each watch read the node and feed
 ``frontend_event(value)`` or ``backend_event(value)``. A backend that reads ``online`` as 0 feeds
@@ -31,13 +33,15 @@ Sources: Linux xen-blkback and xen-blkfront, QEMU's xen-block, libxl, Linux's
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from xvd.blkif.abi import XenbusState
 
 __all__ = [
     "BACKEND",
     "FRONTEND",
+    "TRIES_MAX",
+    "WRITES_NODES",
     "BackendAction",
     "BackendEvent",
     "BackendState",
@@ -49,21 +53,27 @@ __all__ = [
     "Step",
     "backend_event",
     "backend_step",
+    "closed_event",
+    "foreign_state",
     "frontend_event",
     "frontend_step",
     "initial_backend",
     "initial_frontend",
     "removal_event",
-    "render_diagram",
-    "render_table",
+    "stays_online",
 ]
+
+
+TRIES_MAX: Final = 5
+"""Connections that a backend may refuse in a row; one that cannot would be asked for ever."""
 
 
 class _State(Enum):
     """A state with the value it gives our ``state`` node; None leaves the node as it is."""
 
-    def __init__(self, _number: int, xenbus: XenbusState | None) -> None:
+    def __init__(self, _number: int, xenbus: XenbusState | None, final: bool = False) -> None:
         self.xenbus = xenbus
+        self.final = final
 
 
 class BackendState(_State):
@@ -83,7 +93,7 @@ class BackendState(_State):
     """The live rings are being attached to."""
     CONNECTED = (7, XenbusState.CONNECTED)
     CLOSING = (8, XenbusState.CLOSING)
-    """The frontend is closing; its rings stay mapped until it has closed."""
+    """The frontend is closing; what it puts on its rings is served until it has closed."""
     DISCONNECTING = (9, None)
     """Draining and unmapping, to end as CLOSED."""
     RESETTING = (10, None)
@@ -97,13 +107,15 @@ class BackendState(_State):
     """The toolstack removes the disk; its live frontend is closing."""
     LEAVING = (14, XenbusState.CLOSING)
     """Draining and unmapping, to end as GONE."""
-    GONE = (15, XenbusState.CLOSED)
+    GONE = (15, XenbusState.CLOSED, True)
     """Unregistered: the last write."""
     LOST = (16, XenbusState.CLOSED)
     """A predecessor's storage could not be opened: its frontend's requests get no answer."""
     SPENT = (17, XenbusState.CLOSED)
     """We gave up, and hold nothing any more: Closed tells a frontend with requests outstanding that
     nobody will answer them. Only one that closes, or begins anew, is served again."""
+    REPLACED = (18, None, True)
+    """The directory is a new disk's by now: nothing in it is ours to write."""
 
 
 class BackendEvent(Enum):
@@ -139,6 +151,8 @@ class BackendEvent(Enum):
     """``online`` is 0, and the frontend's state is 2 to 5: it will close."""
     REMOVE_ALONE = auto()
     """``online`` is 0, and there is no frontend that could close."""
+    REPLACED = auto()
+    """Our own state node reads `foreign_state`."""
 
 
 class BackendAction(Enum):
@@ -158,8 +172,6 @@ class BackendAction(Enum):
     Ends in CONNECT_DONE or CONNECT_FAILED. Waits for storage that a hotplug script brings."""
     RECONNECT = auto()
     """The same for rings that are live: attach at rsp_prod, and kick the frontend once."""
-    STOP_TAKING = auto()
-    """Serve what the rings hold now and take nothing after it; everything stays mapped."""
     DISCONNECT = auto()
     """Cancel a CONNECT that runs, drain what is in flight, unmap, unbind; always ends in
     DISCONNECT_DONE, at once when there is nothing to undo."""
@@ -185,12 +197,14 @@ class FrontendState(_State):
     """We are done; the backend still has our pages mapped until it is Closed too."""
     CLOSED = (7, XenbusState.CLOSED)
     """Everything is ours again. REOPEN starts anew, LEAVE makes room for another driver."""
-    VACANT = (8, XenbusState.INITIALISING)
+    VACANT = (8, XenbusState.INITIALISING, True)
     """Left as the next driver expects to find it; the end."""
     RESET_CLOSING = (9, XenbusState.CLOSING)
     """Our predecessor died connected: first of three steps that bring the backend round."""
     RESET_CLOSED = (10, XenbusState.CLOSED)
     """The second step; the third is STARTING."""
+    ABANDONED = (11, None, True)
+    """Left at once, the nodes as they are: the next driver begins with a reset."""
 
 
 class FrontendEvent(Enum):
@@ -222,7 +236,17 @@ class FrontendEvent(Enum):
     REOPEN = auto()
     """After CLOSED: use the disk again."""
     LEAVE = auto()
-    """After CLOSED: leave the disk to whoever comes."""
+    """After CLOSED: leave the disk to whoever comes, as our user wishes, or after a failure."""
+    REMOVED = auto()
+    """After CLOSED: the toolstack takes the disk away."""
+    REFUSED = auto()
+    """After CLOSED: the backend has refused `TRIES_MAX` connections in a row."""
+    NOT_BACK = auto()
+    """The backend has closed, and not come back in time."""
+    UNANSWERED = auto()
+    """The backend owes answers, and has given none for longer than our user would wait."""
+    ABANDON = auto()
+    """Our user leaves at once, as a process that dies does."""
 
 
 class FrontendAction(Enum):
@@ -250,11 +274,30 @@ class FrontendAction(Enum):
     """Five seconds, then TIMEOUT; armed anew for each step."""
     LOOK = auto()
     """Read the backend's state again, and feed it."""
+    FIND_BACKEND = auto()
+    """Read who serves the disk, and watch its state from now on: it may be another backend."""
+    CHOOSE = auto()
+    """Feed what `closed_event` says."""
+    AWAIT_RETURN = auto()
+    """Half a minute, then NOT_BACK; until the next START_IO."""
 
 
-_S = TypeVar("_S", BackendState, FrontendState)
-_E = TypeVar("_E", BackendEvent, FrontendEvent)
-_A = TypeVar("_A", BackendAction, FrontendAction)
+WRITES_NODES: Final = frozenset(
+    {
+        BackendAction.OFFER,
+        BackendAction.PUBLISH,
+        BackendAction.PUBLISH_SIZE,
+        BackendAction.REPORT_ERROR,
+        FrontendAction.PUBLISH,
+        FrontendAction.CLEAN_UP,
+        FrontendAction.REPORT_ERROR,
+    }
+)
+"""The actions that are marked *nodes*."""
+
+_S = TypeVar("_S", bound=BackendState | FrontendState)
+_E = TypeVar("_E", bound=BackendEvent | FrontendEvent)
+_A = TypeVar("_A", bound=BackendAction | FrontendAction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,7 +358,7 @@ def _serve_frontends(table: _BackendTable) -> None:
     row([s.RESUMING], [*gone, *fresh], Step(s.STARTING))
 
     # The frontend closes. Rings stay mapped at 5: an earlier teardown lost I/O (Linux did that).
-    row([s.CONNECTED], [e.FRONTEND_CLOSING], Step(s.CLOSING, (a.STOP_TAKING,)))
+    row([s.CONNECTED], [e.FRONTEND_CLOSING], Step(s.CLOSING))
     row([s.CONNECTING], [e.FRONTEND_CLOSING], Step(s.CLOSING, disconnect))
     row([s.WAITING], [e.FRONTEND_CLOSING], Step(s.CLOSING))
     active = [s.WAITING, s.CONNECTING, s.RECONNECTING, s.CONNECTED, s.CLOSING, s.FAILED]
@@ -359,18 +402,25 @@ def _give_up(table: _BackendTable) -> None:
     row([s.STARTING, s.NO_STORAGE, s.CLOSED], [e.REMOVE], unregister)
     row([s.CONNECTED, s.CLOSING, s.FAILED, s.WAITING], [e.REMOVE], Step(s.REMOVING))
     row([s.CONNECTING], [e.REMOVE], Step(s.REMOVING, disconnect))
-    row([s.REMOVING], [e.FRONTEND_CLOSING], Step(s.REMOVING, (a.STOP_TAKING,)))
     left = [e.FRONTEND_UNKNOWN, e.FRONTEND_CLOSED, e.FRONTEND_INITIALISING]
     row([s.REMOVING], left, Step(s.LEAVING, disconnect))
     row([s.REMOVING], [e.RING_BROKEN, e.STORAGE_FAILED], Step(s.REMOVING, disconnect))
     row([*active, s.REMOVING], [e.REMOVE_ALONE], Step(s.LEAVING, disconnect))
     row([s.DISCONNECTING, s.RESETTING], remove, Step(s.LEAVING))
     row([s.LEAVING], [e.DISCONNECT_DONE], unregister)
+    row([state for state in s if not state.final], [e.REPLACED], Step(s.REPLACED))
 
 
 def _frontend_table() -> _FrontendTable:
-    s, e, a = FrontendState, FrontendEvent, FrontendAction
     table = _FrontendTable()
+    _use_backends(table)
+    _leave(table)
+    return table
+
+
+def _use_backends(table: _FrontendTable) -> None:
+    """Rows for backends that come, go and return."""
+    s, e, a = FrontendState, FrontendEvent, FrontendAction
     row = table.row
     gone = [e.BACKEND_UNKNOWN, e.BACKEND_CLOSED]
     running = [s.PUBLISHED, s.CONNECTING, s.CONNECTED]
@@ -385,24 +435,29 @@ def _frontend_table() -> _FrontendTable:
     # The ring is lost but the disk is not: everything is negotiated again from the start.
     again = (a.RELEASE, a.PUBLISH, a.LOOK)
     row([s.CONNECTING, s.CONNECTED], [e.BACKEND_INIT_WAIT], Step(s.PUBLISHED, again))
-    row(running, [e.RESUMED], Step(s.STARTING, (a.RELEASE, a.CLEAN_UP, a.LOOK)))
+    anew = (a.FIND_BACKEND, a.RELEASE, a.CLEAN_UP, a.LOOK)
+    row(running, [e.RESUMED], Step(s.STARTING, anew))
+    same = [s.STARTING, s.CLOSED, s.RESET_CLOSING, s.RESET_CLOSED]
+    for state in same:
+        row([state], [e.RESUMED], Step(state, (a.FIND_BACKEND, a.LOOK)))
 
     # Going down, by either end. Pages are ours again only when the backend has closed.
     stop, fail = Step(s.CLOSING, (a.STOP_IO,)), Step(s.CLOSING, (a.FAIL_IO,))
     row(running, [e.BACKEND_CLOSING, e.CLOSE], stop)
-    row([s.STARTING], [e.CLOSE], Step(s.CLOSED))
+    row([s.STARTING], [e.CLOSE], Step(s.CLOSED, (a.CHOOSE,)))
     row([*running, s.CLOSING], gone, fail)
     # A backend at 1 or 2 has no ring of ours: what is outstanding gets no answer from it.
     row([s.CLOSING], [e.BACKEND_INITIALISING, e.BACKEND_INIT_WAIT], fail)
-    row([s.CLOSING], [e.RESUMED], fail)
+    row([s.CLOSING], [e.RESUMED], Step(s.CLOSING, (a.FIND_BACKEND, a.FAIL_IO)))
     row([s.CONNECTING], [e.FEATURES_BAD], Step(s.CLOSING, (a.REPORT_ERROR, a.FAIL_IO)))
     row([*running, s.CLOSING], [e.BREACH], Step(s.CLOSING, (a.REPORT_ERROR, a.FAIL_IO)))
     row([s.CLOSING], [e.DRAINED], Step(s.HANDED_BACK, (a.LOOK,)))
     # 1 and 2 say that a new backend is here: it has nothing of ours mapped either.
-    freed = [*gone, e.BACKEND_INITIALISING, e.BACKEND_INIT_WAIT, e.RESUMED]
-    row([s.HANDED_BACK], freed, Step(s.CLOSED, (a.RELEASE, a.CLEAN_UP)))
-    row([s.CLOSED], [e.REOPEN], Step(s.STARTING, (a.LOOK,)))
-    row([s.CLOSED], [e.LEAVE], Step(s.VACANT))
+    freed = [*gone, e.BACKEND_INITIALISING, e.BACKEND_INIT_WAIT]
+    tidied = (a.RELEASE, a.CLEAN_UP, a.CHOOSE)
+    row([s.HANDED_BACK], freed, Step(s.CLOSED, tidied))
+    row([s.HANDED_BACK], [e.RESUMED], Step(s.CLOSED, (a.FIND_BACKEND, *tidied)))
+    row([s.CLOSED], [e.REOPEN], Step(s.STARTING, (a.AWAIT_RETURN, a.LOOK)))
 
     # After a crash of our predecessor: the steps of Linux's xenbus reset, each with its time-out.
     # A backend still at InitWait is led round too: it may be about to map the dead one's rings.
@@ -410,7 +465,18 @@ def _frontend_table() -> _FrontendTable:
     closing = [e.BACKEND_CLOSING, *closed]
     row([s.RESET_CLOSING], closing, Step(s.RESET_CLOSED, (a.ARM_TIMER, a.LOOK)))
     row([s.RESET_CLOSED], closed, Step(s.STARTING, (a.CLEAN_UP, a.LOOK)))
-    return table
+
+
+def _leave(table: _FrontendTable) -> None:
+    """Rows for the end: in order, or at once."""
+    s, e = FrontendState, FrontendEvent
+    row = table.row
+    row([s.CLOSED], [e.LEAVE, e.REMOVED, e.REFUSED], Step(s.VACANT))
+    row([s.STARTING], [e.BACKEND_UNKNOWN], Step(s.ABANDONED))
+    # Nothing of ours is published yet: the next driver begins again where this one did.
+    row([s.RESET_CLOSING, s.RESET_CLOSED], [e.CLOSE], Step(s.ABANDONED))
+    at_once = [e.NOT_BACK, e.UNANSWERED, e.ABANDON]
+    row([state for state in s if not state.final], at_once, Step(s.ABANDONED))
 
 
 BACKEND: Final[Mapping[tuple[BackendState, BackendEvent], BackendStep]] = _backend_table()
@@ -446,6 +512,34 @@ def removal_event(frontend_node: XenbusState) -> BackendEvent:
     return BackendEvent.REMOVE if live else BackendEvent.REMOVE_ALONE
 
 
+def stays_online(text: str | None) -> bool:
+    """Whether the backend's ``online`` node says that the disk stays; None: it is not there."""
+    return text is not None and text.strip(" \t\r\n\0") != "0"
+
+
+def foreign_state(written: XenbusState | None) -> XenbusState | None:
+    """What our own state node reads once it is a new disk's, for a backend that wrote `written`.
+
+    The toolstack removes the nodes of a disk that reads Closed, and may add them anew, while we are
+    on our way from there to another state; a new disk's begin with Initialising.
+    """
+    begun = written not in (None, XenbusState.UNKNOWN, XenbusState.INITIALISING)
+    return XenbusState.INITIALISING if begun else None
+
+
+def closed_event(*, wanted: bool, online: bool, tries: int) -> FrontendEvent:
+    """Which way leads from CLOSED: away for good, or back for the next backend.
+
+    wanted: neither has our user closed the disk, nor anything failed. online: the backend's
+    directory is there and not being removed. tries: connections refused in a row.
+    """
+    if not wanted:
+        return FrontendEvent.LEAVE
+    if tries >= TRIES_MAX:
+        return FrontendEvent.REFUSED
+    return FrontendEvent.REOPEN if online else FrontendEvent.REMOVED
+
+
 def initial_backend(own: XenbusState, frontend: XenbusState) -> BackendStep:
     """Where a backend begins that finds its own node at `own` and the frontend's at `frontend`.
 
@@ -475,36 +569,3 @@ def initial_frontend(own: XenbusState, backend: XenbusState) -> FrontendStep:
     if own is XenbusState.CLOSED or backend is XenbusState.CLOSING:
         return Step(FrontendState.RESET_CLOSED, (timer, look))
     return Step(FrontendState.RESET_CLOSING, (timer, look))
-
-
-def _label(state: BackendState | FrontendState) -> str:
-    node = "" if state.xenbus is None else f" ({state.xenbus.value})"
-    return f"{state.name}{node}"
-
-
-def _rows(table: Mapping[Any, Step[Any, Any]]) -> list[tuple[Any, list[str], Step[Any, Any]]]:
-    """The table by state, with the events that lead a state to the same step put together."""
-    rows: dict[tuple[Any, Step[Any, Any]], list[str]] = {}
-    for (state, event), step in table.items():
-        rows.setdefault((state, step), []).append(event.name)
-    ordered = sorted(rows.items(), key=lambda row: int(row[0][0].value[0]))
-    return [(state, events, step) for (state, step), events in ordered]
-
-
-def render_table(table: Mapping[Any, Step[Any, Any]]) -> str:
-    """`BACKEND` or `FRONTEND` as a Markdown table; in brackets what the state node then says."""
-    lines = ["| state | event | next | actions |", "|---|---|---|---|"]
-    for state, events, step in _rows(table):
-        actions = ", ".join(action.name for action in step.actions)
-        after = "" if step.state is state else _label(step.state)
-        lines.append(f"| {_label(state)} | {', '.join(events)} | {after} | {actions} |")
-    return "\n".join(lines) + "\n"
-
-
-def render_diagram(table: Mapping[Any, Step[Any, Any]]) -> str:
-    """`BACKEND` or `FRONTEND` as a Mermaid state diagram, without rows that stay in their state."""
-    lines = ["stateDiagram-v2"]
-    for state, events, step in _rows(table):
-        if step.state is not state:
-            lines.append(f"    {state.name} --> {step.state.name}: {' / '.join(events)}")
-    return "\n".join(lines) + "\n"

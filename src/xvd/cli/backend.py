@@ -110,7 +110,7 @@ async def _backend(
             {
                 "stats": lambda: [disk_figures(device) for device in server.devices.values()],
                 "set": server.change,
-                "resize": lambda disk, size, shrink=False: server.device(disk).resize(
+                "resize": lambda disk, size, shrink=False: server.device(disk).disk.resize(
                     size, shrink=shrink
                 ),
             }

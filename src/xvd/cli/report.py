@@ -9,13 +9,13 @@ from xvd.frontend.disk import Disk
 
 def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
     """Everything known of a disk: what it is, what was negotiated, what was counted."""
-    features, connection = device.features, device.connection
+    features, connection = device.disk.features, device.disk.connection
     figures: dict[str, Any] = {
         "disk": device.name,
         "path": device.path,
         "state": device.state.name,
         "image": device.assignment.image if device.assignment else "",
-        "counters": device.counters(),
+        "counters": device.disk.counters(),
     }
     if features is not None:
         figures["sectors"] = features.sectors
@@ -28,7 +28,7 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         figures["queue_counters"] = [link.queue.counters() for link in connection.links]
         figures["persistent_negotiated"] = connection.plan.persistent
         figures["loop"] = connection.loop_counters()
-        figures["mode"] = device.mode
+        figures["mode"] = device.disk.mode
     if disk is not None:
         figures |= disk.statistics().figures()
     return figures

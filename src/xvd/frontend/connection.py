@@ -7,15 +7,17 @@ or not at all; where a budget is too small for what was wanted, less is taken.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from typing import Final
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.loop.thread import Queue, QueueThread
 from xvd.dataplane.ring.ring import FrontRing
-from xvd.errors import EventChannelError, GrantError, PeerProtocolError
+from xvd.errors import EventChannelError, GrantError, PeerProtocolError, XenstoreError
 from xvd.frontend.settings import Settings
 from xvd.frontend.statistics import Statistics
 from xvd.machine.interface import EventChannel, Machine, SharedPages
@@ -23,6 +25,9 @@ from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid
 
 SCAN_S = 10.0
 """How often grants that the backend has dropped are looked for (Linux 4b422cb9)."""
+
+_QUOTA: Final = ("ENOSPC", "EQUOTA", "E2BIG")
+"""What a store says that has no room for our nodes: a frontend of many queues writes hundreds."""
 
 Stepper = Callable[[Sequence[FrontQueue]], Sequence[Queue]]
 """Puts something that steps the queues, a load, in the place of each."""
@@ -33,6 +38,35 @@ def smaller(queues: int, ring_page_order: int) -> tuple[int, int] | None:
     if queues > 1:
         return queues // 2, ring_page_order
     return (1, ring_page_order - 1) if ring_page_order else None
+
+
+async def published(
+    connect: Callable[[int, int], "Connection"],
+    publish: Callable[[FrontendConfig], Awaitable[None]],
+    queues: int,
+    ring_page_order: int,
+    log: logging.LoggerAdapter[logging.Logger],
+) -> "Connection":
+    """A connection whose nodes are in the store; smaller than wanted where that is short of room.
+
+    Raises what `connect` and `publish` do, holding nothing.
+    """
+    while True:
+        connection = connect(queues, ring_page_order)
+        try:
+            await publish(connection.config)
+        except XenstoreError as error:
+            connection.release()
+            less = smaller(*connection.size)
+            if error.code not in _QUOTA or less is None:
+                raise
+            log.info("%s: fewer queues or smaller rings", error)
+            queues, ring_page_order = less
+        except BaseException:
+            connection.release()
+            raise
+        else:
+            return connection
 
 
 class Connection:

@@ -28,6 +28,7 @@ from xvd.errors import XvdError, describe
 from xvd.frontend.clients import DiskClients
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
+from xvd.frontend.ending import wait_for_end
 from xvd.frontend.pending import BlocksChanged, Pending
 from xvd.frontend.settings import Settings
 from xvd.frontend.statistics import Statistics
@@ -134,7 +135,7 @@ class Disk:
         else:
             self._device.close()
         running, self._running = self._running, None
-        await self._device.ended(running, timeout_s)
+        await wait_for_end(running, self._device.abandon, timeout_s)
 
     # ---- What the disk is ----
 

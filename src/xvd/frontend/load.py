@@ -12,6 +12,7 @@ from xvd.dataplane.front.queue import FrontQueue
 from xvd.errors import ConfigError, XvdError
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
+from xvd.frontend.ending import wait_for_end
 from xvd.frontend.settings import Settings
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
@@ -146,7 +147,7 @@ async def run_load(
         raise
     finally:
         device.close()
-        await device.ended(running, patience_s)
+        await wait_for_end(running, device.abandon, patience_s)
     ended, errors, checksums = zip(*(load.result for load in loads), strict=True)
     if sum(ended) < job.operations:
         raise OSError(errno.ENODEV, f"the backend left after {sum(ended)} operations")

@@ -13,6 +13,26 @@ LOOKS: Final = 4
 """Looks in one term: what is found silent was silent for the term, or up to a quarter longer."""
 
 
+class Deadline:
+    """Calls `due` once, so many seconds after `start`, unless stopped before."""
+
+    def __init__(self, seconds: float, due: Callable[[], None]) -> None:
+        self._seconds = seconds
+        self._due = due
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin to wait; one that waits already goes on."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._due)
+
+    def stop(self) -> None:
+        """Do not wait any more. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Patience:
     """Calls `give_up` once when nothing was answered for `seconds`; 0 waits for ever.
 

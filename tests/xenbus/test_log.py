@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from xvd.backend.log import DeviceLog
 from xvd.loglimit import BURST, PERIOD_S, LogLimit
 from xvd.types import Domid
+from xvd.xenbus.log import DeviceLog
 
 
 class Now:

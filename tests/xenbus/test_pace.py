@@ -3,7 +3,7 @@
 
 import pytest
 
-from xvd.machine.xs.pace import LOOKS_FREE, LOOKS_PER_SECOND, Pace
+from xvd.xenbus.pace import LOOKS_FREE, LOOKS_PER_SECOND, Pace
 
 
 class Clock:

@@ -13,14 +13,14 @@ class DeviceLog(logging.LoggerAdapter[logging.Logger]):
 
     def __init__(self, logger: logging.Logger, disk: str, limit: LogLimit) -> None:
         super().__init__(logger, {})
-        self._disk = disk
+        self.disk = disk
         self._limit = limit
 
     def process(
         self, msg: object, kwargs: MutableMapping[str, Any]
     ) -> tuple[str, MutableMapping[str, Any]]:
         """Put the name first."""
-        return f"{self._disk}: {msg}", kwargs
+        return f"{self.disk}: {msg}", kwargs
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         """Log it, if the guest has not caused too many such lines."""

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is served as a disk: its storage and its connection while there are such, and what may be
+done with them while they are in use."""
+
+from collections.abc import Callable
+
+from xvd.backend.connection import Connection
+from xvd.backend.counters import merge_counters, without_now
+from xvd.backend.opened import Opened
+from xvd.backend.room import Room
+from xvd.backend.serving import Serving
+from xvd.backend.settings import Settings
+from xvd.blkif.nodes import BackendFeatures
+from xvd.engines.interface import Engine
+from xvd.errors import ConfigError
+from xvd.xenbus.log import DeviceLog
+
+
+class ServedDisk:
+    """One disk. For the event loop's thread, but for `has_another_size`.
+
+    room: its part of what this host has. resized: called when the disk has another size.
+    """
+
+    def __init__(
+        self,
+        log: DeviceLog,
+        room: Room,
+        settings: Settings,
+        resized: Callable[[], None],
+    ) -> None:
+        self.log = log
+        self.room = room
+        self.settings = settings
+        self.opened: Opened | None = None
+        self.serving: Serving | None = None
+        self.totals: dict[str, object] = {}
+        """What was counted over the connections that have ended."""
+        self._resized = resized
+
+    # ---- What it has ----
+
+    @property
+    def storage(self) -> Opened:
+        """The open storage; to be asked for where the disk's state says that there is one."""
+        assert self.opened is not None
+        return self.opened
+
+    @property
+    def engine(self) -> Engine | None:
+        """The storage, while it is open."""
+        return self.opened.engine if self.opened else None
+
+    @property
+    def features(self) -> BackendFeatures | None:
+        """What is offered, or was agreed on."""
+        return self.opened.features if self.opened else None
+
+    @property
+    def connection(self) -> Connection | None:
+        """The connected frontend's, while there is one."""
+        return self.serving.connection if self.serving else None
+
+    @property
+    def mode(self) -> str:
+        """How data is moved: "grant copy", "mapping" (for each request) or "persistent grants"."""
+        otherwise = "grant copy" if self.settings.copying else "mapping"
+        return otherwise if self.connection is None else self.connection.mode
+
+    # ---- How it comes and goes ----
+
+    def has_opened(self, engine: Engine, features: BackendFeatures) -> None:
+        """The storage is open."""
+        self.opened = Opened(engine, features, self.log, self._set_capacity, self._resized)
+
+    def _set_capacity(self, sectors: int) -> None:
+        if self.connection is not None:
+            self.connection.set_capacity(sectors)
+
+    def has_ended(self, serving: Serving) -> None:
+        """The connection is over."""
+        self.serving = None
+        self.totals = merge_counters(self.totals, without_now(serving.connection.counters()))
+
+    async def disconnect(self) -> None:
+        """Finish what is in flight and give everything back."""
+        if self.serving is not None:
+            await self.serving.end()
+
+    async def close(self) -> None:
+        """Close the storage."""
+        if self.opened is not None:
+            opened, self.opened = self.opened, None
+            await opened.close()
+
+    # ---- While it is in use ----
+
+    def apply(self, settings: Settings) -> None:
+        """Go by other settings: at once as far as a connection can, and for the rest from the next
+        offer on."""
+        self.settings = settings
+        if self.connection is not None:
+            plan = self.connection.plan
+            pages = plan.config.ring_pages
+            self.connection.apply(self.room.change(plan.lease, pages, settings))
+
+    def squeeze(self) -> None:
+        """Give back memory that is not in use, and keep none for the time that is set."""
+        if self.connection is not None:
+            self.connection.squeeze(self.settings.buffer_squeeze_duration_ms / 1000)
+
+    async def resize(self, size: int | None = None, *, shrink: bool = False) -> int:
+        """Give the disk `size` bytes, or let it follow its storage; its 512-byte sectors then.
+
+        The guest is told while it runs. shrink: also if storage that is followed is smaller than
+        the disk. Raises `EngineError`, or `ConfigError` where the storage is not open, or smaller.
+        """
+        if self.opened is None:
+            raise ConfigError(f"{self.log.disk}: its storage is not open")
+        return await self.opened.resize(size, shrink=shrink)
+
+    def has_another_size(self) -> bool:
+        """Whether a connected disk has not the size of its storage. In any thread: it may hang."""
+        opened = self.opened
+        return self.serving is not None and opened is not None and opened.has_another_size()
+
+    async def follow_size(self) -> None:
+        """Let a connected disk grow with its storage; a smaller one is an error to be told."""
+        if self.serving is not None and self.opened is not None:
+            await self.opened.follow_size()
+
+    def wake_overdue(self) -> None:
+        """A lost event is to cost a delay, not the disk."""
+        if self.connection is not None:
+            self.connection.wake_overdue()
+
+    # ---- Figures ----
+
+    def log_figures(self) -> None:
+        """One line of what was counted, if ``log_stats`` is set."""
+        if self.settings.log_stats:
+            counts, names = self.counters(), "oo_req rd_req wr_req f_req ds_req persistent_grants"
+            self.log.info("%s", ", ".join(f"{it} {counts.get(it, 0)}" for it in names.split()))
+
+    def counters(self) -> dict[str, object]:
+        """Everything counted since the disk came up, over all connections."""
+        if self.connection is None:
+            return dict(self.totals)
+        return merge_counters(self.totals, self.connection.counters())
