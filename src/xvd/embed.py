@@ -16,7 +16,7 @@ from xvd.backend.budget import Budget
 from xvd.backend.device import Device
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.errors import XvdError

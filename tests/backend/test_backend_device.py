@@ -11,8 +11,9 @@ from xvd.backend.counters import merge_counters
 from xvd.backend.features import features_of, offered_operations
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import InfoFlag, Op
+from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment
 from xvd.blkif.messages import IndirectRequest, Segment, pack_segments
-from xvd.blkif.nodes import BackendAssignment, BackendFeatures, parse_backend_assignment
+from xvd.blkif.nodes import BackendFeatures
 from xvd.engines.interface import Engine, EngineInfo
 from xvd.engines.uri import open_engine
 from xvd.types import RequestId

@@ -13,7 +13,7 @@ from xvd.backend import sizes as sizes_module
 from xvd.backend.blocking import in_own_thread
 from xvd.backend.device import StorageOpener
 from xvd.backend.sizes import SizeLook
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.errors import PeerClosed

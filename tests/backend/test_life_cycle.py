@@ -12,8 +12,8 @@ from rig_queue import rq
 
 from xvd.backend.device import StorageOpener
 from xvd.blkif.abi import Op, Status
+from xvd.blkif.assignment import BackendAssignment
 from xvd.blkif.messages import Segment
-from xvd.blkif.nodes import BackendAssignment
 from xvd.engines.interface import Engine, EngineInfo
 from xvd.engines.uri import open_engine
 from xvd.toolstack.vbd import Vbd, detach

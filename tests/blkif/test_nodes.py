@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from xvd.blkif import nodes
 from xvd.blkif.abi import Abi, InfoFlag, XenbusState
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, NodeChanges, QueueConfig, Side
-from xvd.errors import ConfigError, PeerProtocolError
+from xvd.errors import PeerProtocolError
 from xvd.types import Gref, Port
 
 SIMPLE = {"ring-ref": "8", "event-channel": "5"}
@@ -360,70 +360,6 @@ def test_an_offer_takes_back_what_the_backend_before_published() -> None:
 
 def test_a_resize_repeats_the_state_so_that_the_watch_fires() -> None:
     assert nodes.format_size(4096).write == {"sectors": "4096", "state": "4"}
-
-
-# The toolstack's part.
-
-ASSIGNED = {
-    "frontend": "/local/domain/7/device/vbd/51712",
-    "frontend-id": "7",
-    "online": "1",
-    "mode": "w",
-    "params": "aio:/images/a:b.img",
-    "dev": "xvda",
-}
-
-
-def test_a_disk_as_libxl_hands_it_over() -> None:
-    disk = nodes.parse_backend_assignment(ASSIGNED)
-
-    assert (disk.frontend_domid, disk.online, disk.writable, disk.cdrom) == (7, True, True, False)
-    assert (disk.image_format, disk.image, disk.name) == ("raw", "/images/a:b.img", "xvda")
-    assert disk.discard_enable
-
-
-def test_a_frontend_in_another_domain_is_refused() -> None:
-    with pytest.raises(ConfigError, match="must lie below /local/domain/7/"):
-        nodes.parse_backend_assignment(ASSIGNED | {"frontend": "/local/domain/77/device/vbd/1"})
-
-
-def test_a_missing_toolstack_node_is_named() -> None:
-    with pytest.raises(ConfigError, match="backend node frontend-id is missing"):
-        nodes.parse_backend_assignment({})
-
-
-@pytest.mark.parametrize(
-    ("found", "vdev"),
-    [({"virtual-device": "51712"}, 51712), ({"virtual-device-ext": "268439552"}, 268439552)],
-)
-def test_a_frontends_part(found: dict[str, str], vdev: int) -> None:
-    disk = nodes.parse_frontend_assignment(found | {"backend": "/b", "backend-id": "0"})
-
-    assert (disk.vdev, disk.trusted, disk.cdrom) == (vdev, True, False)
-
-
-@pytest.mark.parametrize(
-    ("params", "expected"),
-    [
-        ("/dev/vg/lv", ("raw", "/dev/vg/lv")),
-        ("aio:/d.img", ("raw", "/d.img")),
-        ("vhd:/d.vhd", ("vpc", "/d.vhd")),
-        ("qcow2:/d.qcow2", ("qcow2", "/d.qcow2")),
-        ("rbd:pool/image:id=x", ("rbd", "pool/image:id=x")),
-        ("/odd:name", ("raw", "/odd:name")),
-        ("aio:", ("raw", "")),
-        ("", ("raw", "")),
-    ],
-)
-def test_params(params: str, expected: tuple[str, str]) -> None:
-    assert nodes.parse_xl_params(params) == expected
-
-
-@pytest.mark.parametrize(
-    ("mode", "writable"), [("w", True), ("w!", True), ("rw", True), ("r", False)]
-)
-def test_mode(mode: str, writable: bool) -> None:
-    assert nodes.writable_mode(mode) is writable
 
 
 @pytest.mark.parametrize(("text", "state"), [(None, 0), ("", 0), ("4", 4), ("6\0", 6)])

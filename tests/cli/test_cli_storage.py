@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rig_disk import disk_world, run
 
-from xvd.blkif.nodes import parse_backend_assignment
+from xvd.blkif.assignment import parse_backend_assignment
 from xvd.cli.common import open_assigned, storage_uri
 
 ASSIGNED = {"frontend": "/local/domain/7/device/vbd/51712", "frontend-id": "7"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from xvd.blkif.nodes import parse_backend_assignment
+from xvd.blkif.assignment import parse_backend_assignment
 from xvd.cli.common import storage_uri
 from xvd.engines.formats import FORMATS, known_format
 from xvd.engines.image import FileEngine

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from xvd.errors import EventChannelError, GrantError, PeerClosed, XenstoreError
-from xvd.machine.xen import xenbus
+from xvd.machine.xen import xenstore
 from xvd.machine.xen.machine import XenMachine, available
 from xvd.machine.xs.messages import Message, MessageType
 from xvd.types import Domid, Port
@@ -46,7 +46,7 @@ def test_a_number_of_pages_that_makes_no_sense(count: int) -> None:
 
 @without_xen
 def test_without_a_xenstore_there_is_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xenbus, "SOCKETS", ())
+    monkeypatch.setattr(xenstore, "SOCKETS", ())
     with pytest.raises(PeerClosed, match="no xenstore here"):
         asyncio.run(XenMachine.here())
 
@@ -56,7 +56,7 @@ def test_the_kernels_device_carries_messages_both_ways(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "xenbus")
 
     async def main() -> None:
-        device = xenbus.XenbusDevice(tmp_path / "xenbus")
+        device = xenstore.XenbusDevice(tmp_path / "xenbus")
         device.write(b"message")
         await device.drain()
         assert await device.read(100) == b"message"
@@ -77,7 +77,7 @@ def test_the_kernels_device_gets_one_request_at_a_time() -> None:
     event = Message(MessageType.WATCH_EVENT, 0, 0, b"path\0token\0").pack()
 
     async def main() -> None:
-        device = xenbus.XenbusDevice(Path(os.ttyname(user)))
+        device = xenstore.XenbusDevice(Path(os.ttyname(user)))
         device.write(first)
         device.write(second)
         assert os.read(kernel, 4096) == first

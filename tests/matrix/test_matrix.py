@@ -19,7 +19,7 @@ from rig_disk import disk_world, run
 from xvd.backend.device import Device
 from xvd.backend.settings import Settings as BackSettings
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.checked import Checked
 from xvd.engines.interface import Engine, EngineInfo
 from xvd.engines.memory import MemoryEngine

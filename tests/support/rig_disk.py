@@ -18,7 +18,7 @@ from xvd.backend.budget import Budget
 from xvd.backend.device import StorageOpener
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.cli.common import storage_uri
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine

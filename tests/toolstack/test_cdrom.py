@@ -9,8 +9,8 @@ from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
 from xvd.blkif.abi import InfoFlag, Op, Status
+from xvd.blkif.assignment import parse_backend_assignment
 from xvd.blkif.messages import Segment
-from xvd.blkif.nodes import parse_backend_assignment
 from xvd.toolstack.vbd import attach
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid

@@ -22,6 +22,7 @@ from xvd.backend.serving import Serving
 from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState
 from xvd.blkif.abi import XenbusState
+from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment
 from xvd.blkif.handshake import (
     BackendAction,
     BackendEvent,
@@ -33,15 +34,7 @@ from xvd.blkif.handshake import (
     removal_event,
     stays_online,
 )
-from xvd.blkif.nodes import (
-    BackendAssignment,
-    Side,
-    format_backend,
-    format_offer,
-    format_size,
-    parse_backend_assignment,
-    parse_state,
-)
+from xvd.blkif.nodes import Side, format_backend, format_offer, format_size, parse_state
 from xvd.blkif.vdev import disk_name
 from xvd.engines.interface import Engine
 from xvd.errors import EventChannelError, XvdError, describe

@@ -8,13 +8,8 @@ from typing import Final
 from xvd.backend.budget import Claim
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, InfoFlag, Op
-from xvd.blkif.nodes import (
-    BackendAssignment,
-    BackendFeatures,
-    FrontendConfig,
-    parse_backend,
-    unit_of,
-)
+from xvd.blkif.assignment import BackendAssignment
+from xvd.blkif.nodes import BackendFeatures, FrontendConfig, parse_backend, unit_of
 from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
 from xvd.types import RING_SECTOR_SIZE

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xvd.backend.device import StorageOpener
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Channel, Engine, EngineInfo, Extent
 from xvd.errors import XenstoreError
 from xvd.machine.xs.client import XenstoreClient

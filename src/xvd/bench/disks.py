@@ -23,7 +23,7 @@ from xvd.bench.report import Plot, Report, Table
 from xvd.bench.ring import ONE_QUEUE, PERSISTENT, backend_cpu
 from xvd.bench.run import Run
 from xvd.bench.sample import median_of
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.errors import PeerClosed

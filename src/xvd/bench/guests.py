@@ -20,7 +20,7 @@ from typing import Any
 from xvd.backend.server import Server
 from xvd.bench.ring import Setup, backend_counters, backend_cpu
 from xvd.bench.sample import Sample
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.frontend.load import Job, LoadResult, run_load

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings as BackendSettings
 from xvd.bench.sample import Case, Sample
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.frontend.load import Job, LoadResult, run_load

@@ -41,11 +41,6 @@ class Sample:
         """MiB (2^20 bytes) per second."""
         return self.bytes / self.seconds / (1 << 20)
 
-    @property
-    def latency_us(self) -> float:
-        """Microseconds between two operations' ends: their latency at depth 1."""
-        return self.seconds / self.operations * 1e6
-
     def as_fio(self, name: str, *, writing: bool) -> dict[str, Any]:
         """Shaped as one of the jobs in fio's JSON, for what reads that."""
         done = {

@@ -23,16 +23,14 @@ from xvd.blkif.abi import (
     InfoFlag,
     XenbusState,
 )
-from xvd.errors import ConfigError, PeerProtocolError
-from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid, Gref, Port
+from xvd.errors import PeerProtocolError
+from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Gref, Port
 
 __all__ = [
     "MAX_RING_PAGE_ORDER",
     "MAX_SECTORS",
     "NODES",
-    "BackendAssignment",
     "BackendFeatures",
-    "FrontendAssignment",
     "FrontendConfig",
     "Node",
     "NodeChanges",
@@ -44,14 +42,13 @@ __all__ = [
     "format_offer",
     "format_size",
     "parse_backend",
-    "parse_backend_assignment",
     "parse_frontend",
-    "parse_frontend_assignment",
     "parse_offer",
     "parse_state",
-    "parse_xl_params",
+    "read_number",
+    "read_text",
+    "shown",
     "stale_frontend_nodes",
-    "writable_mode",
 ]
 
 U32_MAX: Final = 0xFFFF_FFFF
@@ -157,11 +154,13 @@ _NUMBER: Final = re.compile(r"([0-9]{1,20})[ \t\r\n\0]{0,8}", re.ASCII)
 _SHOWN: Final = 40
 
 
-def _show(text: str) -> str:
+def shown(text: str) -> str:
+    """Quote what a node holds, cut to a length that an error text can take."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")
 
 
-def _text(nodes: Mapping[str, str], name: str) -> str:
+def read_text(nodes: Mapping[str, str], name: str) -> str:
+    """Return a node's text without the blanks and NULs at its end; empty if it is absent."""
     return nodes.get(name, "").rstrip(" \t\r\n\0")
 
 
@@ -179,15 +178,16 @@ def _number(
     match = _NUMBER.fullmatch(text)
     if match is None or not node.low <= int(match[1]) <= high:
         raise error(
-            f"{node.side.value} node {path} holds {_show(text)}:"
+            f"{node.side.value} node {path} holds {shown(text)}:"
             f" it must be a decimal number from {node.low} to {high}"
         )
     return int(match[1])
 
 
-def _read(
+def read_number(
     side: Side, nodes: Mapping[str, str], name: str, error: type[Exception] = PeerProtocolError
 ) -> int:
+    """Return the number in `side`'s node, or its default; raise `error` for any other text."""
     return _number(NODES[side, name], nodes, error=error)
 
 
@@ -196,25 +196,7 @@ def parse_state(side: Side, text: str | None) -> XenbusState:
 
     PeerProtocolError for anything but 0 to 8.
     """
-    return XenbusState(_read(side, {"state": text or ""}, "state"))
-
-
-def writable_mode(mode: str) -> bool:
-    """Whether the ``mode`` node allows writing: ``w``, ``rw`` and the historic ``w!`` do."""
-    return "w" in mode
-
-
-def parse_xl_params(params: str) -> tuple[str, str]:
-    """Split the ``params`` node in (format, path): ``aio:/d.img`` is ("raw", "/d.img").
-
-    Split at the first colon (a path may hold others); a bare path is raw. The toolstack's names
-    aio, vhd and tap2 forms are turned into the format's own; any other is returned as it is. An
-    empty path is a CD-ROM drive without a disc.
-    """
-    head, colon, path = params.partition(":")
-    if not colon or "/" in head:
-        return "raw", params
-    return {"aio": "raw", "phy": "raw", "file": "raw", "vhd": "vpc"}.get(head, head), path
+    return XenbusState(read_number(side, {"state": text or ""}, "state"))
 
 
 def default_abi(host: Abi) -> Abi:
@@ -265,12 +247,12 @@ def parse_frontend(
     and its value, for anything that is missing or out of range, for an order or a number of
     queues beyond ours, and for an ABI that nobody has.
     """
-    name = _text(nodes, "protocol")
+    name = read_text(nodes, "protocol")
     try:
         abi = Abi.from_protocol(name) if name else default_abi(host_abi)
     except ValueError as unknown:
-        raise PeerProtocolError(f"frontend node protocol: {_show(name)}: {unknown}") from None
-    queues = _read(Side.FRONTEND, nodes, "multi-queue-num-queues")
+        raise PeerProtocolError(f"frontend node protocol: {shown(name)}: {unknown}") from None
+    queues = read_number(Side.FRONTEND, nodes, "multi-queue-num-queues")
     if queues > min(max_queues, MAX_QUEUES):
         raise PeerProtocolError(
             f"frontend node multi-queue-num-queues holds {queues}: {max_queues} were offered"
@@ -280,8 +262,8 @@ def parse_frontend(
     return FrontendConfig(
         abi,
         tuple(_queue(nodes, prefix, max_ring_page_order) for prefix in prefixes),
-        _read(Side.FRONTEND, nodes, "feature-persistent") != 0,
-        _read(Side.FRONTEND, nodes, "feature-large-sector-size") != 0,
+        read_number(Side.FRONTEND, nodes, "feature-persistent") != 0,
+        read_number(Side.FRONTEND, nodes, "feature-large-sector-size") != 0,
     )
 
 
@@ -291,7 +273,7 @@ def _queue(nodes: Mapping[str, str], prefix: str, max_order: int) -> QueueConfig
     Linux and QEMU read ring-ref0 when the order is written as 0, FreeBSD and tapback ring-ref;
     frontends were written against either.
     """
-    order = _read(Side.FRONTEND, nodes, "ring-page-order")
+    order = read_number(Side.FRONTEND, nodes, "ring-page-order")
     # Before 1 << order is computed: the order is a number of the guest's choice.
     if order > max_order:
         raise PeerProtocolError(
@@ -300,9 +282,9 @@ def _queue(nodes: Mapping[str, str], prefix: str, max_order: int) -> QueueConfig
     names = [f"ring-ref{page}" for page in range(1 << order)]
     if order == 0:
         spellings = ["ring-ref", "ring-ref0"]
-        if _text(nodes, "ring-page-order"):
+        if read_text(nodes, "ring-page-order"):
             spellings.reverse()
-        present = (name for name in spellings if _text(nodes, prefix + name))
+        present = (name for name in spellings if read_text(nodes, prefix + name))
         names = [next(present, "ring-ref")]
     node = NODES[Side.FRONTEND, "ring-ref"]
     refs = tuple(Gref(_number(node, nodes, prefix + name)) for name in names)
@@ -405,11 +387,11 @@ def parse_offer(
 
     All that may be relied on while the backend is at InitWait. PeerProtocolError for garbage.
     """
-    order = _read(Side.BACKEND, nodes, "max-ring-page-order")
-    pages = _read(Side.BACKEND, nodes, "max-ring-pages")
-    if not _text(nodes, "max-ring-page-order") and pages:
+    order = read_number(Side.BACKEND, nodes, "max-ring-page-order")
+    pages = read_number(Side.BACKEND, nodes, "max-ring-pages")
+    if not read_text(nodes, "max-ring-page-order") and pages:
         order = pages.bit_length() - 1
-    queues = _read(Side.BACKEND, nodes, "multi-queue-max-queues")
+    queues = read_number(Side.BACKEND, nodes, "multi-queue-max-queues")
     return min(order, max_ring_page_order), max(1, min(queues, max_queues))
 
 
@@ -423,7 +405,7 @@ def parse_backend(nodes: Mapping[str, str], *, large_sectors: bool = False) -> B
     """
 
     def read(name: str) -> int:
-        return _read(Side.BACKEND, nodes, name)
+        return read_number(Side.BACKEND, nodes, name)
 
     sector_size = read("sector-size")
     if sector_size & (sector_size - 1):
@@ -502,97 +484,3 @@ def format_size(sectors: int, unit: int = 1) -> NodeChanges:
     Only for a backend that is Connected.
     """
     return NodeChanges({"sectors": str(sectors // unit), "state": str(int(XenbusState.CONNECTED))})
-
-
-_SERVED: Final = tuple(
-    str(int(state))
-    for state in (XenbusState.INIT_WAIT, XenbusState.INITIALISED, XenbusState.CONNECTED)
-)
-"""States of a disk whose storage a backend has opened: what its bytes look like now is the guest's
-own doing, and a backend that begins anew must not refuse it for that."""
-
-
-@dataclass(frozen=True, slots=True)
-class BackendAssignment:
-    """A disk as the toolstack hands it to a backend.
-
-    `format_said`: the image is raw whatever its bytes look like, as the toolstack says (``raw:``)
-    or as a backend before us has served it. ``aio:`` does not say so: xl writes it by default.
-    """
-
-    frontend: str
-    frontend_domid: Domid
-    online: bool
-    writable: bool
-    cdrom: bool
-    image_format: str
-    format_said: bool
-    image: str
-    discard_enable: bool
-    direct_io_safe: bool
-    name: str
-
-
-def parse_backend_assignment(nodes: Mapping[str, str]) -> BackendAssignment:
-    """The toolstack's part of a backend directory.
-
-    ConfigError naming the node: these are the toolstack's, so no peer is to blame. The frontend's
-    path must lie in the frontend's own domain, or a wrong entry would serve a disk to another.
-    """
-
-    def read(name: str) -> int:
-        return _read(Side.BACKEND, nodes, name, ConfigError)
-
-    domid = read("frontend-id")
-    frontend = _text(nodes, "frontend")
-    if not frontend.startswith(f"/local/domain/{domid}/"):
-        raise ConfigError(
-            f"backend node frontend holds {_show(frontend)}:"
-            f" it must lie below /local/domain/{domid}/, the domain of frontend-id"
-        )
-    params, state = _text(nodes, "params"), _text(nodes, "state")
-    image_format, image = parse_xl_params(params)
-    cdrom = _text(nodes, "device-type") == "cdrom"
-    return BackendAssignment(
-        frontend=frontend,
-        frontend_domid=Domid(domid),
-        online=read("online") != 0,
-        writable=writable_mode(_text(nodes, "mode") or "r") and not cdrom,
-        cdrom=cdrom,
-        image_format=image_format,
-        format_said=params.startswith("raw:") or state in _SERVED,
-        image=image,
-        discard_enable=read("discard-enable") != 0,
-        direct_io_safe=read("direct-io-safe") != 0,
-        name=_text(nodes, "dev"),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class FrontendAssignment:
-    """A disk as the toolstack hands it to a frontend."""
-
-    backend: str
-    backend_domid: Domid
-    vdev: int
-    cdrom: bool
-    trusted: bool
-
-
-def parse_frontend_assignment(nodes: Mapping[str, str]) -> FrontendAssignment:
-    """The toolstack's part of a frontend directory; ConfigError naming the node."""
-
-    def read(name: str) -> int:
-        return _read(Side.FRONTEND, nodes, name, ConfigError)
-
-    backend = _text(nodes, "backend")
-    if not backend.startswith("/"):
-        raise ConfigError(f"frontend node backend holds {_show(backend)}: it must be a path")
-    extended = not _text(nodes, "virtual-device")
-    return FrontendAssignment(
-        backend=backend,
-        backend_domid=Domid(read("backend-id")),
-        vdev=read("virtual-device-ext" if extended else "virtual-device"),
-        cdrom=_text(nodes, "device-type") == "cdrom",
-        trusted=read("trusted") != 0,
-    )

@@ -13,7 +13,7 @@ from xvd.backend.pressure import MemoryPressure
 from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings, parse_settings
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.cli import common, output
 from xvd.cli.control import ControlServer
 from xvd.cli.report import disk_figures

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from xvd.backend.blocking import in_own_thread
 from xvd.backend.budget import XEN_MAPTRACK, Budget, descriptor_limits, limits_of_host
-from xvd.blkif.nodes import BackendAssignment
+from xvd.blkif.assignment import BackendAssignment
 from xvd.blkif.vdev import disk_name, parse_vdev
 from xvd.cli import signals
 from xvd.engines.interface import Engine

@@ -19,7 +19,7 @@ from xvd.engines.file import probe_io_uring
 from xvd.errors import describe
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated.host import Limits
-from xvd.machine.xen import xenbus
+from xvd.machine.xen import xenstore
 from xvd.machine.xen.machine import available
 from xvd.packages import find_tool, package_of
 from xvd.types import Gref, Port
@@ -110,7 +110,7 @@ def _free(kind: str, without: str) -> Callable[[], Finding]:
 
 
 def _xenstore() -> Finding:
-    ways = [path for path in (*xenbus.SOCKETS, *xenbus.DEVICES) if path.exists()]
+    ways = [path for path in (*xenstore.SOCKETS, *xenstore.DEVICES) if path.exists()]
     remedy = "" if ways else "only on a Xen domain: start xenstored, or modprobe xenfs"
     return Finding("xenstore", bool(ways), "real Xen", str(ways[0]) if ways else "", remedy)
 

@@ -287,14 +287,6 @@ class Request(NamedTuple):
     length: int
 
 
-def parse_request(buffer: bytearray, at: int) -> Request:
-    """The header at `at`, where there are at least `REQUEST.size` bytes."""
-    magic, *fields = REQUEST.unpack_from(buffer, at)
-    if magic != REQUEST_MAGIC:
-        raise Malformed(f"a request begins with {magic:#x}")
-    return Request(*fields)
-
-
 def simple_reply(cookie: int, error: int = 0) -> bytes:
     """A whole simple reply; read data follows it if there is no error."""
     return _SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from xvd.blkif.abi import Abi, XenbusState
+from xvd.blkif.assignment import FrontendAssignment, parse_frontend_assignment
 from xvd.blkif.handshake import (
     FrontendAction,
     FrontendEvent,
@@ -24,13 +25,11 @@ from xvd.blkif.handshake import (
 from xvd.blkif.nodes import (
     NODES,
     BackendFeatures,
-    FrontendAssignment,
     FrontendConfig,
     NodeChanges,
     Side,
     format_frontend,
     parse_backend,
-    parse_frontend_assignment,
     parse_offer,
     parse_state,
     stale_frontend_nodes,

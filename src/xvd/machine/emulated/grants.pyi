@@ -10,13 +10,7 @@ STATUS_NAMES: dict[int, str]
 
 @disjoint_base
 class EmulatedForeignGrants:
-    def __init__(
-        self,
-        mapper: DomainState,
-        granter: DomainState,
-        session: int,
-        on_close: Callable[[EmulatedForeignGrants], None] | None = None,
-    ) -> None: ...
+    def __init__(self, mapper: DomainState, granter: DomainState, session: int) -> None: ...
     @property
     def ports(self) -> object: ...
     @property

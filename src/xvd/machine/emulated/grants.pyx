@@ -174,12 +174,10 @@ cdef class EmulatedForeignGrants:
     cdef foreign f
     cdef grant_ports table
     cdef DomainState mapper, granter
-    cdef object on_close
 
-    def __init__(self, DomainState mapper, DomainState granter, uint32_t session, on_close=None):
+    def __init__(self, DomainState mapper, DomainState granter, uint32_t session):
         self.mapper = mapper
         self.granter = granter
-        self.on_close = on_close
         self.f.mapper = &mapper.c
         self.f.granter = &granter.c
         self.f.session = session
@@ -273,8 +271,6 @@ cdef class EmulatedForeignGrants:
             if self.f.copy_track.claim >> 16 == self.f.session:
                 free_track(self.f.copy_track)
             self.f.copy_track = NULL
-            if self.on_close is not None:
-                self.on_close(self)
 
 
 cdef class EmulatedMapping:

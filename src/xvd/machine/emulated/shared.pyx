@@ -78,8 +78,7 @@ cdef void change_flags(grant_entry *entry, uint16_t set_bits, uint16_t clear_bit
             return
 
 
-cdef int32_t check_entry(grant_entry *entry, uint32_t mapper, bint writable,
-                         bint pinned) noexcept nogil:
+cdef int32_t check_entry(grant_entry *entry, uint32_t mapper, bint writable) noexcept nogil:
     """What the hypervisor asks of an entry; one load, so that flags and domain belong together."""
     cdef uint32_t word = xvd_load_acquire(entry)
     cdef uint32_t flags = word & 0xFFFF
@@ -102,7 +101,7 @@ cdef int32_t pin(domain_state *granter, uint32_t gref, uint32_t mapper, bint wri
     track.gref = gref
     track.granter = granter.generation << 16 | granter.domid
     pins = lock(granter, gref, session)
-    status = check_entry(entry, mapper, writable, pins != 0)
+    status = check_entry(entry, mapper, writable)
     frame[0] = entry.frame
     if status == GNTST_OKAY and <uint64_t>frame[0] >= granter.memory_size >> 12:
         status = GNTST_BAD_PAGE

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from xvd.errors import ConfigError, XenstoreError
-from xvd.machine.xen import evtchn, xenbus
+from xvd.machine.xen import evtchn, xenstore
 from xvd.machine.xen.claim import XenClaim
 from xvd.machine.xen.evtchn import XenEventChannel
 from xvd.machine.xen.gntalloc import XenSharedPages
@@ -45,7 +45,7 @@ class XenMachine:
 
         Raises `PeerClosed` without a xenstore, `ConfigError` where the toolstack wrote no node.
         """
-        async with await xenbus.connect() as store:
+        async with await xenstore.connect() as store:
             try:
                 return cls(Domid(int(await store.read("domid"))))
             except (XenstoreError, ValueError) as error:
@@ -62,7 +62,7 @@ class XenMachine:
 
     async def xenstore(self) -> XenstoreClient:
         """A new connection to the store under this domain's identity."""
-        return await xenbus.connect()
+        return await xenstore.connect()
 
     def close(self) -> None:
         """Give everything back; a mapping that somebody still holds goes when it is closed."""

@@ -19,9 +19,6 @@ from xvd.errors import XenstoreError
 PAYLOAD_MAX: Final = 4096
 """Bytes after the header; a longer claim costs the sender its connection (xs_wire.h)."""
 
-ABS_PATH_MAX: Final = 3072
-"""Bytes in an absolute path, as a client may rely on it (xs_wire.h)."""
-
 REL_PATH_MAX: Final = 2048
 """Bytes in a path relative to a domain's own directory (xs_wire.h)."""
 
@@ -178,11 +175,6 @@ def parent_path(path: str) -> str:
 def child_path(path: str, name: str) -> str:
     """The path of a named child."""
     return f"/{name}" if path == "/" else f"{path}/{name}"
-
-
-def is_under(path: str, ancestor: str) -> bool:
-    """Whether `path` is `ancestor` or below it: ``/a/b`` is under ``/a``, ``/ab`` is not."""
-    return ancestor in ("/", path) or path.startswith(ancestor + "/")
 
 
 def domain_path(domid: int) -> str:
