@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xvd.blkif.assignment import parse_backend_assignment
-from xvd.cli.common import storage_uri
+from xvd.engines.assigned import storage_uri
 from xvd.engines.formats import FORMATS, known_format
 from xvd.engines.image import FileEngine
 from xvd.engines.uri import open_engine

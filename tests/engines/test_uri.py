@@ -10,40 +10,15 @@ from rig_engines import image
 
 from xvd.engines.checked import Checked
 from xvd.engines.image import FileEngine
-from xvd.engines.interface import Engine, EngineInfo
+from xvd.engines.interface import Engine, EngineInfo, Scheme
+from xvd.engines.layers.base import LayerKind
 from xvd.engines.layers.stats import Stats
 from xvd.engines.memory import MemoryEngine
-from xvd.engines.uri import open_engine, parse_size, parse_time
+from xvd.engines.uri import LAYERS, SCHEMES, open_engine
 from xvd.errors import ConfigError, EngineError
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("0", 0), ("4096", 4096), ("4K", 4096), ("4KiB", 4096), ("4KB", 4096), ("4 K", 4096),
-     ("8s", 4096), ("1M", 1 << 20), (" 1G ", 1 << 30), ("2T", 2 << 40), ("1P", 1 << 50),
-     ("512B", 512)],
-)  # fmt: skip
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "K", "-1", "1.G", "1X", "1KK", "0x10", "1k", "4 s", "8sK"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"{re.escape(repr(text))} is no size; write bytes, or a"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize(
-    "text", ["9223372036854775807", "9223372036854775808", "8192P", "16384P", "99999999999G",
-             "18014398509481984s", "8388608T"],
-)  # fmt: skip
-def test_a_size_that_no_disk_can_have(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{text!r} is too large; no disk has more than"):
-        parse_size(text)
-
-
-def test_the_largest_size() -> None:
-    assert parse_size("18014398509481983s") == parse_size("9223372036854775296") == 2**63 - 512
+def test_a_disk_of_the_largest_size() -> None:
     assert open_engine("null:18014398509481983s").info.size == 2**63 - 512
 
 
@@ -51,20 +26,6 @@ def test_memory_that_cannot_be_had_is_told() -> None:
     with pytest.raises(EngineError, match="no address space for a disk of") as caught:
         open_engine("memory:4096P")
     assert caught.value.errno == errno.ENOMEM
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("1s", 1.0), ("10ms", 0.01), ("250us", 0.00025), ("2", 2.0), ("1.5s", 1.5)],
-)
-def test_times(text: str, seconds: float) -> None:
-    assert parse_time(text) == pytest.approx(seconds)
-
-
-@pytest.mark.parametrize("text", ["", "s", "-1s", "1m", "1h", "1 s", ".5s"])
-def test_what_is_no_time(text: str) -> None:
-    with pytest.raises(ConfigError, match="is no time; write 10ms, 250us or 1s"):
-        parse_time(text)
 
 
 @pytest.mark.parametrize("form", ["{}", "file:{}"])
@@ -145,6 +106,24 @@ def test_read_only_is_asked_for_by_whoever_opens(tmp_path: Path) -> None:
         engine = open_engine(uri, read_only=True)
         assert engine.info.read_only
         engine.close()
+
+
+ENGINES_PAGE = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_every_scheme_is_described(scheme: Scheme) -> None:
+    assert scheme.form.startswith(f"{scheme.name}:")
+    assert re.search(rf"^\|.*`{re.escape(scheme.form)}`", ENGINES_PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_every_layer_is_described_and_its_example_can_be_used(layer: LayerKind) -> None:
+    row = re.search(rf"^\| `{layer.name}` \|(.*?)\|", ENGINES_PAGE, re.MULTILINE)
+
+    assert row
+    assert re.findall(r"(\w+)=", row[1]) == list(layer.options)
+    open_engine("memory:1M", layers=[layer.example]).close()
 
 
 class Blocks(MemoryEngine):

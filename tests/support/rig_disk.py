@@ -19,7 +19,7 @@ from xvd.backend.device import StorageOpener
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
-from xvd.cli.common import storage_uri
+from xvd.engines.assigned import storage_uri
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.frontend.disk import Disk

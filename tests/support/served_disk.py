@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
-from xvd.cli.common import storage_uri
+from xvd.engines.assigned import storage_uri
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.export.nbd import NbdServer

@@ -4,11 +4,13 @@
 import contextlib
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
 
 import typer
 
+from xvd.backend.blocking import in_own_thread
 from xvd.backend.pressure import MemoryPressure
 from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
@@ -17,10 +19,12 @@ from xvd.blkif.assignment import BackendAssignment
 from xvd.cli import common, output
 from xvd.cli.control import ControlServer
 from xvd.cli.report import disk_figures
+from xvd.engines.assigned import open_assigned
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, PeerClosed
 from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
+from xvd.toolstack.vbd import has_device_model
 from xvd.types import Domid
 
 KINDS: Final = ("vbd", "vbd3")
@@ -99,7 +103,9 @@ async def _backend(
         stack.push_async_callback(store.close)
 
         async def storage(assignment: BackendAssignment) -> Engine:
-            return await common.open_assigned(store, assignment, layers)
+            device_model = await has_device_model(store, assignment.frontend_domid)
+            opening = partial(open_assigned, assignment, layers=layers, device_model=device_model)
+            return await in_own_thread(opening)
 
         settings = replace(settings, state_dir=directory / "state" / name)
         server = Server(

@@ -12,27 +12,22 @@ import socket
 import sys
 import tempfile
 from collections.abc import Awaitable, Coroutine, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from xvd.backend.blocking import in_own_thread
 from xvd.backend.budget import XEN_MAPTRACK, Budget, descriptor_limits, limits_of_host
-from xvd.blkif.assignment import BackendAssignment
 from xvd.blkif.vdev import disk_name, parse_vdev
 from xvd.cli import signals
-from xvd.engines.interface import Engine
-from xvd.engines.uri import open_engine
-from xvd.errors import ConfigError, XenstoreError, describe
+from xvd.engines.uri import LAYERS
+from xvd.errors import ConfigError, describe
 from xvd.machine.emulated.host import Limits
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
 from xvd.machine.xen import machine as xen
 from xvd.machine.xs.client import XenstoreClient
-from xvd.toolstack.xldisk import in_format
 from xvd.types import Domid
 
 HostDir = Annotated[
@@ -65,8 +60,9 @@ Layers = Annotated[
     list[str],
     typer.Option(
         "--layer",
-        help="A layer in front of the storage: delay:read=1ms, error:one_in=10,seed=1, readonly, "
-        "stats, log. May be given several times; the first is nearest to the guest.",
+        help="A layer in front of the storage: "
+        + ", ".join(layer.example for layer in LAYERS.values())
+        + ". May be given several times; the first is nearest to the guest.",
     ),
 ]
 XEN_DIRECTORY = Path("/run/xvd")
@@ -286,49 +282,6 @@ def private_directory() -> Iterator[Path]:
     """A directory for sockets that only this user may enter, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="xvd-") as path, signals.removed_at_once(Path(path)):
         yield Path(path)
-
-
-def storage_uri(assignment: BackendAssignment) -> str:
-    """The engine URI of a disk that the toolstack assigned.
-
-    In the tap slot libxl puts ``aio:`` before the target, whatever it is; a path is one of a file.
-    """
-    if assignment.image_format != "raw":
-        return f"{assignment.image_format}:{assignment.image}"
-    if assignment.format_said:
-        return in_format(assignment.image, "raw")
-    return assignment.image
-
-
-LOCK_PATIENCE_S = 5.0
-"""How long a backend waits for the lock of a predecessor that was killed with I/O in flight."""
-
-
-async def has_device_model(store: XenstoreClient, domid: Domid) -> bool:
-    """Whether a QEMU has a guest's disks open as well, until the guest's own drivers come.
-
-    libxl tells the domain's type. QEMU's own backend takes no lock for that reason.
-    """
-    with contextlib.suppress(XenstoreError):
-        return await store.try_read(f"/libxl/{domid}/type") == "hvm"
-    return False
-
-
-async def open_assigned(
-    store: XenstoreClient, assignment: BackendAssignment, layers: list[str]
-) -> Engine:
-    """Open the storage of an assigned disk without holding up the event loop."""
-    name = assignment.name or assignment.frontend.rpartition("/")[2]
-    opening = partial(
-        open_engine,
-        storage_uri(assignment),
-        read_only=not assignment.writable,
-        layers=layers,
-        patience_s=LOCK_PATIENCE_S,
-        user=f"{assignment.frontend_domid}/{name}",
-        device_model=await has_device_model(store, assignment.frontend_domid),
-    )
-    return await in_own_thread(opening)
 
 
 def parse_tcp(text: str, *, allow_remote: bool) -> tuple[str, int] | None:

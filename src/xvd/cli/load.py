@@ -14,7 +14,7 @@ from xvd.bench.ring import COPYING, MAPPING, PERSISTENT, Setup, filling, measure
 from xvd.bench.sample import Sample, median
 from xvd.blkif.vdev import disk_name
 from xvd.cli import common, output
-from xvd.engines.uri import parse_size
+from xvd.engines.text import parse_size
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job, run_load
 from xvd.frontend.settings import Settings, parse_settings

@@ -10,7 +10,7 @@ import typer
 from xvd.cli import common, output
 from xvd.cli.control import ask
 from xvd.cli.daemons import server_of
-from xvd.engines.uri import parse_size
+from xvd.engines.text import parse_size
 from xvd.errors import ConfigError, PeerClosed
 
 RESIZE_S: Final = 60.0

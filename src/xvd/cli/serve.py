@@ -17,13 +17,14 @@ from xvd.cli import common, output
 from xvd.cli.control import ControlServer
 from xvd.cli.report import account, disk_figures
 from xvd.engines.interface import Engine
+from xvd.engines.text import in_format
 from xvd.engines.uri import open_engine
 from xvd.errors import ConfigError
 from xvd.export.nbd import NbdServer
 from xvd.frontend.settings import RANGES as FRONT_RANGES
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.frontend.settings import parse_settings as parse_front_settings
-from xvd.toolstack.xldisk import XlDisk, in_format
+from xvd.toolstack.xldisk import XlDisk
 
 
 @dataclass(frozen=True, slots=True)

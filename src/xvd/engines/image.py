@@ -5,14 +5,25 @@ import dataclasses
 import errno
 import fcntl
 import os
+import re
 import stat
 import threading
+from functools import partial
+from typing import Final
 
 from xvd.engines import block, formats, hostuse, locks
 from xvd.engines.bridge import ThreadedChannel
 from xvd.engines.file import ZEROES, FileChannel, Health, all_zero, direct_alignment, make_zero
 from xvd.engines.identity import identity_of
-from xvd.engines.interface import Channel, Engine, EngineInfo, Extent, ThreadModel
+from xvd.engines.interface import (
+    Channel,
+    Engine,
+    EngineInfo,
+    Extent,
+    Opening,
+    Scheme,
+    ThreadModel,
+)
 from xvd.errors import ConfigError, EngineError
 
 _NOT_STORAGE = "neither a file nor a block device; nothing can be kept in it"
@@ -357,3 +368,35 @@ class FileEngine(Engine):
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
             return os.dup(self._cached_fd)
+
+
+_ZEROES_OPTION = re.compile(r"(.+),detect-zeroes=([^,=/]*)", re.DOTALL)
+
+
+def _open_uri(rest: str, how: Opening, *, raw: bool = False) -> Engine:
+    path, zeroes = rest, "off"
+    match = _ZEROES_OPTION.fullmatch(rest)
+    if match and not os.path.lexists(rest):  # a file of that name is what is meant
+        path, zeroes = match[1], match[2]
+        if zeroes not in ZEROES:
+            raise ConfigError(f"detect-zeroes takes {', '.join(ZEROES)}, not {zeroes!r}")
+    return FileEngine(
+        path,
+        read_only=how.read_only,
+        patience_s=how.patience_s,
+        raw=raw,
+        detect_zeroes=zeroes,
+        user=how.user,
+        device_model=how.device_model,
+    )
+
+
+SCHEMES: Final = (
+    Scheme("file", "file:PATH", "a raw image file or a block device", _open_uri),
+    Scheme(
+        "raw",
+        "raw:PATH",
+        "the same, whatever its bytes look like",
+        partial(_open_uri, raw=True),
+    ),
+)

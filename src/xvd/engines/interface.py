@@ -19,9 +19,10 @@ What `write` has accepted need not be durable; what was accepted before `flush` 
 
 import errno
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from xvd.errors import EngineError
 
@@ -145,6 +146,34 @@ class Engine(ABC):
         from xvd.engines.bridge import ThreadedChannel
 
         return ThreadedChannel(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How storage is opened, whatever it is.
+
+    read_only: an engine that cannot gets a layer that refuses writes. patience_s: how long to wait
+    for a lock. user: whose disk it is, for the words to another one that wants the same image.
+    device_model: a QEMU of the same guest has the image open as well.
+    """
+
+    read_only: bool = False
+    patience_s: float = 0.0
+    user: str = ""
+    device_model: bool = False
+
+
+class Scheme(NamedTuple):
+    """A URI scheme of an engine: its file lists those that it has as `SCHEMES`.
+
+    form: how such a URI is written. help: what is then served. open: the text after the colon, and
+    how -> an engine; it raises `ConfigError` for a text that makes no sense.
+    """
+
+    name: str
+    form: str
+    help: str
+    open: Callable[[str, Opening], Engine]
 
 
 def describe(engine: Engine) -> dict[str, object]:

@@ -1,6 +1,6 @@
 from typing_extensions import disjoint_base
 
-from xvd.engines.interface import Channel, Engine, EngineInfo
+from xvd.engines.interface import Channel, Engine, EngineInfo, Scheme
 
 @disjoint_base
 class Region:
@@ -29,3 +29,5 @@ class MemoryEngine(Engine):
     def discard(self, offset: int, length: int) -> None: ...
     def secure_discard(self, offset: int, length: int) -> None: ...
     def open_channel(self) -> Channel: ...
+
+SCHEMES: tuple[Scheme, ...]

@@ -14,7 +14,8 @@ from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_READ, ENGINE_WRITE, eng
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 from xvd.errors import EngineError
-from xvd.engines.interface import Engine, EngineInfo, ThreadModel
+from xvd.engines.interface import Engine, EngineInfo, Scheme, ThreadModel
+from xvd.engines.text import parse_disk_size
 
 import errno
 import uuid
@@ -169,3 +170,9 @@ class MemoryEngine(Engine):
     def open_channel(self):
         """A compiled channel."""
         return MemoryChannel(self._region)
+
+
+SCHEMES = (
+    Scheme("memory", "memory:SIZE", "memory, gone at the end",
+           lambda rest, how: MemoryEngine(parse_disk_size(rest))),
+)

@@ -1,6 +1,6 @@
 from typing_extensions import disjoint_base
 
-from xvd.engines.interface import Channel, Engine, EngineInfo
+from xvd.engines.interface import Channel, Engine, EngineInfo, Opening, Scheme
 
 @disjoint_base
 class NullChannel:
@@ -16,3 +16,9 @@ class NullEngine(Engine):
     def read(self, buffer: memoryview, offset: int) -> None: ...
     def write(self, buffer: memoryview, offset: int) -> None: ...
     def open_channel(self) -> Channel: ...
+
+READ_ZEROES: dict[str, bool]
+
+def open_uri(rest: str, how: Opening) -> Engine: ...
+
+SCHEMES: tuple[Scheme, ...]

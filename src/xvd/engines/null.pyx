@@ -12,7 +12,9 @@ from libc.string cimport memset
 from xvd.dataplane.ports cimport ENGINE_READ, engine_io, engine_ports, wrap
 from xvd.engines.channel cimport done_list, finish, reap_list
 
-from xvd.engines.interface import Engine, EngineInfo, ThreadModel
+from xvd.engines.interface import Engine, EngineInfo, Scheme, ThreadModel
+from xvd.engines.text import parse_disk_size
+from xvd.errors import ConfigError
 
 
 cdef struct nothing:
@@ -89,3 +91,17 @@ class NullEngine(Engine):
     def open_channel(self):
         """A compiled channel."""
         return NullChannel(self._read_zeroes)
+
+
+READ_ZEROES = {"read-zeroes=on": True, "read-zeroes=off": False}
+
+
+def open_uri(rest, how):
+    """Open the text behind ``null:``: a size, and perhaps what a read does."""
+    size, comma, word = rest.partition(",")
+    if comma and word not in READ_ZEROES:
+        raise ConfigError(f"null: takes {' or '.join(READ_ZEROES)} after its size, not {word!r}")
+    return NullEngine(parse_disk_size(size), READ_ZEROES.get(word, True))
+
+
+SCHEMES = (Scheme("null", "null:SIZE", "zeros, and writes that are forgotten", open_uri),)

@@ -6,6 +6,7 @@ theirs. The copy under /libxl is the toolstack's own memory: it never trusts the
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,6 +78,16 @@ async def destroy_guest(store: XenstoreClient, domid: Domid) -> None:
         if await store.exists(path):
             await store.rm(path)
     await store.release(domid)
+
+
+async def has_device_model(store: XenstoreClient, domid: Domid) -> bool:
+    """Whether a QEMU has a guest's disks open as well, until the guest's own drivers come.
+
+    libxl tells the domain's type. QEMU's own backend takes no lock for that reason.
+    """
+    with contextlib.suppress(XenstoreError):
+        return await store.try_read(f"/libxl/{domid}/type") == "hvm"
+    return False
 
 
 def _backend_nodes(vbd: Vbd, disk: XlDisk) -> dict[str, str]:

@@ -5,11 +5,11 @@
 stand there.
 """
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from xvd.blkif.vdev import parse_vdev
+from xvd.engines.text import in_format, split_scheme
 from xvd.errors import ConfigError
 
 FORMATS = ("raw", "qcow", "qcow2", "vhd", "qed")
@@ -17,17 +17,7 @@ BACKEND_TYPES = ("phy", "tap", "qdisk", "standalone")
 _ACCESS = {"r": False, "ro": False, "w": True, "rw": True}
 _BEFORE_A_PATH = (*FORMATS, "file", "aio", "phy", "tap", "tap2", "vhdx", "vmdk", "vdi", "luks")
 """What may stand before a path, with a colon."""
-_SCHEME = re.compile(r"[a-z][a-z0-9+]*:")
 _POSITIONAL = ("target", "format", "vdev", "access")
-
-
-def in_format(target: str, name: str) -> str:
-    """The URI of a target that somebody says has the format `name`: ``raw:/images/a.img``.
-
-    Memory and the like are raw, and have no bytes that could be mistaken.
-    """
-    path = target.removeprefix("file:")
-    return target if name == "raw" and _SCHEME.match(path) else f"{name}:{path}"
 
 
 @dataclass(slots=True)
@@ -116,7 +106,7 @@ def absolute_target(target: str, directory: Path) -> str:
     scheme, colon, rest = target.partition(":")
     if colon and scheme in _BEFORE_A_PATH:
         return f"{scheme}:{absolute_target(rest, directory)}"
-    named = not target or _SCHEME.match(target)
+    named = not target or split_scheme(target)[0]
     return target if named else str(directory / target)
 
 

@@ -2,8 +2,13 @@
 """What every layer is: an engine that passes everything on, to be overridden where it does not."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from xvd.engines.interface import Engine, EngineInfo
+
+OPERATIONS = ("read", "write", "flush", "discard")
+"""The kinds of operations that layers tell apart, under the names of their options."""
 
 
 class Layer(Engine):
@@ -64,3 +69,18 @@ class Layer(Engine):
     def close(self) -> None:
         """Close what is behind."""
         self.lower.close()
+
+
+class LayerKind(NamedTuple):
+    """A layer by its name: its file has it as `LAYER`.
+
+    help: what it does. example: how it is written. make: the engine behind it, and every option's
+    text -> the layer; it raises `ConfigError`. options: those that it has, with what they are
+    where they are not said.
+    """
+
+    name: str
+    help: str
+    example: str
+    make: Callable[[Engine, Mapping[str, str]], Engine]
+    options: Mapping[str, str] = {}

@@ -2,11 +2,12 @@
 """``delay``: slower storage, by a fixed time for each kind of operation."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from xvd.engines.delayed import DelayedChannel, can_delay
 from xvd.engines.interface import Channel, Engine
-from xvd.engines.layers.base import Layer
+from xvd.engines.layers.base import OPERATIONS, Layer, LayerKind
+from xvd.engines.text import parse_time
 
 
 class Delay(Layer):
@@ -65,3 +66,13 @@ class Delay(Layer):
                 return DelayedChannel(channel, times)
             channel.close()
         return super().open_channel()
+
+
+def _make(lower: Engine, options: Mapping[str, str]) -> Engine:
+    read_s, write_s, flush_s, discard_s = (parse_time(options[kind]) for kind in OPERATIONS)
+    return Delay(lower, read_s=read_s, write_s=write_s, flush_s=flush_s, discard_s=discard_s)
+
+
+LAYER = LayerKind(
+    "delay", "waits before each operation", "delay:read=1ms", _make, dict.fromkeys(OPERATIONS, "0")
+)

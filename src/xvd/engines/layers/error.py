@@ -3,13 +3,11 @@
 
 import errno as errno_names
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from xvd.engines.interface import Engine
-from xvd.engines.layers.base import Layer
-from xvd.errors import EngineError
-
-OPERATIONS = ("read", "write", "flush", "discard")
+from xvd.engines.layers.base import OPERATIONS, Layer, LayerKind
+from xvd.errors import ConfigError, EngineError
 
 
 class Error(Layer):
@@ -63,3 +61,34 @@ class Error(Layer):
         """Fail, or erase."""
         self._draw("discard")
         self.lower.secure_discard(offset, length)
+
+
+def _positive(options: Mapping[str, str], key: str, least: int) -> int:
+    text = options[key]
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{key}= takes a positive number, not {text!r}")
+    return int(text)
+
+
+def _make(lower: Engine, options: Mapping[str, str]) -> Engine:
+    named, kinds = options["errno"], options["on"].split("+")
+    if not isinstance(getattr(errno_names, named, None), int):
+        raise ConfigError(f"there is no errno {named!r}; write a name like EIO or ENOSPC")
+    if not set(kinds) <= set(OPERATIONS):
+        raise ConfigError(f"on= takes {', '.join(OPERATIONS)}, joined by +, not {'+'.join(kinds)}")
+    return Error(
+        lower,
+        one_in=_positive(options, "one_in", 1),
+        seed=_positive(options, "seed", 0),
+        operations=kinds,
+        error=getattr(errno_names, named),
+    )
+
+
+LAYER = LayerKind(
+    "error",
+    "fails some operations, the same ones for the same seed",
+    "error:one_in=10,seed=1",
+    _make,
+    {"one_in": "10", "seed": "0", "on": "+".join(OPERATIONS), "errno": "EIO"},
+)

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 
 from xvd.engines.interface import Engine
-from xvd.engines.layers.base import Layer
+from xvd.engines.layers.base import Layer, LayerKind
 from xvd.errors import describe
 
 logger = logging.getLogger(__name__)
@@ -45,3 +45,6 @@ class Log(Layer):
             self._emit(f"{operation} offset={offset} length={length} failed: {describe(e)}")
             raise
         self._emit(f"{operation} offset={offset} length={length} ok")
+
+
+LAYER = LayerKind("log", "logs a line for each operation", "log", lambda lower, _: Log(lower))

@@ -5,7 +5,7 @@ import dataclasses
 import errno
 
 from xvd.engines.interface import EngineInfo
-from xvd.engines.layers.base import Layer
+from xvd.engines.layers.base import Layer, LayerKind
 from xvd.errors import EngineError
 
 
@@ -34,3 +34,8 @@ class ReadOnly(Layer):
     def resize(self, size: int) -> None:
         """Refuse."""
         raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
+
+
+LAYER = LayerKind(
+    "readonly", "refuses writes and discards", "readonly", lambda lower, _: ReadOnly(lower)
+)

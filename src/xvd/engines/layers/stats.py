@@ -4,7 +4,7 @@
 from collections import Counter
 
 from xvd.engines.interface import Engine
-from xvd.engines.layers.base import Layer
+from xvd.engines.layers.base import Layer, LayerKind
 
 
 class Stats(Layer):
@@ -42,3 +42,6 @@ class Stats(Layer):
     def _count(self, operation: str, size: int) -> None:
         self.counts[operation] += 1
         self.counts[operation + "_bytes"] += size
+
+
+LAYER = LayerKind("stats", "counts operations", "stats", lambda lower, _: Stats(lower))

@@ -10,7 +10,9 @@ import pytest
 from rig_disk import disk_world, run
 
 from xvd.blkif.assignment import parse_backend_assignment
-from xvd.cli.common import open_assigned, storage_uri
+from xvd.engines.assigned import open_assigned, storage_uri
+from xvd.toolstack.vbd import has_device_model
+from xvd.types import Domid
 
 ASSIGNED = {"frontend": "/local/domain/7/device/vbd/51712", "frontend-id": "7"}
 
@@ -44,7 +46,9 @@ def test_the_device_model_of_a_guest_has_its_image_too(
         async with disk_world(serve=False) as world:
             await world.store.write("/libxl/7/type", kind)
             nodes = ASSIGNED | {"params": str(path), "mode": "w"}
-            engine = await open_assigned(world.store, parse_backend_assignment(nodes), [])
+            assignment = parse_backend_assignment(nodes)
+            beside_qemu = await has_device_model(world.store, Domid(7))
+            engine = open_assigned(assignment, device_model=beside_qemu)
             process = await asyncio.create_subprocess_exec(
                 *command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
