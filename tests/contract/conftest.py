@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rig_machine import KINDS, ON_XEN, Pair
 
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 
 NOT_ON_XEN = {
     "books": "Xen keeps no books that a domain may read",

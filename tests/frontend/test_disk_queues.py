@@ -13,7 +13,7 @@ from xvd.blkif.messages import IndirectRequest
 from xvd.errors import ConfigError, XenstoreError
 from xvd.frontend.load import Job, run_load
 from xvd.frontend.settings import Settings, parse_settings
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 from xvd.toolstack.vbd import add, wait_for_state
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid

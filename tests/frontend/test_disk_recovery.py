@@ -13,7 +13,7 @@ from rig_disk import World, disk_world, run, until
 from xvd.blkif.abi import Op
 from xvd.blkif.messages import IndirectRequest
 from xvd.blkif.nodes import BackendFeatures
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 from xvd.toolstack.vbd import Vbd
 from xvd.types import Domid
 

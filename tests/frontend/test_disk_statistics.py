@@ -8,7 +8,7 @@ from rig_backend import RICH, model_disk
 from rig_disk import disk_world, run, until
 
 from xvd.frontend.statistics import Statistics, percentile
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 
 LARGE = Limits(pages=32768, grefs=16384, tracks=16384, ports=64)
 

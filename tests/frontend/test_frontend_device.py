@@ -14,7 +14,7 @@ from xvd.frontend.device import Device
 from xvd.frontend.disk import Disk
 from xvd.frontend.patience import Patience
 from xvd.frontend.settings import Settings
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 from xvd.toolstack.vbd import add
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid

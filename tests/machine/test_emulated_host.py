@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.limits import Limits
 from xvd.types import Domid
 
 

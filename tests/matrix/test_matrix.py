@@ -25,7 +25,7 @@ from xvd.engines.interface import Engine, EngineInfo
 from xvd.engines.memory import MemoryEngine
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 24 * MIB

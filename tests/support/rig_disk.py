@@ -24,7 +24,7 @@ from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings as FrontSettings
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.emulated.service import EmulatedHost
 from xvd.machine.xs.client import XenstoreClient

@@ -19,7 +19,8 @@ from xvd.blkif.messages import (
 from xvd.blkif.ring import BackRing, Outcome
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.ring.ring import FrontRing
-from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.interface import Mapping
 from xvd.types import Gref, RequestId
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from rig_queue import NOTHING, SMALL, machine, no_store
 
-from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.emulated.service import EmulatedHost, connect
 from xvd.machine.xen.machine import XenMachine

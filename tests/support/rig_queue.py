@@ -29,7 +29,8 @@ from xvd.dataplane.back.queue import BackendQueue
 from xvd.dataplane.loop.loop import Loop
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
-from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import PAGE_SIZE, Domid, Gref, RequestId

@@ -23,7 +23,7 @@ from xvd.blkif.vdev import disk_name, parse_vdev
 from xvd.cli import signals
 from xvd.engines.uri import LAYERS
 from xvd.errors import ConfigError, describe
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
 from xvd.machine.xen import machine as xen

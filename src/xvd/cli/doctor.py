@@ -18,7 +18,7 @@ from xvd.cli import common, output
 from xvd.engines.file import probe_io_uring
 from xvd.errors import describe
 from xvd.frontend.settings import Settings as FrontSettings
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.xen import xenstore
 from xvd.machine.xen.machine import available
 from xvd.packages import find_tool, package_of

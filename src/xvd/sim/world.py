@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from xvd.blkif.abi import Abi
 from xvd.dataplane.back.journal import journal_size
-from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.sim.checkers import CheckFailed, ModelDisk, check_answered, check_balanced

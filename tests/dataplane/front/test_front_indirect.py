@@ -8,7 +8,7 @@ from rig_queue import BROKEN, DRAINED
 from xvd.blkif.abi import Abi, Op
 from xvd.blkif.messages import IndirectRequest, Request, Segment
 from xvd.errors import GrantError, LocalProtocolError
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 
 ABIS = pytest.mark.parametrize("abi", list(Abi), ids=lambda abi: abi.name)
 READ, WRITE = 0, 1

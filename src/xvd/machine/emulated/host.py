@@ -16,6 +16,7 @@ import threading
 from dataclasses import dataclass, field
 
 from xvd.errors import DiskInUse, EventChannelError, GrantError
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.shared import DomainState, clean_session, heap_bytes
 from xvd.types import PAGE_SIZE, Domid, Gref, Port
 
@@ -24,16 +25,6 @@ RESERVED_GREFS = 8
 
 _FREE, _UNBOUND, _INTERDOMAIN = 0, 1, 2
 _GNTST_GENERAL_ERROR, _GNTST_BAD_DOMAIN, _GNTST_NO_SPACE = -1, -2, -13
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one domain may have. The defaults are Xen's, but for the map-track (Xen: 262144)."""
-
-    pages: int = 65536
-    grefs: int = 32768
-    tracks: int = 65536
-    ports: int = 4096
 
 
 @dataclass(slots=True)

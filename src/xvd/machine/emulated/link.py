@@ -6,6 +6,9 @@ dies. Requests and answers are JSON in one packet each, descriptors travel besid
 copying and notifying need no message: they happen in the shared memory that the descriptors name.
 
 On the host's side every connection has a thread, because a call may only block its own client.
+
+`LinkClient` is the table of the calls: each row says what does it on the host's side, and how the
+outcome travels. The server finds the row by its name.
 """
 
 import array
@@ -13,8 +16,9 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
+from typing import Any, Concatenate, Final, Generic, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 
@@ -27,7 +31,8 @@ from xvd.errors import (
     XvdError,
     describe,
 )
-from xvd.machine.emulated.host import Host, Limits, Session
+from xvd.machine.emulated.host import Host, Session
+from xvd.machine.emulated.limits import Limits
 from xvd.sockets import UnixListener, claim
 from xvd.types import Domid, Gref, Port
 
@@ -90,7 +95,7 @@ class LinkServer:
     """
 
     def __init__(self, host: Host, open_xenstore: Callable[[Domid], socket.socket]) -> None:
-        self._host = host
+        self.host = host
         self._open_xenstore = open_xenstore
         self._events = asyncio.get_running_loop()
         self._listener: UnixListener | None = None
@@ -128,7 +133,7 @@ class LinkServer:
 
     def _serve(self, client: socket.socket) -> None:
         """One client, from its `open` to its end; what it held is given back then."""
-        calls: _ClientCalls | None = None
+        caller: _Client | None = None
         try:
             while True:
                 data, fds = _receive(client)
@@ -137,34 +142,34 @@ class LinkServer:
                 if not data:
                     return
                 request = msgspec.json.decode(data, type=Request)
-                if calls is None:
-                    calls = self._open(client, request)
-                    if calls is None:
+                if caller is None:
+                    caller = self._open(client, request)
+                    if caller is None:
                         return
                 else:
-                    _send_away(client, *calls.answer(request))
+                    _send_away(client, *caller.answer(request))
         except (OSError, msgspec.MsgspecError):
             return  # a client that breaks off, or talks nonsense, is gone
         finally:
-            if calls is not None:
-                calls.session.close()
+            if caller is not None:
+                caller.session.close()
             self._clients.discard(client)
             client.close()
 
-    def _open(self, client: socket.socket, request: Request) -> "_ClientCalls | None":
+    def _open(self, client: socket.socket, request: Request) -> "_Client | None":
         try:
-            calls = _ClientCalls(self, request)
+            caller = _Client(self, request)
         except GrantError as error:
             _send(client, Answer(error="grant", text=str(error), number=error.status), [])
         except XvdError as error:
             _send(client, Answer(error="config", text=str(error)), [])
         else:
             try:
-                _send(client, Answer(calls.session.number), [])
+                _send(client, Answer(caller.session.number), [])
             except OSError:
-                calls.session.close()
+                caller.session.close()
                 raise
-            return calls
+            return caller
         return None
 
     def xenstore(self, domid: Domid) -> socket.socket:
@@ -193,22 +198,22 @@ class LinkServer:
             thread.join()
 
 
-class _ClientCalls:
-    """What one client may call; made by its first request, ``["open", [protocol, domid]]``."""
+class _Client:
+    """One client of the server; made by its first request, ``["open", [protocol, domid]]``."""
 
     def __init__(self, server: LinkServer, first: Request) -> None:
         if first.call != "open" or len(first.arguments) != 2 or first.arguments[0] != _PROTOCOL:
             raise ConfigError("the two ends of the machine socket are different versions of xvd")
         self.server = server
-        self.session: Session = server._host.open(Domid(first.arguments[1]))
+        self.session: Session = server.host.open(Domid(first.arguments[1]))
 
     def answer(self, request: Request) -> tuple[Answer, list[int]]:
         """Do a call: its answer, and the descriptors that go with it."""
-        work = _CALLS.get(request.call)
+        row = _CALLS.get(request.call)
         try:
-            if work is None:
+            if row is None:
                 raise ConfigError(f"the machine has no call {request.call!r}")
-            return work(self, *request.arguments)
+            return row.serve(self, request.arguments)
         except GrantError as error:
             return Answer(error="grant", text=str(error), number=error.status), []
         except EventChannelError as error:
@@ -218,75 +223,127 @@ class _ClientCalls:
         except (ConfigError, TypeError, ValueError, IndexError) as error:
             return Answer(error="config", text=str(error)), []
 
-    def state(self, domid: int) -> tuple[Answer, list[int]]:
-        memory_fd, heap_fd, limits = self.session.state(Domid(domid))
-        numbers = [limits.pages, limits.grefs, limits.tracks, limits.ports]
-        return Answer(numbers), [memory_fd, heap_fd]
 
-    def share(self, peer: int, count: int) -> tuple[Answer, list[int]]:
-        return Answer(self.session.share(Domid(peer), count)), []
+# ---- How outcomes travel: to (numbers, descriptors) and back ----
 
-    def unshare(self, frame: int) -> tuple[Answer, list[int]]:
-        self.session.unshare(frame)
-        return Answer(), []
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
-    def alloc_unbound(self, peer: int) -> tuple[Answer, list[int]]:
-        port, *fds = self.session.alloc_unbound(Domid(peer))
-        return Answer(port), fds
 
-    def bind_interdomain(self, peer: int, remote: int) -> tuple[Answer, list[int]]:
-        port, *fds = self.session.bind_interdomain(Domid(peer), Port(remote))
-        return Answer(port), fds
+class _Way(NamedTuple, Generic[_R]):
+    """One way for an outcome: what becomes the answer's result and descriptors, and back."""
 
-    def unbind(self, port: int) -> tuple[Answer, list[int]]:
-        self.session.unbind(Port(port))
-        return Answer(), []
+    pack: Callable[[_R], tuple[Any, list[int]]]
+    unpack: Callable[[Any, list[int]], _R]
 
-    def claim(self, vdev: int) -> tuple[Answer, list[int]]:
-        self.session.claim(vdev)
-        return Answer(), []
 
-    def disclaim(self, vdev: int) -> tuple[Answer, list[int]]:
-        self.session.disclaim(vdev)
-        return Answer(), []
+_NOTHING: Final = _Way[None](lambda _: (None, []), lambda *_: None)
+_NUMBERS: Final = _Way[dict[str, int]](lambda numbers: (numbers, []), lambda it, _: dict(it))
+_PAGES: Final = _Way[tuple[int, list[Gref]]](
+    lambda pages: (pages, []), lambda it, _: (it[0], it[1])
+)
+_CHANNEL: Final = _Way[tuple[Port, int, int]](
+    lambda end: (end[0], [end[1], end[2]]), lambda port, fds: (Port(port), fds[0], fds[1])
+)
+_STATE: Final = _Way[tuple[int, int, Limits]](
+    lambda state: (astuple(state[2]), [state[0], state[1]]),
+    lambda numbers, fds: (fds[0], fds[1], Limits(*numbers)),
+)
+_SOCKET: Final = _Way[socket.socket](
+    lambda end: (None, [end.detach()]), lambda _, fds: socket.socket(fileno=fds[0])
+)
 
-    def create_domain(self, domid: int) -> tuple[Answer, list[int]]:
-        self._toolstack_only()
-        self.server._host.create_domain(Domid(domid))
-        return Answer(), []
 
-    def destroy_domain(self, domid: int) -> tuple[Answer, list[int]]:
-        self._toolstack_only()
-        self.server._host.destroy_domain(Domid(domid))
-        return Answer(), []
+# ---- The calls ----
 
-    def books(self) -> tuple[Answer, list[int]]:
-        self._toolstack_only()
-        return Answer(self.server._host.books()), []
 
-    def xenstore(self) -> tuple[Answer, list[int]]:
-        return Answer(), [self.server.xenstore(self.session.domid).detach()]
+class _Remote(Generic[_P, _R]):
+    """A row of the table: a function of the host's side, and on the client's the same call.
 
-    def _toolstack_only(self) -> None:
-        if self.session.domid != 0:
+    giving_back: nothing happens where the host is gone, which has it all then.
+    """
+
+    def __init__(
+        self,
+        work: Callable[Concatenate[_Client, _P], _R],
+        way: _Way[_R],
+        *,
+        giving_back: bool = False,
+    ) -> None:
+        self._work = work
+        self._way = way
+        self._giving_back = giving_back
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def serve(self, client: _Client, arguments: Sequence[int]) -> tuple[Answer, list[int]]:
+        """Do the call for a client."""
+        result, fds = self._way.pack(self._work(client, *arguments))  # type: ignore[arg-type, call-arg]
+        return Answer(result), fds
+
+    def __get__(self, link: "LinkClient", owner: type) -> Callable[_P, _R]:
+        def call(*arguments: _P.args, **_keywords: _P.kwargs) -> _R:
+            try:
+                return self._way.unpack(*link.call(self._name, *arguments))  # type: ignore[arg-type]
+            except PeerClosed:
+                if not self._giving_back:
+                    raise
+                return self._way.unpack(None, [])
+
+        return call
+
+
+def _own(call: Callable[Concatenate[Session, _P], _R]) -> Callable[Concatenate[_Client, _P], _R]:
+    """A call of the client's own session."""
+
+    def work(client: _Client, /, *arguments: _P.args, **keywords: _P.kwargs) -> _R:
+        return call(client.session, *arguments, **keywords)
+
+    return work
+
+
+def _dom0(call: Callable[Concatenate[Host, _P], _R]) -> Callable[Concatenate[_Client, _P], _R]:
+    """A call of the host itself, for domain 0 alone."""
+
+    def work(client: _Client, /, *arguments: _P.args, **keywords: _P.kwargs) -> _R:
+        if client.session.domid != 0:
             raise ConfigError("only domain 0 makes, ends and inspects domains")
+        return call(client.server.host, *arguments, **keywords)
+
+    return work
 
 
-_CALLS: dict[str, Callable[..., tuple[Answer, list[int]]]] = {
-    name: getattr(_ClientCalls, name)
-    for name in (
-        "state", "share", "unshare", "alloc_unbound", "bind_interdomain", "unbind",
-        "claim", "disclaim",
-        "create_domain", "destroy_domain", "books", "xenstore",
-    )
-}  # fmt: skip
+def _create_domain(host: Host, domid: Domid) -> None:
+    """As `Host.create_domain`, with the host's own limits."""
+    host.create_domain(domid)
+
+
+def _xenstore(client: _Client) -> socket.socket:
+    return client.server.xenstore(client.session.domid)
 
 
 class LinkClient:
     """A session across the socket: `machine.Calls`. Any thread, one call at a time.
 
+    Each call is as the method of that name of `host.Session`; those for dom0 are as `Host`'s.
+    `xenstore` gives a connected socket to the store under this domain's identity.
+
     Raises `PeerClosed` when the host is gone.
     """
+
+    state = _Remote(_own(Session.state), _STATE)
+    share = _Remote(_own(Session.share), _PAGES)
+    unshare = _Remote(_own(Session.unshare), _NOTHING, giving_back=True)
+    alloc_unbound = _Remote(_own(Session.alloc_unbound), _CHANNEL)
+    bind_interdomain = _Remote(_own(Session.bind_interdomain), _CHANNEL)
+    unbind = _Remote(_own(Session.unbind), _NOTHING, giving_back=True)
+    claim = _Remote(_own(Session.claim), _NOTHING)
+    disclaim = _Remote(_own(Session.disclaim), _NOTHING, giving_back=True)
+    create_domain = _Remote(_dom0(_create_domain), _NOTHING)
+    destroy_domain = _Remote(_dom0(Host.destroy_domain), _NOTHING)
+    books = _Remote(_dom0(Host.books), _NUMBERS)
+    xenstore = _Remote(_xenstore, _SOCKET)
 
     def __init__(self, path: str | os.PathLike[str], domid: Domid) -> None:
         self.domid = domid
@@ -300,12 +357,13 @@ class LinkClient:
                 f"{os.fspath(path)}: no host answers ({error.strerror}); start one: xvd host DIR"
             ) from None
         try:
-            self.number: int = self._call("open", _PROTOCOL, domid)[0]
+            self.number: int = self.call("open", _PROTOCOL, domid)[0]
         except BaseException:
             self._socket.close()
             raise
 
-    def _call(self, call: str, *arguments: int) -> tuple[Any, list[int]]:
+    def call(self, call: str, *arguments: int) -> tuple[Any, list[int]]:
+        """Ask the host: what it answers, and the descriptors that came with it."""
         try:
             with self._lock:
                 _send(self._socket, Request(call, list(arguments)), [])
@@ -319,68 +377,11 @@ class LinkClient:
             raise _ERRORS[answer.error](answer.text, answer.number)
         return answer.result, fds
 
-    def state(self, domid: Domid) -> tuple[int, int, Limits]:
-        """As `host.Session.state`."""
-        numbers, fds = self._call("state", domid)
-        return fds[0], fds[1], Limits(*numbers)
-
-    def share(self, peer: Domid, count: int) -> tuple[int, list[Gref]]:
-        """As `host.Session.share`."""
-        frame, grefs = self._call("share", peer, count)[0]
-        return frame, grefs
-
-    def unshare(self, frame: int) -> None:
-        """As `host.Session.unshare`."""
-        self._call_if_alive("unshare", frame)
-
-    def _channel(self, call: str, *arguments: int) -> tuple[Port, int, int]:
-        port, fds = self._call(call, *arguments)
-        return Port(port), fds[0], fds[1]
-
-    def alloc_unbound(self, peer: Domid) -> tuple[Port, int, int]:
-        """As `host.Session.alloc_unbound`."""
-        return self._channel("alloc_unbound", peer)
-
-    def bind_interdomain(self, peer: Domid, remote: Port) -> tuple[Port, int, int]:
-        """As `host.Session.bind_interdomain`."""
-        return self._channel("bind_interdomain", peer, remote)
-
-    def unbind(self, port: Port) -> None:
-        """As `host.Session.unbind`."""
-        self._call_if_alive("unbind", port)
-
-    def claim(self, vdev: int) -> None:
-        """As `host.Session.claim`."""
-        self._call("claim", vdev)
-
-    def disclaim(self, vdev: int) -> None:
-        """As `host.Session.disclaim`."""
-        self._call_if_alive("disclaim", vdev)
-
-    def _call_if_alive(self, call: str, *arguments: int) -> None:
-        """A host that is gone has nothing left to be given back to."""
-        try:
-            self._call(call, *arguments)
-        except PeerClosed:
-            return
-
-    def create_domain(self, domid: Domid) -> None:
-        """Make a domain (dom0 only)."""
-        self._call("create_domain", domid)
-
-    def destroy_domain(self, domid: Domid) -> None:
-        """End a domain (dom0 only)."""
-        self._call("destroy_domain", domid)
-
-    def books(self) -> dict[str, int]:
-        """What is taken on the whole machine (dom0 only)."""
-        return dict(self._call("books")[0])
-
-    def xenstore(self) -> socket.socket:
-        """A connected socket to the store under this domain's identity."""
-        _, fds = self._call("xenstore")
-        return socket.socket(fileno=fds[0])
-
     def close(self) -> None:
         """End the session."""
         self._socket.close()
+
+
+_CALLS: Final[dict[str, _Remote[..., Any]]] = {
+    name: row for name, row in vars(LinkClient).items() if isinstance(row, _Remote)
+}

@@ -3,11 +3,12 @@
 
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from xvd.machine.emulated.evtchn import EmulatedEventChannel
 from xvd.machine.emulated.grants import EmulatedForeignGrants, EmulatedSharedPages
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.host import Session
+from xvd.machine.emulated.link import LinkClient
 from xvd.machine.emulated.shared import DomainState
 from xvd.types import Domid, Gref, Port
 
@@ -15,41 +16,11 @@ if TYPE_CHECKING:
     from xvd.machine.xs.client import XenstoreClient
 
 
-class Calls(Protocol):
-    """The host's slow path, as `host.Session` offers it here and `link.LinkClient` over a socket.
+Calls = Session | LinkClient
+"""The host's slow path, in this process or over a socket.
 
-    The descriptors that a call returns are the caller's, who closes them.
-    """
-
-    number: int
-    domid: Domid
-
-    def state(self, domid: Domid) -> tuple[int, int, Limits]:
-        """A domain's memory, heap and limits."""
-
-    def share(self, peer: Domid, count: int) -> tuple[int, list[Gref]]:
-        """Contiguous zeroed pages: the first frame, and a reference for each."""
-
-    def unshare(self, frame: int) -> None:
-        """Give back what `share` gave."""
-
-    def alloc_unbound(self, peer: Domid) -> tuple[Port, int, int]:
-        """A port, the descriptor to wait on, and the peer's."""
-
-    def bind_interdomain(self, peer: Domid, remote: Port) -> tuple[Port, int, int]:
-        """The same for the end that binds."""
-
-    def unbind(self, port: Port) -> None:
-        """Close a port."""
-
-    def claim(self, vdev: int) -> None:
-        """Become the only frontend of a disk."""
-
-    def disclaim(self, vdev: int) -> None:
-        """Be it no longer."""
-
-    def close(self) -> None:
-        """End the session."""
+The descriptors that a call returns are the caller's, who closes them.
+"""
 
 
 class EmulatedClaim:

@@ -6,7 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from xvd.machine.emulated.host import Host, Limits
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.link import LinkClient, LinkServer
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.emulated.xenstore import XenstoreStore

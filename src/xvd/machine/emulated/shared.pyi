@@ -2,7 +2,7 @@ from collections.abc import Mapping
 
 from typing_extensions import disjoint_base
 
-from xvd.machine.emulated.host import Limits
+from xvd.machine.emulated.limits import Limits
 from xvd.types import Domid
 
 @disjoint_base

@@ -5,15 +5,11 @@ The idea to read it by: these are for an administrator, so the texts have C xens
 only what this store really has is listed: its quotas are those of `Quotas`, and it has no log.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from xvd.errors import XenstoreError
+from xvd.machine.emulated.xenstore_state import StoreState
 from xvd.machine.xs.messages import parse_c_uint
-
-if TYPE_CHECKING:
-    from xvd.machine.emulated.xenstore import XenstoreStore
 
 _QUOTAS: Final = (
     ("nodes", "nodes", "Nodes per domain"),
@@ -33,7 +29,7 @@ _COMMANDS: Final = {
 }
 
 
-def control(store: XenstoreStore, arguments: list[str]) -> str:
+def control(store: StoreState, arguments: list[str]) -> str:
     """The answer to one command line; raises `XenstoreError` EINVAL if it is none."""
     match arguments:
         case ["check"] | ["print", _]:
@@ -54,14 +50,14 @@ def control(store: XenstoreStore, arguments: list[str]) -> str:
     raise XenstoreError("EINVAL", "check, print <string>, quota and help are the commands")
 
 
-def _set_quota(store: XenstoreStore, name: str, value: int) -> None:
+def _set_quota(store: StoreState, name: str, value: int) -> None:
     fields = {quota: field for quota, field, _ in _QUOTAS}
     if name not in fields or not 1 <= value < 2**31:
         raise XenstoreError("EINVAL", f"no quota {name} can be set to {value}")
     setattr(store.quotas, fields[name], value)
 
 
-def _usage(store: XenstoreStore, domid: int) -> str:
+def _usage(store: StoreState, domid: int) -> str:
     domain = store.domains.find(domid)
     if domain is None:
         raise XenstoreError("ENOENT", f"domain {domid} is not known")

@@ -7,13 +7,12 @@ the transaction it names (None for none), which returns the reply's payload or r
 xenstore.txt.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from xvd.errors import XenstoreError
+from xvd.machine.emulated.xenstore_connection import Connection
 from xvd.machine.emulated.xenstore_control import control
 from xvd.machine.emulated.xenstore_domains import OWNER, READ, WRITE, rights
 from xvd.machine.emulated.xenstore_tree import Transaction
@@ -30,13 +29,10 @@ from xvd.machine.xs.messages import (
 )
 from xvd.types import Domid
 
-if TYPE_CHECKING:
-    from xvd.machine.emulated.xenstore import Connection
-
 _OK: Final = b"OK\0"
 _T: Final = MessageType
 
-Handler = Callable[["Connection", bytes, Transaction | None], bytes]
+Handler = Callable[[Connection, bytes, Transaction | None], bytes]
 
 
 def answer(connection: Connection, message: Message) -> bytes:
