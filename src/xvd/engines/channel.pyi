@@ -1,6 +1,6 @@
 from typing_extensions import disjoint_base
 
-from xvd.engines.interface import Channel, EngineInfo
+from xvd.engines.info import Channel, EngineInfo
 
 @disjoint_base
 class CheckedChannel:

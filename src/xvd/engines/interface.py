@@ -21,59 +21,22 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from xvd.engines.bridge import ThreadedChannel
+from xvd.engines.info import Channel, EngineInfo, Extent, ThreadModel
 from xvd.errors import EngineError
 
-
-class ThreadModel(Enum):
-    """How many of an engine's calls may run at the same time."""
-
-    SERIAL = "serial"
-    """One, over all channels."""
-    PARALLEL = "parallel"
-    """Any number, also on overlapping ranges: the order of those is nobody's promise."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What an engine is; only the size changes while it is open, by `measure` and `resize`.
-
-    size: bytes, a multiple of `logical_block_size`. Block sizes: bytes, powers of two, 512..65536.
-    discard_granularity: bytes, 0 if it has no preference. tells_holes: whether `extents` works.
-    """
-
-    size: int
-    logical_block_size: int = 512
-    physical_block_size: int = 512
-    read_only: bool = False
-    can_flush: bool = True
-    can_discard: bool = False
-    can_secure_discard: bool = False
-    discard_granularity: int = 0
-    discard_alignment: int = 0
-    tells_holes: bool = False
-    thread_model: ThreadModel = ThreadModel.SERIAL
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A part of the storage: bytes, and whether nothing is kept for them and they read as zeros."""
-
-    length: int
-    hole: bool
-
-
-class Channel(Protocol):
-    """An engine as one queue sees it; one thread at a time."""
-
-    @property
-    def ports(self) -> object:
-        """Capsule ``xvd.engine_ports``."""
-
-    def close(self) -> None:
-        """Let go; nothing may be in flight."""
+__all__ = [
+    "Channel",
+    "Engine",
+    "EngineInfo",
+    "Extent",
+    "Opening",
+    "Scheme",
+    "ThreadModel",
+    "describe",
+]
 
 
 class Engine(ABC):
@@ -143,8 +106,6 @@ class Engine(ABC):
 
     def open_channel(self) -> Channel:
         """One queue's way in; see the module's text."""
-        from xvd.engines.bridge import ThreadedChannel
-
         return ThreadedChannel(self)
 
 
