@@ -57,7 +57,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
 }
 """Package, or file of the top level: what it may import of xvd besides itself and `FOR_ALL`."""
 
-FILE_LINES_MAX, FUNCTION_LINES_MAX = 600, 60
+FILE_LINES_MAX, FUNCTION_LINES_MAX, COLUMNS_MAX = 600, 60, 100
 
 
 def name_of(path: Path) -> str:
@@ -159,6 +159,26 @@ def test_a_file_is_short_enough_and_begins_with_its_licence(path: Path) -> None:
     if path.suffix != ".pyi":
         assert lines[0] == "# SPDX-License-Identifier: Apache-2.0"
         assert sum("SPDX-License-" + "Identifier" in line for line in lines[1:3]) == 0
+
+
+WIDE = frozenset(
+    f"src/xvd/dataplane/{name}"
+    for name in (
+        *("latency.pxd", "ports.pxd", "loop/loop.pyx"),
+        *("back/buffers.pxd", "back/gather.pxd", "back/persistent.pxd"),
+        *("back/queue.pyx", "back/request.pyx"),
+        *("front/clients.pyx", "front/issue.pxd", "front/load.pyx", "front/place.pxd"),
+        *("front/pool.pxd", "front/queue.pyx"),
+    )
+)
+"""Files with lines that are still too long. This list only gets shorter."""
+
+
+@pytest.mark.parametrize("path", CYTHON, ids=name_of)
+def test_lines_of_cython_are_short_enough(path: Path) -> None:
+    """ruff sees to those of Python."""
+    wide = [line for line in path.read_text().splitlines() if len(line) > COLUMNS_MAX]
+    assert bool(wide) == (name_of(path) in WIDE), wide
 
 
 @pytest.mark.parametrize("path", EVERY, ids=name_of)
@@ -272,6 +292,66 @@ def test_no_name_of_a_module_stays_unused() -> None:
     assert (
         sorted(f"{name_of(path)}: {name}" for name, path in names.items() if uses[name] < 2) == []
     )
+
+
+FACTS = {512: "types.RING_SECTOR_SIZE", 0x7FF0: "types.DOMID_FIRST_RESERVED", 0x7FEF: "the same"}
+"""Numbers that mean one thing in this project, wherever they stand, and where they are defined."""
+
+NAMED_FACTS = {11: "abi.MAX_SEGMENTS_PER_REQUEST", 4096: "types.PAGE_SIZE"}
+"""Numbers that may mean another thing too: then they have a name of their own."""
+
+
+def retyped(path: Path) -> list[str]:
+    """The numbers of `FACTS` in a file, and those of `NAMED_FACTS` that define no name."""
+    tree = ast.parse(path.read_text())
+    named: set[ast.AST] = {node for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    for body in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]:
+        for node in body.body:
+            simple = isinstance(body, ast.ClassDef) or not isinstance(
+                getattr(node, "value", None), ast.Dict | ast.Tuple | ast.List | ast.Set | ast.Call
+            )
+            if isinstance(node, ast.Assign | ast.AnnAssign) and simple:
+                named.add(node)
+    within = {child for node in named for child in ast.walk(node)}
+    numbers = [
+        (node.lineno, node.value, node in within)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and type(node.value) is int
+    ]
+    facts = [(line, FACTS[value]) for line, value, _ in numbers if value in FACTS]
+    facts += [(line, NAMED_FACTS[value]) for line, value, has in numbers
+              if value in NAMED_FACTS and not has]  # fmt: skip
+    return [f"line {line}: {fact}" for line, fact in sorted(facts)]
+
+
+SPEAKERS = [
+    path
+    for path in PYTHON
+    if path.suffix == ".py"
+    and path != PACKAGE / "types.py"
+    and PACKAGE / "bench" not in path.parents
+]
+"""Every source but where the facts stand, and the experiments, whose numbers are their own."""
+
+
+@pytest.mark.parametrize("path", SPEAKERS, ids=name_of)
+def test_no_fact_of_the_wire_is_written_again(path: Path) -> None:
+    assert retyped(path) == []
+
+
+@pytest.mark.parametrize("path", SPEAKERS, ids=name_of)
+def test_only_the_protocol_and_the_toolstack_name_nodes(path: Path) -> None:
+    """A node's name stands in the table; whoever else writes it may write another one."""
+    if package_of(path) in ("blkif", "toolstack"):
+        return
+    names = set(re.findall(r'_(?:back|front)end\(\s*"([a-z]+-[a-z-]+)"', NODES_TABLE))
+    assert {"feature-persistent", "sector-size", "ring-page-order"} <= names
+    strings = {node.value for node in ast.walk(ast.parse(path.read_text()))
+               if isinstance(node, ast.Constant)}  # fmt: skip
+    assert sorted(names & strings - {"ring-ref"}) == []  # also how ring-ref0 and on begin
+
+
+NODES_TABLE = (PACKAGE / "blkif" / "nodes.py").read_text()
 
 
 def test_counters_are_unsigned() -> None:

@@ -53,7 +53,7 @@ async def served(
     The backend closes the engine when it has taken it; to close it once more does no harm.
     """
 
-    async def storage(assignment: BackendAssignment) -> Engine:
+    async def storage(_: BackendAssignment) -> Engine:
         return engine
 
     async with EmulatedHost() as host, contextlib.AsyncExitStack() as stack:

@@ -7,7 +7,10 @@ Each is a distinct type to the type checker and a plain int at run time.
 from typing import Final, NewType
 
 Domid = NewType("Domid", int)
-"""A domain's number, 0..0x7fef (xen.h: DOMID_FIRST_RESERVED is 0x7ff0)."""
+"""A domain's number, 0 to below `DOMID_FIRST_RESERVED`."""
+
+DOMID_FIRST_RESERVED: Final = 0x7FF0
+"""From this number on there are no domains (xen.h); itself it means the caller (DOMID_SELF)."""
 
 DOM0: Final = Domid(0)
 """The domain of the toolstack."""

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machines of the contract suites as fixtures."""
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,31 +9,33 @@ from rig_machine import KINDS, ON_XEN, Pair
 
 from xvd.machine.emulated.limits import Limits
 
-NOT_ON_XEN = {
+BEYOND_XEN = {
     "books": "Xen keeps no books that a domain may read",
     "inject": "Xen fails when it fails",
-    "OTHER": "needs a third domain",
-    "no domain 99": "Linux's devices say so when a grant or port is used, not before",
-    "tiny": "the limits of a real host are large",
+    "third_domain": "needs a third domain",
+    "unknown_domain": "Linux's devices say so when a grant or port is used, not before",
     "revoke": "gntalloc's grants last as long as the page",
-    "readonly=True": "gntalloc's grants are writable",
-    "entry(": "a domain's grant table is its kernel's",
-    ".bound": "the evtchn device does not tell",
+    "readonly_grants": "gntalloc's grants are writable",
+    "grant_table": "a domain's grant table is its kernel's",
+    "bound": "the evtchn device does not tell",
 }
-"""What a test uses that real Xen has not, and why; looked for in the test's source."""
+"""What the marker of this name says that a test uses and real Xen has not, and why."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
-        if not ON_XEN or here not in item.path.parents or not isinstance(item, pytest.Function):
+        if here not in item.path.parents or not isinstance(item, pytest.Function):
             continue
+        reasons = [
+            BEYOND_XEN[what] for mark in item.iter_markers("beyond_xen") for what in mark.args
+        ]
         if "pair" not in item.fixturenames and "tiny" not in item.fixturenames:
-            item.add_marker(pytest.mark.skip(reason="has nothing to do with a Xen host"))
-        source = inspect.getsource(item.function)
-        for word, reason in NOT_ON_XEN.items():
-            if word in source:
-                item.add_marker(pytest.mark.skip(reason=reason))
+            reasons.append("has nothing to do with a Xen host")
+        if "tiny" in item.fixturenames:
+            reasons.append("the limits of a real host are large")
+        if ON_XEN and reasons:
+            item.add_marker(pytest.mark.skip(reason=reasons[0]))
 
 
 @pytest.fixture(params=list(KINDS))

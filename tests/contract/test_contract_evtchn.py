@@ -59,6 +59,7 @@ def test_the_end_that_binds_has_an_event_pending(pair: Pair) -> None:
     assert (taken(second), first.consume()) == (True, False)
 
 
+@pytest.mark.beyond_xen("bound")
 def test_notifying_an_end_that_nobody_has_bound_does_nothing(pair: Pair) -> None:
     first = pair.granter.event_channels.alloc_unbound(MAPPER)
     first.notify()
@@ -66,6 +67,7 @@ def test_notifying_an_end_that_nobody_has_bound_does_nothing(pair: Pair) -> None
     assert not readable(first)
 
 
+@pytest.mark.beyond_xen("third_domain")
 def test_a_port_belongs_to_one_domain(pair: Pair) -> None:
     first = pair.granter.event_channels.alloc_unbound(MAPPER)
     with pytest.raises(EventChannelError, match="not unbound and meant for domain 2") as caught:
@@ -87,6 +89,7 @@ def test_a_port_is_bound_once(pair: Pair) -> None:
         pair.mapper.event_channels.bind_interdomain(GRANTER, first.port)
 
 
+@pytest.mark.beyond_xen("unknown_domain")
 def test_a_domain_that_is_not_there(pair: Pair) -> None:
     with pytest.raises(GrantError, match="no domain 99"):
         pair.mapper.event_channels.alloc_unbound(Domid(99))
@@ -94,6 +97,7 @@ def test_a_domain_that_is_not_there(pair: Pair) -> None:
         pair.mapper.event_channels.bind_interdomain(Domid(99), Port(1))
 
 
+@pytest.mark.beyond_xen("bound")
 def test_closing_one_end_leaves_the_other_unbound_and_ready_for_the_same_domain(pair: Pair) -> None:
     first, second = bound(pair)
     second.close()
@@ -105,6 +109,7 @@ def test_closing_one_end_leaves_the_other_unbound_and_ready_for_the_same_domain(
     assert (first.bound, taken(again)) == (True, True)
 
 
+@pytest.mark.beyond_xen("third_domain")
 def test_a_freed_port_is_for_the_same_domain_only(pair: Pair) -> None:
     first, second = bound(pair)
     second.close()
@@ -112,6 +117,7 @@ def test_a_freed_port_is_for_the_same_domain_only(pair: Pair) -> None:
         pair.another(OTHER).event_channels.bind_interdomain(GRANTER, first.port)
 
 
+@pytest.mark.beyond_xen("bound")
 def test_an_end_whose_process_left_can_be_bound_again(pair: Pair) -> None:
     first = pair.granter.event_channels.alloc_unbound(MAPPER)
     process = pair.another(MAPPER)

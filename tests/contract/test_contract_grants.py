@@ -44,6 +44,7 @@ def test_a_mapping_is_contiguous_and_in_the_order_of_its_references(pair: Pair) 
     mapping.close()
 
 
+@pytest.mark.beyond_xen("revoke")
 def test_the_same_reference_may_be_mapped_twice(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     grants = pair.mapper.grants.foreign(GRANTER)
@@ -63,6 +64,7 @@ def test_references_are_not_the_reserved_ones(pair: Pair) -> None:
     assert len(set(pages.grefs)) == 4
 
 
+@pytest.mark.beyond_xen("third_domain")
 def test_a_grant_is_for_one_domain_only(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     stranger = pair.another(OTHER).grants.foreign(GRANTER)
@@ -82,6 +84,7 @@ def test_a_reference_that_was_never_granted(pair: Pair, gref: int) -> None:
     assert caught.value.status in REFUSED
 
 
+@pytest.mark.beyond_xen("unknown_domain")
 def test_a_domain_that_is_not_there(pair: Pair) -> None:
     with pytest.raises(GrantError, match="no domain 99") as caught:
         pair.mapper.grants.foreign(Domid(99))
@@ -90,6 +93,7 @@ def test_a_domain_that_is_not_there(pair: Pair) -> None:
         pair.mapper.grants.share(Domid(99), 1)
 
 
+@pytest.mark.beyond_xen("readonly_grants")
 def test_a_read_only_grant_may_be_read_and_not_written(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     pages.grant(0, readonly=True)
@@ -106,6 +110,7 @@ def test_a_read_only_grant_may_be_read_and_not_written(pair: Pair) -> None:
     mapping.close()
 
 
+@pytest.mark.beyond_xen("revoke")
 def test_a_page_in_use_is_not_revoked_and_nothing_changes(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 2)
     mapping = pair.mapper.grants.foreign(GRANTER).map(pages.grefs[:1])
@@ -116,6 +121,7 @@ def test_a_page_in_use_is_not_revoked_and_nothing_changes(pair: Pair) -> None:
     assert pages.revoke(0)
 
 
+@pytest.mark.beyond_xen("revoke")
 def test_a_revoked_page_cannot_be_mapped_until_granted_again(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     grants = pair.mapper.grants.foreign(GRANTER)
@@ -126,11 +132,13 @@ def test_a_revoked_page_cannot_be_mapped_until_granted_again(pair: Pair) -> None
     grants.map(pages.grefs).close()
 
 
+@pytest.mark.beyond_xen("revoke")
 def test_revoking_twice_is_harmless(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     assert [pages.revoke(0), pages.revoke(0)] == [True, True]
 
 
+@pytest.mark.beyond_xen("revoke")
 @pytest.mark.parametrize("position", range(4))
 def test_a_set_is_mapped_as_a_whole_or_not_at_all(pair: Pair, position: int) -> None:
     pages = pair.granter.grants.share(MAPPER, 4)
@@ -141,6 +149,7 @@ def test_a_set_is_mapped_as_a_whole_or_not_at_all(pair: Pair, position: int) -> 
     assert all(pages.revoke(page) for page in range(4))
 
 
+@pytest.mark.beyond_xen("inject", "revoke")
 @pytest.mark.parametrize("status", [GENERAL_ERROR, -7, NO_SPACE])
 @pytest.mark.parametrize("position", range(4))
 def test_an_injected_failure_leaves_nothing_mapped(pair: Pair, position: int, status: int) -> None:
@@ -167,6 +176,7 @@ def test_bytes_are_copied_both_ways(pair: Pair) -> None:
     assert bytes(pages.view[4090:]) == b"123456"
 
 
+@pytest.mark.beyond_xen("revoke")
 def test_a_copy_does_not_hold_on_to_the_page(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     pair.mapper.grants.foreign(GRANTER).read(pages.grefs[0], 0, 4096)
@@ -183,6 +193,7 @@ def test_a_copy_does_not_cross_its_page(pair: Pair, offset: int, size: int) -> N
     assert caught.value.status == -10
 
 
+@pytest.mark.beyond_xen("inject")
 def test_an_injected_failure_of_a_copy_is_that_copys_alone(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     grants = pair.mapper.grants.foreign(GRANTER)
@@ -193,6 +204,7 @@ def test_an_injected_failure_of_a_copy_is_that_copys_alone(pair: Pair) -> None:
     assert grants.read(pages.grefs[0], 0, 8) == bytes(8)
 
 
+@pytest.mark.beyond_xen("books")
 def test_pages_given_up_while_mapped_are_free_when_they_are_not(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 3)
     mapping = pair.mapper.grants.foreign(GRANTER).map(pages.grefs)
@@ -213,6 +225,7 @@ def test_pages_of_a_granter_that_left_are_free_when_the_peer_lets_go(pair: Pair)
     mapping.close()
 
 
+@pytest.mark.beyond_xen("books", "revoke")
 def test_a_mapping_closed_after_its_machine_disturbs_nobody(pair: Pair) -> None:
     """Its track entry was given back with the machine, and may be somebody else's by now."""
     pages = pair.granter.grants.share(MAPPER, 2)
@@ -227,6 +240,7 @@ def test_a_mapping_closed_after_its_machine_disturbs_nobody(pair: Pair) -> None:
     kept.close()
 
 
+@pytest.mark.beyond_xen("books")
 def test_closing_is_idempotent(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     grants = pair.mapper.grants.foreign(GRANTER)
@@ -252,6 +266,7 @@ def test_what_is_closed_cannot_be_used(pair: Pair) -> None:
         grants.map(pages.grefs)
 
 
+@pytest.mark.beyond_xen("revoke")
 def test_page_numbers_have_bounds(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 2)
     with pytest.raises(IndexError):
@@ -298,6 +313,7 @@ def test_running_out_of_tracks_for_another_peer(tiny: Pair) -> None:
     assert caught.value.status == NO_SPACE
 
 
+@pytest.mark.beyond_xen("grant_table")
 def test_the_entry_says_who_reads_and_writes(pair: Pair) -> None:
     """Xen's v1 flags: permit 1, readonly 4, reading 8, writing 16."""
     pages = pair.granter.grants.share(MAPPER, 1)

@@ -20,6 +20,7 @@ from xvd.machine.xs.messages import Message, MessageType
 from xvd.types import Domid
 
 
+@pytest.mark.beyond_xen("books")
 def test_closing_a_machine_gives_back_what_was_made_through_it(pair: Pair) -> None:
     granter, mapper = pair.another(GRANTER), pair.another(MAPPER)
     pages = granter.grants.share(MAPPER, 3)
@@ -31,6 +32,7 @@ def test_closing_a_machine_gives_back_what_was_made_through_it(pair: Pair) -> No
     wait_for_books(pair.host, NOTHING | {"sessions": 2})
 
 
+@pytest.mark.beyond_xen("books")
 def test_closing_a_machine_twice_and_its_things_after_it(pair: Pair) -> None:
     granter = pair.another(GRANTER)
     pages = granter.grants.share(MAPPER, 3)
@@ -42,6 +44,7 @@ def test_closing_a_machine_twice_and_its_things_after_it(pair: Pair) -> None:
     wait_for_books(pair.host, NOTHING | {"sessions": 2})
 
 
+@pytest.mark.beyond_xen("third_domain")
 def test_closing_what_belonged_to_a_domain_that_was_destroyed(pair: Pair) -> None:
     stranger = pair.another(OTHER)
     pages = stranger.grants.share(MAPPER, 1)
@@ -53,6 +56,7 @@ def test_closing_what_belonged_to_a_domain_that_was_destroyed(pair: Pair) -> Non
     assert OTHER not in pair.host.domids()
 
 
+@pytest.mark.beyond_xen("books", "third_domain")
 def test_a_mapping_survives_the_domain_it_came_from(pair: Pair) -> None:
     pages = pair.another(OTHER).grants.share(MAPPER, 1)
     mapping = pair.mapper.grants.foreign(OTHER).map(pages.grefs)
@@ -62,6 +66,7 @@ def test_a_mapping_survives_the_domain_it_came_from(pair: Pair) -> None:
     assert pair.host.books()["mappings"] == 0
 
 
+@pytest.mark.beyond_xen("third_domain")
 def test_a_domain_made_again_under_the_same_number_is_another_one(pair: Pair) -> None:
     old = pair.another(OTHER).grants.share(MAPPER, 1)
     stale = pair.mapper.grants.foreign(OTHER)
@@ -78,6 +83,7 @@ def test_a_domain_made_again_under_the_same_number_is_another_one(pair: Pair) ->
     assert seen == b"new"
 
 
+@pytest.mark.beyond_xen("unknown_domain")
 def test_no_stake_in_a_domain_that_is_not_there(pair: Pair) -> None:
     with pytest.raises(GrantError, match="no domain 99"):
         pair.open_existing(Domid(99))

@@ -21,6 +21,6 @@ def rival(kind: str, proc: Path = Path("/proc"), sys_dir: Path = Path("/sys")) -
     return ""
 
 
-def no_rival(kind: str) -> str:
+def no_rival(_kind: str) -> str:
     """The same on an emulated machine, which has no other backend."""
     return ""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from xvd.backend.budget import Claim
+from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS, MAX_SEGMENTS_PER_REQUEST
 from xvd.errors import ConfigError
 
 RANGES: Final[dict[str, tuple[int, int]]] = {
     "max_ring_page_order": (0, 6),
     "max_queues": (0, 1024),
-    "max_indirect_segments": (0, 4096),
+    "max_indirect_segments": (0, MAX_INDIRECT_SEGMENTS),
     "feature_persistent": (0, 1),
     "max_persistent_grants": (0, 1 << 20),
     "scale_persistent_grants": (0, 1),
@@ -108,7 +109,8 @@ class Settings:
     @property
     def indirect_segments_offered(self) -> int:
         """``feature-max-indirect-segments``: 0 where indirect requests would be of no use."""
-        return self.max_indirect_segments if self.max_indirect_segments > 11 else 0
+        most = self.max_indirect_segments
+        return most if most > MAX_SEGMENTS_PER_REQUEST else 0
 
     @property
     def queues_offered(self) -> int:

@@ -71,7 +71,7 @@ def disks(run: Run) -> Report:
 
 @contextlib.asynccontextmanager
 async def _daemon(directory: str) -> AsyncIterator[tuple[EmulatedHost, XenstoreClient]]:
-    async def opener(assignment: BackendAssignment) -> Engine:
+    async def opener(_: BackendAssignment) -> Engine:
         return open_engine("null:64M")
 
     async with EmulatedHost() as host:

@@ -43,7 +43,7 @@ def shootdowns() -> int:
 async def measure(setup: Setup, guests: int) -> Sample:
     """The setup's job on a disk of each guest, all at once."""
 
-    async def opener(assignment: BackendAssignment) -> Engine:
+    async def opener(_: BackendAssignment) -> Engine:
         return open_engine(setup.engine, layers=setup.layers)
 
     others = threading.enumerate()

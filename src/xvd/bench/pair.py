@@ -11,7 +11,7 @@ from xvd.frontend.load import Job
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
-from xvd.types import Domid
+from xvd.types import RING_SECTOR_SIZE, Domid
 
 
 async def _no_store() -> XenstoreClient:
@@ -53,6 +53,6 @@ class Pair:
         self.back = BackendQueue(
             mapping.view, entries, Abi.X86_64.number, grants,
             back.event_channels.bind_interdomain(Domid(1), port.port), storage.open_channel(),
-            capacity=storage.info.size // 512, offered=1 << Op.READ | 1 << Op.WRITE,
+            capacity=storage.info.size // RING_SECTOR_SIZE, offered=1 << Op.READ | 1 << Op.WRITE,
             persistent=persistent,
         )  # fmt: skip

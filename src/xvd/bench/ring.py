@@ -62,7 +62,7 @@ async def guest(setup: Setup) -> AsyncIterator[Guest]:
     """A host of its own, with the disk attached."""
     storage = open_engine(setup.engine, layers=setup.layers)
 
-    async def opener(assignment: BackendAssignment) -> Engine:
+    async def opener(_: BackendAssignment) -> Engine:
         return storage
 
     async with EmulatedHost() as host:

@@ -19,7 +19,7 @@ class Run:
     directory: Path
     disk: Path
     seed: int = 1
-    tick: Callable[[str], None] = field(default=lambda name: None)
+    tick: Callable[[str], None] = field(default=lambda _: None)
 
     def operations(self, full: int) -> int:
         """So many operations, scaled; 64 at least."""

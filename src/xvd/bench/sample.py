@@ -72,7 +72,7 @@ Rounds = dict[str, list[Sample]]
 
 
 def interleave(
-    cases: Sequence[Case], rounds: int, tick: Callable[[str], None] = lambda name: None
+    cases: Sequence[Case], rounds: int, tick: Callable[[str], None] = lambda _: None
 ) -> Rounds:
     """Measure all cases in turn, `rounds` times; `tick` is told what was measured.
 

@@ -24,7 +24,7 @@ from xvd.blkif.abi import (
     XenbusState,
 )
 from xvd.errors import PeerProtocolError
-from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Gref, Port
+from xvd.types import DOMID_FIRST_RESERVED, PAGE_SIZE, RING_SECTOR_SIZE, Gref, Port
 
 __all__ = [
     "MAX_RING_PAGE_ORDER",
@@ -59,7 +59,7 @@ MAX_RING_PAGE_ORDER: Final = 6
 """Our own limit: 64 pages, 2048 requests. Linux and QEMU stop at 4, FreeBSD at 5."""
 MAX_QUEUES: Final = 1024
 """No number of queues beyond this is believed, whatever our own limit is."""
-DOMID_MAX: Final = 0x7FEF
+DOMID_MAX: Final = DOMID_FIRST_RESERVED - 1
 
 
 class Side(Enum):
@@ -111,7 +111,9 @@ _B: Final = (
     _backend("hotplug-error", "hotplug", "why", ""),
     _backend("sectors", "backend", "capacity in 512-byte sectors", high=MAX_SECTORS),
     _backend("info", "backend", "1 cdrom, 2 removable, 4 read-only", high=U32_MAX),
-    _backend("sector-size", "backend", "logical block, bytes", low=512, high=MAX_SECTOR_SIZE),
+    _backend(
+        "sector-size", "backend", "logical block, bytes", low=RING_SECTOR_SIZE, high=MAX_SECTOR_SIZE
+    ),
     _backend("physical-sector-size", "backend", "hint, bytes; else sector-size", 0, high=U32_MAX),
     _backend("feature-barrier", "backend", "WRITE_BARRIER is served", 0, high=U32_MAX),
     _backend("feature-flush-cache", "backend", "FLUSH_DISKCACHE is served", 0, high=U32_MAX),
@@ -356,8 +358,8 @@ class BackendFeatures:
 
     sectors: int
     info: InfoFlag = _NO_INFO
-    sector_size: int = 512
-    physical_sector_size: int = 512
+    sector_size: int = RING_SECTOR_SIZE
+    physical_sector_size: int = RING_SECTOR_SIZE
     flush: bool = True
     barrier: bool = False
     discard: bool = False

@@ -223,7 +223,7 @@ class Stop:
         self._loop = asyncio.get_running_loop()
         signals.heed(self._ask, signal.SIGTERM, signal.SIGINT)
 
-    def _ask(self, number: int) -> None:
+    def _ask(self, _number: int) -> None:
         if self._came:
             signals.exit_now()
         self._came = True

@@ -5,6 +5,7 @@ from typing import Any
 
 from xvd.backend.device import Device
 from xvd.frontend.disk import Disk
+from xvd.types import RING_SECTOR_SIZE
 
 
 def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
@@ -58,15 +59,15 @@ def account(figures: dict[str, Any], seconds: float) -> str:
         handled = f"{back['copied']} copied"
     return "\n".join(
         (
-            f"disk           {figures['image']}, {_size(figures['sectors'] * 512)}",
+            f"disk           {figures['image']}, {_size(figures['sectors'] * RING_SECTOR_SIZE)}",
             f"negotiated     {figures['protocol']}, {figures['queues']} queue, "
             f"{figures['ring_pages']} ring page, {figures['mode']}, "
             f"flush {_yes(figures['flush'])}, discard {_yes(figures['discard'])}",
             f"requests       {back['requests']}: {back['rd_req']} reads, {back['wr_req']} writes, "
             f"{back['f_req']} flushes, {back['ds_req']} discards; {refused} refused, "
             f"{back['errors']} failed",
-            f"data           {_size(back['rd_sect'] * 512)} read, "
-            f"{_size(back['wr_sect'] * 512)} written",
+            f"data           {_size(back['rd_sect'] * RING_SECTOR_SIZE)} read, "
+            f"{_size(back['wr_sect'] * RING_SECTOR_SIZE)} written",
             f"grants         {handled}",
             f"notifications  {sent} sent, {saved} saved by batching and hold-off",
             f"time           {seconds:.1f} s",

@@ -12,6 +12,7 @@ from xvd.cli.control import ask
 from xvd.cli.daemons import server_of
 from xvd.engines.text import parse_size
 from xvd.errors import ConfigError, PeerClosed
+from xvd.types import RING_SECTOR_SIZE
 
 RESIZE_S: Final = 60.0
 """For storage to take another size."""
@@ -41,7 +42,7 @@ async def _resize(host: Path, guest: int, vdev: int, size: int | None, shrink: b
     name = figures["disk"]
     if "sectors" not in figures:
         raise PeerClosed(f"{name}: its backend has no storage for it; see xvd list")
-    now = figures["sectors"] * 512
+    now = figures["sectors"] * RING_SECTOR_SIZE
     if size is not None and size < now and not shrink:
         raise ConfigError(f"{size} bytes are fewer than the {now} of the disk; see --shrink")
     try:
@@ -49,5 +50,5 @@ async def _resize(host: Path, guest: int, vdev: int, size: int | None, shrink: b
             sectors = await ask(socket, "resize", disk=f"{guest}/{vdev}", size=size, shrink=shrink)
     except TimeoutError:
         raise PeerClosed(f"{name}: its storage has no other size after {RESIZE_S:g} s") from None
-    output.tell(f"{sectors * 512}\n")
+    output.tell(f"{sectors * RING_SECTOR_SIZE}\n")
     return 0

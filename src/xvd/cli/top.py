@@ -20,6 +20,7 @@ from xvd.cli import common, output
 from xvd.cli.daemons import ALIVE, Answer, ask_all
 from xvd.errors import PeerClosed
 from xvd.frontend.statistics import percentile
+from xvd.types import RING_SECTOR_SIZE
 
 _COLUMNS: Final = (
     ("rd/s", "reads", "8.0f"), ("wr/s", "writes", "8.0f"),
@@ -72,8 +73,8 @@ def rates(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Rate
         disk=after["disk"],
         reads=rate("rd_req"),
         writes=rate("wr_req"),
-        read_mb=rate("rd_sect") * 512 / 1e6,
-        write_mb=rate("wr_sect") * 512 / 1e6,
+        read_mb=rate("rd_sect") * RING_SECTOR_SIZE / 1e6,
+        write_mb=rate("wr_sect") * RING_SECTOR_SIZE / 1e6,
         p50_us=percentile(latency, 50) / 1000,
         p99_us=percentile(latency, 99) / 1000,
         in_flight=b.get("in_flight", 0),

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from xvd.types import RING_SECTOR_SIZE
+
 BLKDISCARD: Final = 0x1277
 BLKSECDISCARD: Final = 0x127D
 BLKSSZGET: Final = 0x1268
@@ -55,7 +57,7 @@ def discard(fd: int, request: int, offset: int, length: int, ioctl: Ioctl = fcnt
     fails with BLKSECDISCARD, which does.
     """
     if request == BLKDISCARD:
-        block = get_int(fd, BLKSSZGET, 512)
+        block = get_int(fd, BLKSSZGET, RING_SECTOR_SIZE)
         start, end = -(-offset // block) * block, (offset + length) // block * block
         offset, length = start, end - start
     if length > 0:
@@ -66,7 +68,7 @@ def discard_units(fd: int) -> tuple[int, int]:
     """(granularity, alignment) in bytes of a device's discards, as sysfs tells."""
     number = os.fstat(fd).st_rdev
     node = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    block = get_int(fd, BLKSSZGET, 512)
+    block = get_int(fd, BLKSSZGET, RING_SECTOR_SIZE)
     granularity = alignment = 0
     with suppress(OSError, ValueError):
         # A partition's limits are those of its disk, which is the directory above.

@@ -76,8 +76,8 @@ cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
 cdef class Operation:
     """One operation for a Python engine: its kind, its range, and its memory.
 
-    kind: "read", "write", "flush" or "discard"; `secure` for a discard that erases. The buffers are the guest's own pages when the
-    backend maps: valid until `complete` and not a moment longer.
+    kind: "read", "write", "flush" or "discard"; `secure` for a discard that erases. The buffers are
+    the guest's own pages when the backend maps: valid until `complete` and not a moment longer.
     """
 
     cdef engine_io *io

@@ -8,8 +8,8 @@ punches a hole, and so can a write of zeros (`zeroes`).
 
 A flush is fdatasync. Linux tells each open description once that data could not be written back,
 and has forgotten the data then: the next fdatasync succeeds and means nothing. So each channel
-flushes a description of its own, which misses nothing that another was told, and after the first failure no
-flush of the image is acknowledged any more (`Health`).
+flushes a description of its own, which misses nothing that another was told, and after the first
+failure no flush of the image is acknowledged any more (`Health`).
 
 A file in memory (tmpfs) is read and written at once: io_uring would hand each operation to a thread
 of the kernel, for a copy that takes less time than that.
@@ -126,8 +126,9 @@ cdef int zeroing_mode(uint32_t zeroes) noexcept nogil:
 
 
 cdef void put_transfer(io_uring_sqe *sqe, int fd, engine_io *io) noexcept nogil:
-    """What lies in one piece, as most does, is told so: the kernel then has no list to copy. What is
-    beyond its limit is a short transfer, to be resumed as any other."""
+    """Prepare a read or a write. What lies in one piece, as most does, is told so: the kernel then
+    has no list to copy. What is beyond its limit is a short transfer, to be resumed as any other.
+    """
     cdef uint32_t n = min(io.iovcnt, <uint32_t>IOV_MAX)
     if n == 1 and io.op == ENGINE_READ:
         io_uring_prep_read(sqe, fd, io.iov.iov_base, <uint32_t>io.iov.iov_len, io.offset)

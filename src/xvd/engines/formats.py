@@ -10,7 +10,9 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-_SECTOR: Final = 512
+from xvd.types import RING_SECTOR_SIZE
+
+_SECTOR: Final = RING_SECTOR_SIZE
 _HEAD: Final = 4096
 """Bytes from the beginning that are looked at: comments before the first line that counts fit."""
 _VDI_AT: Final = 64
@@ -61,9 +63,9 @@ _SIGNATURES: Final = (
     (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
 )
 _FOOTERS: Final = (
-    (512, b"conectix", "vhd"),
+    (_SECTOR, b"conectix", "vhd"),
     (511, b"conectix", "vhd"),  # of Virtual PC before 2004
-    (512, b"koly", "dmg"),
+    (_SECTOR, b"koly", "dmg"),
 )
 """Bytes so far from the end."""
 

@@ -25,6 +25,7 @@ from xvd.engines.interface import (
     ThreadModel,
 )
 from xvd.errors import ConfigError, EngineError
+from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE
 
 _NOT_STORAGE = "neither a file nor a block device; nothing can be kept in it"
 
@@ -159,11 +160,11 @@ class FileEngine(Engine):
             raise EngineError(
                 errno.EINVAL, "the image is empty; give it a size: truncate -s 1G IMAGE", self.path
             )
-        if size % 512:
+        if size % RING_SECTOR_SIZE:
             raise EngineError(
                 errno.EINVAL,
                 f"its {size} bytes are no multiple of 512; extend it: "
-                f"truncate -s {-(-size // 512) * 512} {self.path}",
+                f"truncate -s {-(-size // RING_SECTOR_SIZE) * RING_SECTOR_SIZE} {self.path}",
                 self.path,
             )
         if self._is_device:
@@ -171,7 +172,7 @@ class FileEngine(Engine):
         unit = os.fstat(self._cached_fd).st_blksize
         return EngineInfo(
             size=size,
-            physical_block_size=max(512, min(unit, 4096)),
+            physical_block_size=max(RING_SECTOR_SIZE, min(unit, PAGE_SIZE)),
             read_only=read_only,
             can_discard=not read_only,
             discard_granularity=unit,
@@ -189,7 +190,9 @@ class FileEngine(Engine):
         discards = not read_only and block.takes(fd, block.BLKDISCARD, self._ioctl)
         return EngineInfo(
             size=size,
-            physical_block_size=max(512, block.get_int(fd, block.BLKPBSZGET, 512)),
+            physical_block_size=max(
+                RING_SECTOR_SIZE, block.get_int(fd, block.BLKPBSZGET, RING_SECTOR_SIZE)
+            ),
             read_only=read_only,
             can_discard=discards,
             can_secure_discard=discards and block.takes(fd, block.BLKSECDISCARD, self._ioctl),
@@ -306,7 +309,7 @@ class FileEngine(Engine):
     def measure(self) -> int:
         """Look how long the file or the device is; a part of a sector at its end is left out."""
         size = os.lseek(self._cached_fd, 0, os.SEEK_END)
-        size -= size % 512
+        size -= size % RING_SECTOR_SIZE
         if size != self._info.size:
             self._info = dataclasses.replace(self._info, size=size)
             self._promised = max(size, self._promised)

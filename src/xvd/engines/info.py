@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from xvd.types import RING_SECTOR_SIZE
+
 
 class ThreadModel(Enum):
     """How many of an engine's calls may run at the same time."""
@@ -27,8 +29,8 @@ class EngineInfo:
     """
 
     size: int
-    logical_block_size: int = 512
-    physical_block_size: int = 512
+    logical_block_size: int = RING_SECTOR_SIZE
+    physical_block_size: int = RING_SECTOR_SIZE
     read_only: bool = False
     can_flush: bool = True
     can_discard: bool = False

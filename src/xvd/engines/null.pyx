@@ -2,8 +2,9 @@
 # cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
 """Storage that is not there: reads give zeros, writes are forgotten. For measuring the rest.
 
-Zeros are data, and moving them costs what data cost. With `read_zeroes` off a read leaves the guest's
-pages as they are, as Linux's null_blk does and QEMU's null-co without its option of that name.
+Zeros are data, and moving them costs what data cost. With `read_zeroes` off a read leaves the
+guest's pages as they are, as Linux's null_blk does and QEMU's null-co without its option of that
+name.
 """
 
 from libc.stdint cimport int32_t, uint32_t

@@ -23,6 +23,7 @@ from xvd.export.nbd_negotiation import Export
 from xvd.export.nbd_protocol import STRING_MAX, TransmissionFlag
 from xvd.export.nbd_requests import ExportedDisk, Storage
 from xvd.sockets import UnixListener, claim
+from xvd.types import RING_SECTOR_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,7 @@ class NbdServer:
             flags |= TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
             if disk.can_discard:
                 flags |= TransmissionFlag.SEND_TRIM
-        preferred = min(max(disk.physical_block_size, 512), _PREFERRED_MAX)
+        preferred = min(max(disk.physical_block_size, RING_SECTOR_SIZE), _PREFERRED_MAX)
         known = self._tells_holes
         return Export(self.name, self.description, disk.size, int(flags), preferred, known)
 

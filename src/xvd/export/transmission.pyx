@@ -4,9 +4,9 @@
 thread this is stepped, replies back; no Python object and no allocation for a request.
 
 Each request has a slot, from its header (transmission_in.pxd) to the last byte of its reply
-(transmission_out.pxd). Reads, writes and flushes of whole sectors are offered to the queue. Whatever
-else there is, and whatever the queue refuses or fails, is asked of Python (transmission_ask.pxd),
-whose answer stands in line with the other replies.
+(transmission_out.pxd). Reads, writes and flushes of whole sectors are offered to the queue.
+Whatever else there is, and whatever the queue refuses or fails, is asked of Python
+(transmission_ask.pxd), whose answer stands in line with the other replies.
 
 A request that was begun is finished, even if its client has gone.
 """

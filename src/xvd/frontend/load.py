@@ -85,7 +85,7 @@ class _User:
         self.counters: dict[str, int] = {}
         self._connection: Connection | None = None
 
-    def connected(self, connection: Connection, features: BackendFeatures) -> None:
+    def connected(self, connection: Connection, _features: BackendFeatures) -> None:
         self._connection = connection
 
     def resized(self, features: BackendFeatures) -> None:

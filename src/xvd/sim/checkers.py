@@ -12,7 +12,9 @@ flush began that was acknowledged, and everything since. A flush holds for all q
 import sys
 from dataclasses import dataclass, field
 
-SECTOR = 512
+from xvd.types import RING_SECTOR_SIZE
+
+SECTOR = RING_SECTOR_SIZE
 _ZERO = 0
 _NOTHING: frozenset[int] = frozenset()
 _ZEROS = frozenset((_ZERO,))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TypeVar
 
-from xvd.blkif.abi import Abi
+from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi
 from xvd.dataplane.back.journal import journal_size
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
@@ -75,7 +75,7 @@ def draw_shape(prng: Prng, abi: Abi, page_grants: int) -> Shape:
         abi=abi,
         queues=prng.choose((1, 1, 2, 4)),
         ring_pages=prng.choose((1, 1, 2, 4)),
-        segments_max=prng.choose((11, 11, 12, 32)),
+        segments_max=prng.choose((MAX_SEGMENTS_PER_REQUEST, MAX_SEGMENTS_PER_REQUEST, 12, 32)),
         page_grants=page_grants,
         pages=prng.choose((1, 50, 352)),
         persistent=prng.chance(2),
@@ -93,7 +93,7 @@ def draw_weaker(prng: Prng, shape: Shape) -> Shape:
         shape,
         queues=prng.between(1, shape.queues),
         ring_pages=min(shape.ring_pages, prng.choose((1, 2))),
-        segments_max=11,
+        segments_max=MAX_SEGMENTS_PER_REQUEST,
         persistent=False,
         barrier=shape.barrier and not shape.flush,
         discard=False,

@@ -19,8 +19,9 @@ from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_
 from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.ports cimport grant_copy, grant_mapping, grant_ports, granter_ports, wrap
 from xvd.machine.emulated.shared cimport (GNTST_BAD_COPY_ARG, GNTST_GENERAL_ERROR,
-                                          GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, GNTST_OKAY, DomainState, claim_track, domain_state,
-                                          free_track, grant, maptrack, pin, revoke, unpin)
+                                          GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, GNTST_OKAY,
+                                          DomainState, claim_track, domain_state, free_track,
+                                          grant, maptrack, pin, revoke, unpin)
 
 from xvd.errors import GrantError
 
@@ -118,8 +119,8 @@ cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *base) noexcept nog
 
 
 cdef void map_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
-    """Side by side in one piece of address space, each to be unmapped by itself: what is transferred
-    together is then one part for the storage, and one area for the kernel."""
+    """Map sets side by side in one piece of address space, each to be unmapped by itself: what is
+    transferred together is then one part for the storage, and one area for the kernel."""
     cdef uint32_t i
     cdef size_t pages = 0
     cdef uint8_t *at

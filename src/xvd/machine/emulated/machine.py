@@ -102,7 +102,7 @@ class EmulatedGrantTable:
         calls = self._machine.calls
         frame, grefs = calls.share(peer, count)
 
-        def release(frame: int, count: int, grefs: Sequence[Gref]) -> None:
+        def release(frame: int, _count: int, _grefs: Sequence[Gref]) -> None:
             calls.unshare(frame)
 
         own = self._machine.state(self._machine.domid)

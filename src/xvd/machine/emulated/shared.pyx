@@ -65,7 +65,8 @@ cdef void unlock(domain_state *d, uint32_t gref, uint64_t pins) noexcept nogil:
     xvd_store64(&d.active[gref], pins & PIN_MASK)
 
 
-cdef void set_claim(maptrack *track, uint32_t session, uint32_t state, bint writable) noexcept nogil:
+cdef void set_claim(maptrack *track, uint32_t session, uint32_t state,
+                    bint writable) noexcept nogil:
     xvd_store_release(&track.claim, session << 16 | (<uint32_t>writable << 8) | state)
 
 
@@ -130,7 +131,7 @@ cdef void drop_pin(domain_state *granter, uint32_t gref, uint64_t pins,
 
 
 cdef void unpin(domain_state *granter, uint32_t session, maptrack *track) noexcept nogil:
-    """Let go of what `pin` took. The track entry stays claimed, for the next pin or `free_track`."""
+    """Release what `pin` took. The track entry stays claimed, for the next pin or `free_track`."""
     cdef uint32_t claim = track.claim
     cdef bint writable = (claim >> 8) & 1
     cdef uint64_t pins
@@ -280,7 +281,7 @@ cdef class DomainState:
 
 
 def heap_bytes(limits) -> int:
-    """Size of a domain's heap memfd. Whoever makes one writes the generation, a u16, at its start."""
+    """Size of a domain's heap memfd. Its maker writes the generation, a u16, at its start."""
     return (HEADER_BYTES + limits.grefs * ACTIVE_BYTES + limits.tracks * TRACK_BYTES
             + limits.ports * SLOT_BYTES)
 

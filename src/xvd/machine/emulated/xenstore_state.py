@@ -23,11 +23,10 @@ from xvd.machine.emulated.xenstore_domains import (
 from xvd.machine.emulated.xenstore_tree import Transaction, Tree
 from xvd.machine.emulated.xenstore_watches import WatchIndex
 from xvd.machine.xs.messages import parent_path
-from xvd.types import Domid
+from xvd.types import DOMID_FIRST_RESERVED, Domid
 
 INTRODUCE_DOMAIN: Final = "@introduceDomain"
 RELEASE_DOMAIN: Final = "@releaseDomain"
-DOMID_FIRST_RESERVED: Final = 0x7FF0
 
 
 def _any_domain(domid: int) -> bool:

@@ -49,7 +49,7 @@ cdef void notify(void *ctx) noexcept nogil:
 
 
 cdef int acknowledge(void *ctx, void *ring) noexcept nogil:
-    """Both end where they begin, the descriptor being one that does not block, and in this order."""
+    """Both end at once, as the descriptor is one that does not block; the order matters."""
     cdef channel *c = <channel *>ctx
     cdef io_uring_sqe *sqe
     if io_uring_sq_space_left(<io_uring *>ring) < 2:

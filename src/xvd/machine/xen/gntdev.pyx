@@ -93,8 +93,8 @@ cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *at) noexcept nogil
 
 
 cdef void map_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
-    """Side by side in one piece of address space, each to be unmapped by itself: what is transferred
-    together is then one part for the storage."""
+    """Map sets side by side in one piece of address space, each to be unmapped by itself: what is
+    transferred together is then one part for the storage."""
     cdef foreign *f = <foreign *>ctx
     cdef uint32_t i
     cdef size_t pages = 0
@@ -136,7 +136,7 @@ cdef void prepare(foreign *f, grant_copy *op, xvd_copy_segment *s) noexcept nogi
 
 
 cdef void copy_batch(foreign *f, grant_copy *ops, uint32_t n) noexcept nogil:
-    """One ioctl for those that are within their page: another would fail all of them, with EINVAL."""
+    """One ioctl for those within their page: another would fail all of them, with EINVAL."""
     cdef xvd_copy_grants request
     cdef uint32_t i, k = 0
     cdef int rc = 0

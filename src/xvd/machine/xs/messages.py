@@ -15,6 +15,7 @@ from enum import IntEnum, IntFlag
 from typing import Final
 
 from xvd.errors import XenstoreError
+from xvd.types import DOMID_FIRST_RESERVED
 
 PAYLOAD_MAX: Final = 4096
 """Bytes after the header; a longer claim costs the sender its connection (xs_wire.h)."""
@@ -22,7 +23,7 @@ PAYLOAD_MAX: Final = 4096
 REL_PATH_MAX: Final = 2048
 """Bytes in a path relative to a domain's own directory (xs_wire.h)."""
 
-DOMID_SELF: Final = 0x7FF0
+DOMID_SELF: Final = DOMID_FIRST_RESERVED
 """The domid that means "the caller" (xen.h)."""
 
 HEADER: Final = struct.Struct("<4I")

@@ -97,7 +97,7 @@ class _Peer(asyncio.Protocol):
         if self._writable and not self._pumping:
             self._pump()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         self._closed = True
         self._server.peers.discard(self)
         if self._connection is not None:
