@@ -2,8 +2,8 @@
 """How much of the log one guest may fill: it can be the cause of most lines, as often as it likes.
 
 The limit is one for each guest and text, whatever number of disks or connections the guest has.
-What is left out is counted, and the count is logged when the time is over. Like errors and types,
-this may be imported by all.
+What is left out is counted, and the count is logged when the time has passed. Like errors and
+types, this may be imported by all.
 """
 
 import asyncio

@@ -4,7 +4,7 @@
 from typing import Any, Final
 
 NOW: Final = ("in_flight", "persistent_grants", "buffer_pages")
-"""What is true of one moment: nothing of it is left when a connection is over."""
+"""The counters of a moment: they are empty again when a connection has ended."""
 
 
 def merge_counters(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
@@ -22,5 +22,5 @@ def merge_counters(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_now(counters: dict[str, Any]) -> dict[str, Any]:
-    """The same when the connection is over."""
+    """Return the counters of a connection that has ended."""
     return counters | dict.fromkeys(NOW, 0)

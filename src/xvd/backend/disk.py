@@ -78,7 +78,7 @@ class ServedDisk:
             self.connection.set_capacity(sectors)
 
     def has_ended(self, serving: Serving) -> None:
-        """The connection is over."""
+        """Note that the connection has ended."""
         self.serving = None
         self.totals = merge_counters(self.totals, without_now(serving.connection.counters()))
 

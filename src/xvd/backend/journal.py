@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A queue's journal as a file: memory that outlives the process, on a file system made of memory.
+"""A queue's journal as a file: persistent state in memory, on a file system made of memory.
 
 dataplane/back/journal.pxd says what is in it and why. Here is only how it is had: its space is
 taken before it is used, as a page that cannot be had later would end the whole daemon by SIGBUS.

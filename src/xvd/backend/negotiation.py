@@ -73,7 +73,7 @@ def own_node(name: str) -> bool:
 def frontends_node(offer: BackendFeatures) -> Callable[[str], bool]:
     """Whether a child of a frontend's directory, or of one of its queues', is read.
 
-    A guest may fill its directory with as many nodes as its quota allows: a look at it has to cost
+    A guest may fill its directory with as many nodes as its quota allows: reading it has to cost
     no more for that.
     """
     limits = {"ring-ref": 1 << offer.max_ring_page_order, "queue-": offer.max_queues}

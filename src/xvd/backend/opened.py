@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk's storage while it is open: what the disk offers of it, and its size.
 
-The size is the only thing of a disk that may change under a running guest. Whoever looks at it or
+The size is the only thing of a disk that may change under a running guest. Whoever reads it or
 changes it does so one at a time, in a thread of its own: storage may hang.
 """
 

@@ -93,7 +93,7 @@ class Server:
         await asyncio.gather(*self._followers)
 
     async def _look_at_queues(self) -> None:
-        """One timer for all disks: a thread that wakes up by itself costs fifty times the look."""
+        """One timer for all disks: a thread that wakes up by itself costs fifty times the poll."""
         while True:
             await asyncio.sleep(LOOK_S)
             for device in self.devices.values():
@@ -161,7 +161,7 @@ class Server:
         self._pages.close()
 
     async def _follow(self, kind: str, watch: Watch) -> None:
-        """A path names the disk that changed; anything shorter means: look at all of them."""
+        """A path names the disk that changed; anything shorter means all of them."""
         with contextlib.suppress(PeerClosed):
             async for path in watch:
                 parts = path.removeprefix(f"backend/{kind}").strip("/").split("/")
@@ -253,7 +253,7 @@ class Server:
         return nodes == _GONE
 
     async def _consider_again(self, path: str) -> None:
-        """The toolstack may have assigned a new disk there while the old one was being let go."""
+        """The toolstack may have assigned a new disk there while the old one was being closed."""
         with contextlib.suppress(PeerClosed, XenstoreError):
             await self._consider(path)
 

@@ -58,7 +58,7 @@ class Settings:
     buffer_squeeze_duration_ms: how long none are kept when memory becomes short.
     max_indirect_segments (a constant there): 11 and less offer no indirect requests.
     log_stats: a line of figures for each disk every ten seconds. poll_us (not blkback's): for how
-    long at most a ring's thread looks for more before it sleeps; None: as suits the machine.
+    long at most a ring's thread polls before it sleeps; None: as suits the machine.
     large_sectors (not blkback's): count in ``sector-size`` units for frontends that ask for it,
     instead of refusing them.
     """

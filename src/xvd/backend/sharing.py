@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One guest in two domains: while it migrates to its own host, both have the same disk.
 
-The toolstack gives the new domain its disks before it lets go of the old one's, whose virtual CPUs
+The toolstack gives the new domain its disks before it detaches the old one's, whose virtual CPUs
 stand still by then. An image is locked against everybody else, so the two share one engine.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One look at the size of every disk's storage, by as few threads as storage allows.
+"""Poll the size of every disk's storage, by as few threads as storage allows.
 
-One thread asks for all of them in turn, which costs less than a thread for each. Where it gets no
+One thread asks for one after another, which costs less than a thread for each. Where it gets no
 answer it is left to that disk, and another goes on with the rest: storage that hangs costs its own
 disk only, and one thread for as long as it hangs.
 """
@@ -37,7 +37,7 @@ class _Round(Generic[_D]):
         self._left = False
 
     def work(self) -> None:
-        """Ask each disk in turn, until `leave`."""
+        """Ask one disk after another, until `leave`."""
         while self._next():
             assert self.current is not None
             if self.current.has_another_size():
@@ -63,7 +63,7 @@ class _Round(Generic[_D]):
 
 
 class SizeLook(Generic[_D]):
-    """Looks at disks' sizes, now and then; in the event loop's thread."""
+    """Polls disks' sizes; in the event loop's thread."""
 
     def __init__(self) -> None:
         self.hanging: set[_D] = set()
@@ -85,7 +85,7 @@ class SizeLook(Generic[_D]):
         return changed
 
     async def _watch(self, this: _Round[_D], working: asyncio.Future[None]) -> None:
-        """Until the round is over, or its thread is left to a disk that does not answer."""
+        """Wait until the round has ended, or its thread is left to a disk that does not answer."""
         before: _D | None = None
         while not working.done():
             await asyncio.wait([working], timeout=PATIENCE_S)

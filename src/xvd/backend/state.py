@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a disk outlives the process that serves it: its queues' journals, and which storage it
+"""A disk's persistent state: its queues' journals, and which storage it
 was.
 
 A successor finds both in the daemon's state directory. It believes neither by its name: a journal
@@ -106,8 +106,8 @@ class DiskState:
     # ---- The end ----
 
     def disconnected(self) -> None:
-        """The frontend has let go: nobody will take its rings up, and the next may have any
-        storage. What was set aside stays."""
+        """Forget the rings of a frontend that has closed: nobody takes them up, and the next one
+        may have any storage. What was set aside stays."""
         self._remove(rf"{re.escape(self._disk)}(-q\d+\.ring|\.storage)")
 
     def gone(self) -> None:

@@ -34,7 +34,7 @@ class StorageLog:
             self._log.error(text, os.strerror(number), failures, remedy)
 
     def looked(self, engine: Engine | None) -> None:
-        """Somebody has looked at the storage, and may have found it in trouble."""
+        """Note what was found when the storage was last examined."""
         if trouble := self._new(engine):
             self._log.error("%s", trouble)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the model's costs are on this machine, each measured by itself and without any guest.
 
-One thread steps both ends of a ring in turn, with all of the depth under way: nobody waits or
-looks in vain, and what Python costs falls out. Two threads that do so without persistent grants,
+One thread steps both ends of a ring alternately, with all of the depth under way: nobody waits or
+polls in vain, and what Python costs falls out. Two threads that do so without persistent grants,
 each with a ring of its own, show what mapping costs where two CPUs do it in one process; two
 processes that yield one CPU to each other show what a switch costs. A figure is the median of many
 short times, so that what else runs on the machine does not count.

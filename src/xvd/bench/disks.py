@@ -40,7 +40,7 @@ SETTINGS = replace(ONE_QUEUE, pool_pages=32)
 
 GUESTS = 10
 IDLE_S = 10.0
-"""As long as the daemon takes to look at everything it looks at now and then."""
+"""As long as the daemon takes to poll everything that it polls."""
 
 ALONE = 15
 """So often a disk comes and goes by itself."""

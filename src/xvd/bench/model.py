@@ -3,7 +3,7 @@
 
 Each guest has a thread, and so has its disk in the backend. A thread takes all the operations that
 wait for it, works on them on one of the host's CPUs, and hands them to the other end. Where there
-are more threads than CPUs, each turn begins with a switch from another thread. Without
+are more threads than CPUs, each round begins with a switch from another thread. Without
 persistent grants the backend's work holds, for most of it, the one lock that guards its process'
 mappings, and longer for each other CPU that maps in this process too (waiting for the lock, and the
 TLB shootdown); who waits for the lock keeps its CPU, as Linux's waiters do that spin.
@@ -40,7 +40,7 @@ def predict(
 ) -> float:
     """Operations per second of all guests together; `ConfigError` without simpy.
 
-    seconds: how much of the modelled time is looked at, after a tenth of it has passed.
+    seconds: how much of the modelled time is counted, after a tenth of it has passed.
     """
     try:
         import simpy

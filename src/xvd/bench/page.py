@@ -16,7 +16,7 @@ machine below on that day; on another only the ratios mean anything, and they ar
 |---|---|
 {facts}
 
-**Method.** The cases of an experiment are measured in turn, {rounds} rounds of them; a figure is
+**Method.** The cases of an experiment are measured one by one, in {rounds} rounds; a figure is
 the median over the rounds, a ratio the median of the rounds' ratios. Both ends of the ring are
 native threads of one process unless said otherwise; times are of the monotonic clock between the
 first operation and the last, CPU times are the threads' own. The checksum of what was read is

@@ -30,7 +30,7 @@ class Run:
         return max(1.0, full * self.scale)
 
     def measure(self, cases: Sequence[Case]) -> Rounds:
-        """All of them, in turn, round after round."""
+        """Run all of them, one after another, round after round."""
         return interleave(cases, self.rounds, self.tick)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one measurement gave, and how many of them become a row: medians, and ratios by round.
 
-The machine is never quiet. The cases of an experiment are therefore measured in turn, round after
-round, and a ratio is taken between two cases of the same round; the median is of those.
+The machine is never quiet. The cases of an experiment are therefore measured one by one, round
+after round, and a ratio is taken between two cases of the same round; the median is of those.
 """
 
 import statistics
@@ -74,7 +74,7 @@ Rounds = dict[str, list[Sample]]
 def interleave(
     cases: Sequence[Case], rounds: int, tick: Callable[[str], None] = lambda _: None
 ) -> Rounds:
-    """Measure all cases in turn, `rounds` times; `tick` is told what was measured.
+    """Measure all cases one by one, `rounds` times; `tick` is told what was measured.
 
     Raises `WrongData` if an operation failed, or the same reads did not find the same each time.
     """

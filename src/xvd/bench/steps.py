@@ -2,8 +2,8 @@
 """Instructions of a request at either end, counted by callgrind.
 
 A clock measures the machine and whatever else runs on it; this counts what our own code does. Both
-ends are stepped in turn by one thread, with all that is under way in each step: one request shows
-what a step costs, many show what a request does. What the kernel does is not counted.
+ends are stepped alternately by one thread, with all that is under way in each step: one request
+shows what a step costs, many show what a request does. What the kernel does is not counted.
 """
 
 import re
@@ -70,7 +70,7 @@ def instructions(run: Run) -> Report:
         raise NotInstalled("valgrind")
     operations = run.operations(10_000)
     rows = []
-    # Starting Python under valgrind takes ten seconds: a look is at one case.
+    # Starting Python under valgrind takes ten seconds: a quick run has one case.
     for case in CASES if run.scale >= 1 else CASES[-1:]:
         engine, depth, pages = case
         found = count(case, operations, run.directory)
@@ -80,9 +80,9 @@ def instructions(run: Run) -> Report:
     return Report(
         "instructions",
         "Instructions of a request",
-        "Random writes of 4 KiB with persistent grants, both ends stepped in turn by one thread, "
-        "counted by callgrind, which counts a copying instruction once for every 8 bytes: 512 of "
-        "the front's are the data, and as many of the back's with memory storage.",
+        "Random writes of 4 KiB with persistent grants, both ends stepped alternately by one "
+        "thread, counted by callgrind, which counts a copying instruction once for every 8 bytes: "
+        "512 of the front's are the data, and as many of the back's with memory storage.",
         [Table(("storage", "front", "back"), rows)],
         Plot(
             "",

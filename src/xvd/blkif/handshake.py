@@ -354,7 +354,7 @@ def _serve_frontends(table: _BackendTable) -> None:
 
     # Taking over from a predecessor that died; a frontend that left meanwhile has no live ring.
     row([s.RESUMING], [e.STORAGE_READY], Step(s.RECONNECTING, (a.RECONNECT,)))
-    # One that is closing waits for its last answers: the rings are taken up first, then looked at.
+    # One that is closing waits for its last answers: the rings are taken up first, then polled.
     row([s.RESUMING], [*gone, *fresh], Step(s.STARTING))
 
     # The frontend closes. Rings stay mapped at 5: an earlier teardown lost I/O (Linux did that).
@@ -425,7 +425,7 @@ def _use_backends(table: _FrontendTable) -> None:
     gone = [e.BACKEND_UNKNOWN, e.BACKEND_CLOSED]
     running = [s.PUBLISHED, s.CONNECTING, s.CONNECTED]
 
-    # Coming up. NetBSD's backend is at 4 before we are here: publish, then look at it again.
+    # Coming up. NetBSD's backend is at 4 before we are here: publish, then read it again.
     offered = [e.BACKEND_INIT_WAIT, e.BACKEND_CONNECTED]
     row([s.STARTING], offered, Step(s.PUBLISHED, (a.PUBLISH, a.LOOK)))
     row([s.PUBLISHED], [e.BACKEND_CONNECTED], Step(s.CONNECTING, (a.READ_FEATURES,)))

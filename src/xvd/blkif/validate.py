@@ -94,10 +94,10 @@ class Refusal(IntEnum):
     """``first_sect`` lies after ``last_sect``: a negative length for whoever subtracts. ERROR."""
     SEGMENT_PAST_PAGE = 9
     """``last_sect`` is beyond the page's eighth sector: it would reach into the next mapping
-    (tapdisk and NetBSD do not look). ERROR."""
+    (tapdisk and NetBSD do not check). ERROR."""
     OUT_OF_RANGE = 10
     """The request ends behind the last sector, or its end wraps past 2^64 (QEMU and FreeBSD add
-    without looking). Also what an honest frontend gets after the disk shrank. ERROR."""
+    without a check). Also what an honest frontend gets after the disk shrank. ERROR."""
     MISALIGNED = 11
     """The start or the length of a segment is no multiple of the logical block, on a disk whose
     ``sector-size`` exceeds 512; a frontend that ignores that node does this. ERROR."""
@@ -295,7 +295,7 @@ def accepted_operations(request: AnyRequest) -> tuple[int, ...]:
 
 
 def check_response(response: Response, shadow: Sequence[tuple[int, ...] | None]) -> Breach:
-    """What is wrong with `response`, or NONE: UNKNOWN_ID, NOT_IN_FLIGHT, WRONG_OPERATION in turn.
+    """Return what is wrong with `response`: UNKNOWN_ID, NOT_IN_FLIGHT, WRONG_OPERATION, or NONE.
 
     `shadow` is private and indexed by request id: the `accepted_operations` of a request in
     flight, None where none is.

@@ -23,7 +23,7 @@ from xvd.cli import common, output
 from xvd.errors import ConfigError
 
 TINY = 0.005
-"""Of the full length, for a look that proves nothing but that all of it works."""
+"""Of the full length, for a run that proves only that all of it works."""
 
 
 def bench(

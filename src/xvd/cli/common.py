@@ -117,7 +117,7 @@ async def demand_disk(store: XenstoreClient, guest: Domid, vdev: int) -> None:
 
 
 async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine, Path]:
-    """A stake in a domain, and the directory for what its daemons keep.
+    """Connect to a domain: a machine, and the directory for what its daemons keep.
 
     host: an emulated host's directory, where no domid means domain 0. Without one, the Xen domain
     that we run in, if there is Xen, and otherwise the emulated host in the usual place. Raises

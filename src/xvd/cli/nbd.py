@@ -17,7 +17,7 @@ from xvd.frontend.settings import Settings, parse_settings
 from xvd.types import Domid
 
 CLOSE_S = 1.5
-"""For clients to read their replies, and then for the backend to let go, at the end."""
+"""For clients to read their replies, and then for the backend to close, at the end."""
 
 
 def nbd(

@@ -37,7 +37,7 @@ _BACKENDS: Final = "backend-*"
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What one disk did between two looks.
+    """What one disk did between two polls.
 
     Rates are for a second, latencies in microseconds over reads and writes; `kept_percent`: of the
     grants that were used, how many were mapped already.
@@ -148,7 +148,7 @@ def lines_of(rows: list[tuple[str, Rates | None]], width: int) -> list[str]:
 
 def top(
     interval: Annotated[
-        float, typer.Option("--interval", min=0.05, help="Seconds between two looks.")
+        float, typer.Option("--interval", min=0.05, help="Seconds between two polls.")
     ] = 1.0,
     count: Annotated[
         int, typer.Option("--count", min=0, help="How many times; 0 until interrupted.")
@@ -158,14 +158,14 @@ def top(
 ) -> int:
     """Show what every disk does: rates, latencies, how well persistent grants serve.
 
-    Off a terminal each look is some lines of text. A backend that dies is shown as dead, and its
-    successor when it comes; the status is 1 if one was missing at the last look.
+    Off a terminal each poll is some lines of text. A backend that dies is shown as dead, and its
+    successor when it comes; the status is 1 if one was missing at the last poll.
     """
     return common.run(_top(host, interval, count, json))
 
 
 async def _looks(host: Path, interval: float, count: int) -> AsyncIterator[tuple[Look, Look]]:
-    """Each look with the one before it, until there were so many or a signal came."""
+    """Yield each poll with the one before it, until there were so many or a signal came."""
     stop = common.Stop(common.GRACE_S)
     before = looked(None, await ask_all(host, _BACKENDS, "stats"), time.monotonic())
     shown = 0

@@ -14,7 +14,7 @@ failure no flush of the image is acknowledged any more (`Health`).
 A file in memory (tmpfs) is read and written at once: io_uring would hand each operation to a thread
 of the kernel, for a copy that takes less time than that.
 
-Both hold a lock on the file that the kernel lets go of when the last operation in flight on that
+Both hold a lock on the file that the kernel releases when the last operation in flight on that
 description has ended, even if the process was killed: a successor that gets the lock cannot be
 overtaken by a write of its predecessor.
 """

@@ -2,8 +2,9 @@
 """Images whose bytes are not a disk's: how each is known, and who can serve what is in it.
 
 Served as it lies, such an image shows its guest a container, and the first write of the guest
-destroys what is in there. What is raw is never found out by looking: a guest can write the first
-bytes of any format on its own disk. So looking refuses, and the user says what it is.
+destroys what is in there. What is raw is never found out from the bytes: a guest can write the
+first bytes of any format on its own disk. So an examination only refuses, and the user says what
+it is.
 """
 
 import os
@@ -14,7 +15,7 @@ from xvd.types import RING_SECTOR_SIZE
 
 _SECTOR: Final = RING_SECTOR_SIZE
 _HEAD: Final = 4096
-"""Bytes from the beginning that are looked at: comments before the first line that counts fit."""
+"""Bytes from the beginning that are examined: comments before the first line that counts fit."""
 _VDI_AT: Final = 64
 
 

@@ -118,7 +118,7 @@ class FileEngine(Engine):
             raise EngineError(errno.EINVAL, _NOT_STORAGE, self.path)
 
     def _check_format(self) -> None:
-        """What looks like a container is none of raw bytes, unless the user says so."""
+        """Refuse what looks like a container of another format, unless the user says it is raw."""
         name = formats.known_format(self._cached_fd)
         if name:
             raise EngineError(
@@ -307,7 +307,7 @@ class FileEngine(Engine):
             return end
 
     def measure(self) -> int:
-        """Look how long the file or the device is; a part of a sector at its end is left out."""
+        """Measure the file or the device; a part of a sector at its end is left out."""
         size = os.lseek(self._cached_fd, 0, os.SEEK_END)
         size -= size % RING_SECTOR_SIZE
         if size != self._info.size:

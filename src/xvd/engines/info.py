@@ -57,7 +57,7 @@ class Channel(Protocol):
         """Capsule ``xvd.engine_ports``."""
 
     def close(self) -> None:
-        """Let go; nothing may be in flight."""
+        """Release the engine; nothing may be in flight."""
 
 
 class Performer(Protocol):

@@ -91,7 +91,7 @@ class Engine(ABC):
         raise EngineError(errno.EOPNOTSUPP, "the storage does not tell where it has data")
 
     def measure(self) -> int:
-        """Look at the storage again: its bytes now. `info` and every channel go by them then."""
+        """Measure the storage again: its bytes now. `info` and every channel go by them then."""
         return self.info.size
 
     def resize(self, size: int) -> None:

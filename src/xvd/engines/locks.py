@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who may have an image open beside us: nobody if anybody writes.
 
-All by open-file-description locks, which the kernel lets go of when the last operation in flight on
+All by open-file-description locks, which the kernel releases when the last operation in flight on
 the description has ended, even if the process was killed. Byte 0 (of the description through the
 page cache) and byte 1 (of the other one) are ours: one writer or any number of readers, without a
-moment between two looks. The others are QEMU's (block/file-posix.c): for each thing that it does
+moment between two checks. The others are QEMU's (block/file-posix.c): for each thing that it does
 with an image, and for each that it suffers from nobody else, it holds a shared lock on a byte, and
-then looks whether anybody holds a byte that stands against it. We do the same, so that QEMU, its
+then checks whether anybody holds a byte that stands against it. We do the same, so that QEMU, its
 tools and we keep out of each other's way.
 """
 
@@ -69,7 +69,7 @@ class Locks:
     def take(self, fd: int, own_byte: int, *, look: bool) -> None:
         """Take all locks on a description, waiting for a predecessor that is dying.
 
-        look: whether to look for those of others; not for a second description of ours.
+        look: whether to check for those of others; not for a second description of ours.
         """
         while True:
             try:
@@ -84,7 +84,7 @@ class Locks:
             time.sleep(_RETRY_S)
 
     def look_below(self, path: str) -> None:
-        """Look whether somebody has the file below a loop device, which passes no lock on."""
+        """Check whether somebody has the file below a loop device, which passes no lock on."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError:
@@ -124,8 +124,8 @@ class Locks:
             raise
 
     def _release(self, fd: int) -> None:
-        """Give all back at once, that two who look at the same time do not both see the other for
-        ever: whoever looks next may have it."""
+        """Give all back at once, so that of two who check at the same time one finds it free: the
+        next to check may have it."""
         self._call(fd, F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
 
     def _set(self, fd: int, kind: int, byte: int) -> None:

@@ -3,7 +3,7 @@
 
 The authority is the NBD project's protocol document (doc/proto.md, "proto" below); its spelling of
 names is kept without the NBD_ prefix. Everything is big endian. What a client sends is parsed here
-and nowhere else: what is malformed raises `Malformed` and is never looked at again.
+and nowhere else: what is malformed raises `Malformed` and is never read again.
 """
 
 import errno

@@ -25,7 +25,7 @@ from xvd.export.transmission import Transmission
 logger = logging.getLogger(__name__)
 
 _ZEROES: Final = memoryview(bytes(1 << 20))
-"""Longest piece of a WRITE_ZEROES: other requests get their turn between two."""
+"""Longest piece of a WRITE_ZEROES: other requests are served between two."""
 EXTENTS_MAX: Final = 4096
 """Parts that one block status tells of: what an image in many pieces has in some gigabytes."""
 _WRITING: Final = (Command.WRITE, Command.TRIM, Command.WRITE_ZEROES)
@@ -68,7 +68,7 @@ class ExportedDisk(Protocol):
         """Make durable what was written before."""
 
     async def discard(self, offset: int, length: int) -> None:
-        """Let go of a range."""
+        """Release a range."""
 
     async def change(self, offset: int, length: int, work: Callable[[], Awaitable[None]]) -> None:
         """Do `work` on whole blocks as if it were a write: no other write there meanwhile."""
@@ -80,7 +80,7 @@ class ExportedDisk(Protocol):
         """Have it stepped now."""
 
     def detach(self, client: Transmission) -> None:
-        """Let go of it when it has left."""
+        """Release a client that has left."""
 
 
 class StorageExtent(Protocol):

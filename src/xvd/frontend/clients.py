@@ -51,7 +51,7 @@ class DiskClients:
         self._watch()
 
     def disconnected(self) -> None:
-        """The queues are over, and nothing steps them any more."""
+        """Take the clients from queues that have ended and that nothing steps any more."""
         self._connection = None
         for queue in self._queues:
             for client in queue.take_back():
@@ -86,7 +86,7 @@ class DiskClients:
             self._join(client)
 
     def detach(self, client: HasPorts) -> None:
-        """Let go of a client that has left."""
+        """Release a client that has left."""
         where = self._where.pop(client, None)
         if where is not None:
             where.forget(client)
@@ -114,7 +114,7 @@ class DiskClients:
             asyncio.get_running_loop().call_soon(self._step)
 
     def _step(self) -> None:
-        """One round; the event loop's others have their turn before the next."""
+        """Step one round; the event loop's other work runs before the next."""
         self._stepping = False
         if self._room.step() & _WORKED:
             self._step_soon()

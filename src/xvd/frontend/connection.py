@@ -24,7 +24,7 @@ from xvd.machine.interface import EventChannel, Machine, SharedPages
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid
 
 SCAN_S = 10.0
-"""How often grants that the backend has dropped are looked for (Linux 4b422cb9)."""
+"""How often to search for grants that the backend has dropped (Linux 4b422cb9)."""
 
 _QUOTA: Final = ("ENOSPC", "EQUOTA", "E2BIG")
 """What a store says that has no room for our nodes: a frontend of many queues writes hundreds."""
@@ -262,7 +262,7 @@ class Connection:
     def release(self) -> None:
         """End the grants, free the ports; only when nothing runs.
 
-        Pages that the backend still maps are freed when it lets go, and not reused before.
+        Pages that the backend still maps are freed when it unmaps them, and not reused before.
         """
         self._stop_scanning()
         while self._undo:
@@ -299,7 +299,7 @@ class Connection:
             self._to_wake.append(self._threads[number])
 
     def _wake(self) -> None:
-        """Once for all that was submitted in one turn of the event loop, so that it is joined."""
+        """Submit all of one round of the event loop at once, so that neighbours are joined."""
         for thread in self._to_wake:
             thread.wake()
         self._to_wake.clear()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A disk as a Python object: read, write, flush and discard, of any size and alignment.
 
-The operations outlive a connection (pending.py): a caller sees a delay and no error. Reads and
+The operations persist over connections (pending.py): a caller sees a delay and no error. Reads and
 writes are whole: an operation of any length is one future, split on the ring.
 
 A write that does not begin or end on a block is a read and a write of the blocks at its edges, and
@@ -246,7 +246,7 @@ class Disk:
         self._allow()
 
     def disconnected(self) -> None:
-        """The connection is over; answers that came are taken, the rest waits."""
+        """Note that the connection has ended; answers that came are taken, the rest waits."""
         self._pending.disconnected()
         self._clients.disconnected()
         assert self._connection is not None
@@ -277,7 +277,7 @@ class Disk:
         self._clients.wake(client)
 
     def detach(self, client: HasPorts) -> None:
-        """Let go of a client that has left."""
+        """Release a client that has left."""
         self._clients.detach(client)
 
     def _allow(self) -> None:
@@ -400,7 +400,7 @@ class Disk:
         await asyncio.shield(change)
 
     async def _change(self, first: int, end: int, work: Callable[[], Awaitable[None]]) -> None:
-        """Do it when the writes on these blocks are over; new ones wait meanwhile."""
+        """Call it when the writes on these blocks have ended; new ones wait meanwhile."""
         async with self._clients.kept_off(first, end):
             for done in self._pending.writes_on(first, end):
                 await asyncio.wait([done])
@@ -462,7 +462,7 @@ class Disk:
             logger.warning("the backend has withdrawn %s", what)
 
     async def discard(self, offset: int, length: int, *, secure: bool = False) -> None:
-        """Let go of the whole units within a range: what is read there afterwards is undefined.
+        """Discard the whole units within a range: what is read there afterwards is undefined.
 
         secure: the old data cannot be got back by any means; the range must be whole blocks then,
         and all of it is discarded. Raises OSError: EOPNOTSUPP if the backend does not offer it,

@@ -74,7 +74,7 @@ class LoadResult:
 
 
 CLOSE_S, CANCELLED_S = 10.0, 2.0
-"""For the backend to let go of a disk whose load is over, or was broken off."""
+"""For the backend to close a disk whose load has ended, or was broken off."""
 
 
 class _User:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Final
 
 LOOKS: Final = 4
-"""Looks in one term: what is found silent was silent for the term, or up to a quarter longer."""
+"""Polls in one term: what is found silent was silent for the term, or up to a quarter longer."""
 
 
 class Deadline:
@@ -53,12 +53,12 @@ class Patience:
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
-        """Begin to look. Again after `stop`."""
+        """Begin to poll, also after `stop`."""
         if self._step_s:
             self._timer = asyncio.get_running_loop().call_later(self._step_s, self._look)
 
     def stop(self) -> None:
-        """Look no more. Idempotent."""
+        """Stop polling. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

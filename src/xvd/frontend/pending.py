@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations that outlive connections.
+"""Operations that persist over connections.
 
 An operation is submitted to the connection that is up, or waits for one; what a backend took and
 never answered goes to the next one, in the order of submission, and is cut anew by its limits. What
@@ -84,7 +84,7 @@ class Pending:
             self._put(token)
 
     def disconnected(self) -> None:
-        """The queues are over; answers that came are taken, the rest waits."""
+        """Note that the queues have ended; answers that came are taken, the rest waits."""
         assert self._connection is not None
         for queue in self._connection.queues:
             self._reap(queue)
@@ -100,7 +100,7 @@ class Pending:
         self._operations.clear()
 
     def _reap(self, queue: FrontQueue) -> None:
-        with contextlib.suppress(BlockingIOError):  # `disconnected` looks without being rung for
+        with contextlib.suppress(BlockingIOError):  # `disconnected` polls without being rung for
             os.eventfd_read(queue.done_fd)
         for token, error in queue.reap():
             self._over(token, error)

@@ -46,7 +46,7 @@ class Settings:
     most pages of one queue; requests wait when they are all in use. page_size: the guest's page by
     which requests are cut, 4096, 16384 or 65536 bytes. answer_timeout: seconds for which a backend
     may leave requests unanswered, all of them, before the disk is given up; 0: for ever, as Linux.
-    poll_us: for how long at most a queue's thread looks for more before it sleeps; None: as suits
+    poll_us: for how long at most a queue's thread polls before it sleeps; None: as suits
     the machine.
     large_sectors: ask the backend to count in its ``sector-size``, as QEMU insists on; with one
     that takes no notice, as Linux's, data is written to where it does not belong.

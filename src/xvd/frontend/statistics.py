@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 Latency = dict[str, list[int]]
 
 _NOW = ("in_flight",)
-"""What is true of one moment: nothing of it is left when a connection is over."""
+"""The counters of a moment: they are empty again when a connection has ended."""
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Statistics:
         }
 
     def closed(self) -> "Statistics":
-        """The same when the connection is over."""
+        """Return the counters of a connection that has ended."""
         return Statistics([one | dict.fromkeys(_NOW, 0) for one in self.counters], self.latencies)
 
     def plus(self, later: "Statistics") -> "Statistics":

@@ -7,7 +7,7 @@ contract suite (tests/contract) runs over every machine.
 
 Everything here is called from the control plane's one thread unless said otherwise. Closing is
 idempotent; closing a Machine closes what was made through it, and what the peer still holds is
-given back as soon as the peer lets go.
+given back as soon as the peer unmaps it.
 """
 
 from collections.abc import Sequence
@@ -86,7 +86,7 @@ class ForeignGrants(Protocol):
         """Copy bytes into a granted page; raises `GrantError`."""
 
     def close(self) -> None:
-        """Let go; every mapping made through this object must be closed already."""
+        """Release the peer's table; every mapping made through it must be closed already."""
 
 
 class GrantTable(Protocol):
@@ -147,7 +147,7 @@ class Claim(Protocol):
 
 
 class Machine(Protocol):
-    """One process's stake in one domain."""
+    """One process's connection to one domain."""
 
     @property
     def domid(self) -> Domid:
@@ -155,9 +155,9 @@ class Machine(Protocol):
 
     @property
     def poll_us(self) -> int:
-        """For how long it is worth while here to look for an event before sleeping; microseconds.
+        """For how long it is worth while here to poll for an event before sleeping; microseconds.
 
-        A sleep costs both ends an event. Looking takes a CPU that others may need: those who are
+        A sleep costs both ends an event. Polling takes a CPU that others may need: those who are
         ready to run in this kernel go first, but not the guests of a hypervisor beneath it.
         """
 

@@ -92,7 +92,7 @@ class ModelDisk:
             self._possible[sector] = frozenset((tag,))
 
     def _allow(self, first: int, count: int, tags: frozenset[int]) -> None:
-        """Sectors may hold these too, and whoever looks at them now may see them."""
+        """Sectors may hold these too, and whoever reads them now may see them."""
         for sector in range(first, first + count):
             self._possible[sector] |= tags
             for flushed in self._flushes.values():

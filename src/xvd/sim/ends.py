@@ -121,12 +121,12 @@ class SimFrontend:
         self.links = [FrontLink(machine, clock, peer, shape) for _ in range(shape.queues)]
 
     def wake(self) -> None:
-        """Every queue has something to look at."""
+        """Wake every queue."""
         for link in self.links:
             link.wake()
 
     def die(self) -> None:
-        """As SIGKILL does: the session is over; pages that are mapped are freed later."""
+        """End as by SIGKILL: the session is closed; pages that are mapped are freed later."""
         self.machine.close()
 
 
@@ -222,7 +222,7 @@ class SimBackend:
         return all(link.drained for link in self.links)
 
     def wake(self) -> None:
-        """Every queue has something to look at."""
+        """Wake every queue."""
         for link in self.links:
             link.wake()
 

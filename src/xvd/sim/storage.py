@@ -35,7 +35,7 @@ class SimStorage:
 
     @property
     def held(self) -> int:
-        """Operations submitted and not ended, after a look at what is new."""
+        """Operations submitted and not ended, after taking in what is new."""
         for channel in self._channels:
             self._held += channel.take()
         return len(self._held)

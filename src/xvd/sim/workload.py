@@ -132,12 +132,12 @@ class Workload:
     # ---- Ending ----
 
     def reap(self, front: SimFrontend) -> int:
-        """Check everything that is over. How many."""
+        """Check everything that has ended. How many."""
         over = [each for link in front.links for each in link.queue.reap()]
         for token, error in over:
             one = self._outstanding.get(token)
             if one is None:
-                raise CheckFailed(f"operation {token} is over a second time")
+                raise CheckFailed(f"operation {token} has ended a second time")
             if one.flushing is False and error == 0:
                 one.flushing = True
                 self._put(token, front)

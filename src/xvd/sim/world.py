@@ -155,7 +155,7 @@ class World:
         return SimFrontend(self._machine(FRONT), self._clock, BACK, self._shape)
 
     def _new_journals(self) -> list[bytearray]:
-        """Memory that outlives a backend."""
+        """A backend's persistent state, in memory."""
         size = journal_size(self._shape.entries)
         return [bytearray(size) for _ in range(self._shape.queues)]
 
@@ -314,7 +314,7 @@ class World:
                 self._back.wake()
 
     def _do_scan(self) -> None:
-        """Time for the frontend to look for grants that the backend has dropped."""
+        """Let the frontend search for grants that the backend has dropped."""
         if self._prng.chance(10):
             for link in self._front.links:
                 link.queue.scan()

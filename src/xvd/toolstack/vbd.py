@@ -151,7 +151,7 @@ async def add(store: XenstoreClient, domid: Domid, disk: XlDisk, backend_domid: 
 
 
 async def _open_to_driver_domain(tx: Transaction, domid: Domid) -> None:
-    """What lies below ``backend`` is that domain's: it removes the nodes of disks that are over."""
+    """Give a driver domain what lies below ``backend``: it removes the nodes of closed disks."""
     home = f"/local/domain/{domid}/backend"
     if domid != DOM0 and not await tx.exists(home):
         await tx.mkdir(home)
@@ -224,7 +224,7 @@ async def detach(
     """Take a disk away: ask both ends to close, wait, remove the nodes.
 
     Raises `ConfigError` if there is none; `PeerClosed` if they do not close in time. With `force`
-    the nodes are removed all the same, the frontend's first, so that the backend lets go.
+    the nodes are removed all the same, the frontend's first, so that the backend closes.
     """
     if not await store.exists(vbd.backend):
         raise ConfigError(f"{vbd.name}: there is no such disk; see: xvd list")
@@ -251,7 +251,7 @@ async def detach(
 
 
 async def _wait_until_closed(store: XenstoreClient, vbd: Vbd, timeout_s: float) -> None:
-    """After force: give a living backend the time to let go; a dead one will not."""
+    """After force: give a living backend the time to close; a dead one will not."""
     closed = (XenbusState.UNKNOWN, XenbusState.CLOSED)
     try:
         await wait_for_state(store, vbd.backend, lambda s: s in closed, timeout_s)

@@ -68,7 +68,7 @@ class Actor(Generic[_S, _E, _A]):
         self._inbox.put(event)
 
     def look(self) -> None:
-        """Have the nodes looked at: once, however often this is asked for meanwhile."""
+        """Have the nodes read: once, however often this is asked for meanwhile."""
         self._inbox.put(Order.LOOK)
 
     @property
@@ -106,7 +106,7 @@ class Actor(Generic[_S, _E, _A]):
     async def _look_safely(self) -> Sequence[_E]:
         try:
             return await self._look()
-        except XenstoreError as error:  # this look is lost; the next event is another
+        except XenstoreError as error:  # this reading is lost; the next event causes another
             self._log.error("its nodes could not be read: %s", error)
             return ()
 
@@ -148,7 +148,7 @@ class Actor(Generic[_S, _E, _A]):
     # ---- Watching ----
 
     async def _watch(self, path: str) -> Watch:
-        """Look whenever `path` or what is below it changes, and once now."""
+        """Read the nodes whenever `path` or what is below it changes, and once now."""
         watch = await self._store.watch(path)
         self._watches.append(watch)
         self._spawn(self._follow(watch))

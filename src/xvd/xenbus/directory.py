@@ -20,8 +20,8 @@ async def read_directory(
 ) -> dict[str, str]:
     """The nodes below `path`, two levels deep, by relative path; empty if it is not there.
 
-    `wanted` is asked for each name: what it does not want is not read, nor looked into. A value
-    that is no text is read as an empty one, which every parser takes as absent. Raises
+    `wanted` is asked for each name: what it does not want is not read, nor what is below it. A
+    value that is no text is read as an empty one, which every parser takes as absent. Raises
     `XenstoreError` E2BIG for a directory of more than `READS_MAX` wanted nodes, or of more names
     than one message holds: somebody filled it to keep us busy.
     """

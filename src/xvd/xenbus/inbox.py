@@ -2,7 +2,7 @@
 """What waits for a device's actor: each event once, however often it was put (XSA-349).
 
 A peer can change its nodes faster than a device acts: what waits must not grow with it. So its
-state is no event but a level: that it is to be looked at waits, once, and it is read when its turn
+state is no event but a level: that it is to be read waits, once, and it is read when its place
 comes.
 """
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often one looks at nodes that a peer may change as often as it likes (XSA-349).
+"""How often nodes are read that a peer may change as often as it likes (XSA-349).
 
-Each look costs the store several requests, which others wait behind. A life cycle needs some tens
-of looks at once and few after that; whoever makes more necessary waits for them himself.
+Each reading costs the store several requests, which others wait behind. A life cycle needs some
+tens at once and few after that; whoever makes more necessary waits for them himself.
 """
 
 import time
@@ -14,7 +14,7 @@ LOOKS_PER_SECOND: Final = 50.0
 
 
 class Pace:
-    """Lets so many looks go at once and so many more in each second. For one thread.
+    """Lets so many readings go at once and so many more in each second. For one thread.
 
     clock: seconds that never go back.
     """
@@ -25,7 +25,7 @@ class Pace:
         self._since = clock()
 
     def wait_s(self) -> float:
-        """Take one look's place; how long to wait before it, seconds, mostly 0.0."""
+        """Take one reading's place; how long to wait before it, seconds, mostly 0.0."""
         now = self._clock()
         self._left = min(LOOKS_FREE, self._left + (now - self._since) * LOOKS_PER_SECOND) - 1
         self._since = now

@@ -5,7 +5,7 @@
 Sending sets the remote port's pending mark and, if it was clear, writes the remote end's eventfd:
 events on a pending port collapse into one, as on Xen. Consuming clears the eventfd first and the
 mark second. An event that arrives between the two finds the mark still set and writes nothing; but
-its sender published its ring index before, and the ring is looked at after the mark is clear. Who
+its sender published its ring index before, and the ring is read after the mark is clear. Who
 polls by edges leaves the eventfd as it is: every write to it ends a wait, whatever it holds.
 """
 

@@ -267,7 +267,7 @@ cdef class EmulatedForeignGrants:
                           status)
 
     def close(self):
-        """Let go of the peer's table."""
+        """Release the peer's table."""
         if self.f.copy_track != NULL:
             if self.f.copy_track.claim >> 16 == self.f.session:
                 free_track(self.f.copy_track)

@@ -3,10 +3,10 @@
 
 The host does what the hypervisor does on the slow path: it hands out memory, grant references and
 ports, and cleans up after the dead. What is fast (mapping, copying, notifying) the processes do
-themselves in shared memory (shared.pyx). A `Session` is one process's stake in one domain, as the
-open device files are on Linux: closing it, or dying, gives everything back.
+themselves in shared memory (shared.pyx). A `Session` is one process's connection to one domain, as
+the open device files are on Linux: closing it, or dying, gives everything back.
 
-Thread rules: every method may be called from any thread; one lock guards the books.
+Thread rules: every method may be called from any thread; one lock guards the accounting.
 """
 
 import errno
@@ -122,7 +122,7 @@ class Host:
             return sorted(self._domains)
 
     def open(self, domid: Domid) -> "Session":
-        """A stake in a domain; raises `GrantError` (bad domain) if there is none."""
+        """Open a session of a domain; raises `GrantError` (bad domain) if there is none."""
         with self._lock:
             self._domain(domid)
             number = self._free_session_number()

@@ -40,7 +40,7 @@ class EmulatedClaim:
 
 
 class EmulatedMachine:
-    """One process's stake in one domain: `machine.interface.Machine`.
+    """One process's connection to one domain: `machine.interface.Machine`.
 
     `connect` opens a xenstore connection under the domain's identity.
     """

@@ -54,7 +54,7 @@ class EmulatedHost:
         await self.server.listen(where / XENSTORE_SOCKET)
 
     def machine(self, domid: Domid) -> EmulatedMachine:
-        """A stake in one of the domains, in this process."""
+        """Connect this process to one of the domains."""
 
         async def connect() -> XenstoreClient:
             return await XenstoreClient.from_socket(self.server.connect_local(domid))
@@ -82,7 +82,7 @@ class EmulatedHost:
 
 
 def connect(directory: str | os.PathLike[str], domid: Domid) -> EmulatedMachine:
-    """A stake in a domain of the host that runs in `directory`.
+    """Connect to a domain of the host that runs in `directory`.
 
     Raises `PeerClosed` if none does, `GrantError` if it has no such domain.
     """

@@ -52,7 +52,7 @@ cdef struct port_slot:
     uint32_t remote_port
     uint32_t pending
     uint32_t session
-    uint32_t sent                # events that this end sent, for the tests' books
+    uint32_t sent                # events that this end sent, for the tests' accounting
     uint32_t pad[2]
 
 cdef struct domain_state:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
-"""The hypervisor's books of one domain, in memory that every process of the machine maps.
+"""The hypervisor's accounting of one domain, in memory that every process of the machine maps.
 
 Two memfds stand for a domain: its *memory*, whose first frames are its grant table (real v1
 entries), and the *heap*, which holds what Xen would keep for itself: a count of pins for each

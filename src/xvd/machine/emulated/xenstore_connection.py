@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One client's connection to the store: what it may do, and what it has begun.
 
-Whoever makes a connection hands in what answers its requests (xenstore_requests.py), which in turn
+Whoever makes a connection hands in what answers its requests (xenstore_requests.py), which
 is made of the calls below.
 """
 

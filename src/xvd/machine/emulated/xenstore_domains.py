@@ -38,7 +38,7 @@ class Quotas:
     permissions: int = 5
     """Entries in a list that the domain sets."""
     transaction_nodes: int = 1024
-    """Nodes that one transaction looks at or changes."""
+    """Nodes that one transaction reads or changes."""
     path_max: int = 2048
     """Bytes of a path after ``/local/domain/<domid>/``, or of the whole path elsewhere."""
 

@@ -5,7 +5,7 @@ The idea to read it by: nodes are immutable and stand in one flat dict by path, 
 generation (a counter of every change anywhere) of its last write. A transaction is an overlay:
 whatever path it touches, even one that does not exist, is noted with the generation it had, and a
 commit succeeds only if none of these paths has changed since. So a conflict is a conflict on a
-node that was looked at, parents that were asked for permission among them, never on the whole tree.
+node that was read, parents that were asked for permission among them, never on the whole tree.
 That is C xenstored's rule (xenstored_transaction.c), and clients see its effects, so it is ours.
 """
 
@@ -48,7 +48,7 @@ class Node:
 
 @dataclass(slots=True)
 class Touched:
-    """A path that a transaction looked at: what it was, what it is to become."""
+    """A path that a transaction read: what it was, what it is to become."""
 
     before: Node | None
     node: Node | None

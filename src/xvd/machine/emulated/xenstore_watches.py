@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches: which connection hears of which change.
 
-The idea to read it by: watches are indexed by the path they stand on, so a change looks at the
+The idea to read it by: watches are indexed by the path they stand on, so a change visits the
 watches on its own path and on each ancestor and nowhere else, and what it costs does not grow with
 the watches that other domains hold. Within a connection events come in the order in which its
 watches were set, as with C xenstored.

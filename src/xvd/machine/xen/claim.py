@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One frontend for each disk of a Xen domain: a lock among ours, and a look at the kernel's."""
+"""One frontend for each disk of a Xen domain: a lock among ours, and a check of the kernel's."""
 
 import errno
 import fcntl

@@ -143,7 +143,7 @@ cdef class XenSharedPages:
             raise IndexError(f"page {page} of {self.request.count}")
 
     def close(self):
-        """Free the pages; the kernel frees those that the peer still maps when it lets go."""
+        """Free the pages; the kernel frees those that the peer still maps when it unmaps them."""
         give_back(self.request, self.table.base, self.fd)
         self.table.base = NULL
         self.fd = -1

@@ -266,7 +266,7 @@ cdef class XenForeignGrants:
         return self.error("map", grefs if len(grefs) > 1 else grefs[0], status)
 
     def close(self):
-        """Let go of the peer's grants; a mapping that is still there lives until it is closed."""
+        """Release the peer's grants; a mapping that is still there lives until it is closed."""
         if self.f.fd >= 0:
             close(self.f.fd)
             self.f.fd = -1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Machine` on real Xen: this process's stake in the domain it runs in."""
+"""`Machine` on real Xen: this process's connection to the domain it runs in."""
 
 import weakref
 from pathlib import Path

@@ -76,7 +76,7 @@ class Writer(Protocol):
 class Watch:
     """A watch that is set: an async iterator of paths that changed, the first at once.
 
-    An event says "look again", so the same path is held once however often it changed; and if
+    An event says "read again", so the same path is held once however often it changed; and if
     more than `WATCH_PENDING_MAX` different paths are held, they become one: the watch's own. The
     iteration ends when the watch is closed, and raises `PeerClosed` when the connection is lost.
     For one reader at a time.
@@ -122,7 +122,7 @@ class Watch:
         await self._client.unwatch(self)
 
     def skip(self) -> None:
-        """Drop the events that are held: who looks at everything now has seen what they say."""
+        """Drop the events that are held: who reads everything now has seen what they say."""
         self._pending.clear()
 
     def deliver(self, path: str) -> None:
@@ -424,7 +424,7 @@ class XenstoreClient(_Operations):
     async def transaction(self) -> AsyncIterator[Transaction]:
         """A transaction for the length of a ``with``: committed at its end, aborted on exception.
 
-        The end raises `XenstoreError` EAGAIN if another changed what it looked at: repeat all, or
+        The end raises `XenstoreError` EAGAIN if another changed what it read: repeat all, or
         let `transact` do it.
         """
         tx = Transaction(self, await self._start_transaction())

@@ -3,7 +3,7 @@
 
 The idea to read it by: a connection is read only while its replies can be written. A client that
 sends and does not receive is not read any more; one that sends much is served a few requests at a
-time, so others have their turn; and watch events, which nobody can hold back, wait in a queue
+time, so others are served between; and watch events, which nobody can hold back, wait in a queue
 without duplicates whose size is bounded: over the bound the connection is cut. So whatever a client
 does, it costs that client's connection, a bounded amount of memory and nothing else.
 """
@@ -25,7 +25,7 @@ from xvd.types import Domid
 _LOG = logging.getLogger(__name__)
 
 _BURST: Final = 16
-"""Requests of one connection that are answered before others are looked at."""
+"""Requests of one connection that are answered before those of others."""
 
 _WRITE_BUFFER: Final = 64 * 1024
 """Bytes in the transport after which a connection's requests wait."""
@@ -157,7 +157,7 @@ class _Peer(asyncio.Protocol):
             self._transport.write(packed)
             return
         if message.type == MessageType.WATCH_EVENT:
-            # What waits already will make the client look again (XSA-349). Special events are
+            # What waits already will make the client read again (XSA-349). Special events are
             # counted by some clients, so these are all sent, as C xenstored does.
             if packed in self._waiting_events:
                 return
