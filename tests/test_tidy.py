@@ -28,15 +28,16 @@ TABLES = tuple(
     f"dataplane.{name}" for name in ("abi", "c", "latency", "liburing", "ports", "types")
 )
 """What lies in no room of the data plane."""
+ABOVE = ("backend", "frontend", "engines", "xenbus", "machine", "blkif", "dataplane")
 ARROWS: dict[str, tuple[str, ...]] = {
     "__init__": ("embed", "frontend"),  # the names that `import xvd` gives
-    "embed": ("backend", "frontend", "engines", "machine", "toolstack", "blkif"),
+    "embed": ("backend", "frontend", "xenbus", "engines", "machine", "toolstack", "blkif"),
     "cli": (
         *("embed", "backend", "frontend", "export", "sim", "bench"),
-        *("engines", "machine", "blkif", "toolstack"),
+        *("engines", "xenbus", "machine", "blkif", "toolstack"),
     ),
-    "bench": ("backend", "frontend", "engines", "machine", "toolstack", "blkif", "dataplane"),
-    "sim": ("backend", "frontend", "engines", "machine", "toolstack", "blkif", "dataplane"),
+    "bench": (*ABOVE, "toolstack"),
+    "sim": (*ABOVE, "toolstack"),
     # The compiled transmission fills a table, as a fast engine does, for its disk's queues.
     "export": ("frontend", "dataplane.ports", "dataplane.abi", "dataplane.c"),
     "backend": ENDS,

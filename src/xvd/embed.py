@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from xvd.backend.blocking import in_own_thread
 from xvd.backend.budget import Budget
 from xvd.backend.device import Device
 from xvd.backend.server import Server
@@ -27,6 +26,7 @@ from xvd.machine.emulated.service import EmulatedHost
 from xvd.toolstack.vbd import attach, create_guest, detach
 from xvd.toolstack.xldisk import XlDisk
 from xvd.types import DOM0, Domid
+from xvd.xenbus.blocking import in_own_thread
 
 GUEST = Domid(1)
 """The one guest."""

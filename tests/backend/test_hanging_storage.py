@@ -10,7 +10,6 @@ from rig_disk import World, disk_world, run, until
 
 from xvd.backend import device as device_module
 from xvd.backend import sizes as sizes_module
-from xvd.backend.blocking import in_own_thread
 from xvd.backend.device import StorageOpener
 from xvd.backend.sizes import SizeLook
 from xvd.blkif.assignment import BackendAssignment
@@ -20,6 +19,7 @@ from xvd.errors import PeerClosed
 from xvd.toolstack.vbd import attach
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid
+from xvd.xenbus.blocking import in_own_thread
 
 
 class Server:

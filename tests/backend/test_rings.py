@@ -55,8 +55,8 @@ def test_requests_that_no_event_told_of_are_found_by_the_daemon(
             frontend, _ = await connected(world, queues=2)
             connection = the_device(world).disk.connection
             assert connection is not None
-            await until(lambda: all(link.thread is not None for link in connection.links))
-            loops = [link.thread.loop for link in connection.links if link.thread is not None]
+            await until(lambda: all(link.runner is not None for link in connection.links))
+            loops = [link.runner.loop for link in connection.links if link.runner is not None]
             await until(lambda: all(loop.counters()["sleeps"] for loop in loops))
             ring = frontend.queues[1].ring
             ring.put_request(rq(Op.READ, 0, Segment(frontend.pages.grefs[0])))

@@ -15,7 +15,7 @@ ENOSPC, EINVAL = 28, 22
 async def resize(served: Served, size: int) -> None:
     """The storage changes, and the disk has heard of it."""
     assert served.rig._server is not None
-    await served.rig._server.device("1/51712").resize(size)
+    await served.rig._server.device("1/51712").disk.resize(size)
     await until(lambda: served.disk.size == size)
 
 

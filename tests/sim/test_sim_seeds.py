@@ -153,7 +153,7 @@ class World_whose_rings_are_alike(World):
     def _begin_connection(self):
         super()._begin_connection()
         for link, journal in zip(self._front.links, self._journals, strict=True):
-            link.ring.view[SRING_INSTANCE : SRING_INSTANCE + 8] = journal[16:24]
+            link.link.ring.view[SRING_INSTANCE : SRING_INSTANCE + 8] = journal[16:24]
 
 
 def test_canary_a_journal_of_an_earlier_ring_must_not_be_taken_for_this_ones() -> None:

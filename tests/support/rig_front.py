@@ -6,7 +6,7 @@ from typing import Self
 
 from rig_queue import BACKEND, GUEST, NOTHING, SMALL, machine
 
-from xvd.blkif.abi import SEGMENTS_PER_INDIRECT_PAGE, Abi, Op, nr_ents
+from xvd.blkif.abi import SEGMENTS_PER_INDIRECT_PAGE, Abi, Op
 from xvd.blkif.messages import (
     AnyRequest,
     IndirectRequest,
@@ -17,12 +17,12 @@ from xvd.blkif.messages import (
     unpack_segments,
 )
 from xvd.blkif.ring import BackRing, Outcome
-from xvd.dataplane.front.queue import FrontQueue
-from xvd.dataplane.ring.ring import FrontRing
+from xvd.dataplane.front.options import FrontOptions
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.interface import Mapping
 from xvd.types import Gref, RequestId
+from xvd.xenbus.link import FrontLink
 
 
 class FrontWorld:
@@ -50,17 +50,16 @@ class FrontWorld:
         self.guest = machine(self.host, GUEST)
         self.backend = machine(self.host, BACKEND)
         self.abi = abi
-        self.entries = nr_ents(ring_pages, abi)
-        self.ring_pages = self.guest.grants.share(BACKEND, ring_pages)
+        self.link = FrontLink(self.guest, BACKEND, ring_pages, abi)
+        self.entries = self.link.entries
+        self.ring_pages, self.port = self.link.ring, self.link.channel
         self.pages = self.guest.grants.share(BACKEND, pool or self.entries * 11)
-        self.port = self.guest.event_channels.alloc_unbound(BACKEND)
-        FrontRing(self.ring_pages.view, self.entries, abi.number).init()
-        self.queue = FrontQueue(
-            self.ring_pages.view, self.entries, abi.number, self.pages, self.port,
+        options = FrontOptions(
             handle=0xCA00, segments_max=segments_max, block_sectors=block_sectors,
             wire_sector=wire_sector, page_grants=page_grants, persistent=persistent,
             trusted=trusted,
         )  # fmt: skip
+        self.queue = self.link.prepare(self.pages, options)
         self.grants = self.backend.grants.foreign(GUEST)
         self.mapping = self.grants.map(self.ring_pages.grefs)
         self.ring = BackRing(self.mapping.view, abi, ring_pages)
@@ -84,6 +83,11 @@ class FrontWorld:
         if exc is None:
             assert self.host.books() == NOTHING
         self.host.close()
+
+    def drop_queue(self) -> None:
+        """Let the queue go whatever is under way, as an end does that nobody waits for."""
+        self.link.release()
+        del self.queue
 
     # ---- The frontend's turn ----
 

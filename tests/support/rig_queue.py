@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from xvd.blkif.abi import Abi, Op, Status, nr_ents
+from xvd.blkif.abi import Abi, Op, Status
 from xvd.blkif.messages import (
     AnyRequest,
     DiscardRequest,
@@ -23,8 +23,10 @@ from xvd.blkif.messages import (
     indirect_pages,
     pack_segments,
 )
+from xvd.blkif.nodes import QueueConfig
 from xvd.blkif.ring import FrontRing, Outcome
 from xvd.dataplane.back.journal import journal_size
+from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.back.queue import BackendQueue
 from xvd.dataplane.loop.loop import Loop
 from xvd.engines.interface import Engine
@@ -34,6 +36,7 @@ from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import PAGE_SIZE, Domid, Gref, RequestId
+from xvd.xenbus.link import BackLink
 
 BACKEND, GUEST = Domid(0), Domid(1)
 ALL = 1 << Op.READ | 1 << Op.WRITE | 1 << Op.FLUSH_DISKCACHE | 1 << Op.DISCARD
@@ -99,43 +102,29 @@ class QueueWorld:
             self.ring_pages.view[64:] = bytes([poison]) * (PAGE_SIZE - 64)
         self.engine = open_engine(uri) if isinstance(uri, str) else uri
         self.channel = self.engine.open_channel()
-        self.grants = self.backend.grants.foreign(GUEST)
+        nodes = QueueConfig(tuple(self.ring_pages.grefs), self.port.port)
+        self.link = BackLink(self.backend, GUEST, nodes, abi)
+        self.mapping, self.backend_port = self.link.ring, self.link.channel
+        self.grants = self.link.grants
         self.grants.unmaps_at_once = unmaps_at_once
-        self.mapping = self.grants.map(self.ring_pages.grefs)
-        self.backend_port = self.backend.event_channels.bind_interdomain(GUEST, self.port.port)
-        self.journal = bytearray(journal_size(nr_ents(1, abi)))
-        self.copying = copying
-        self.read_only = read_only
-        self.logical_sectors = logical_sectors
-        self.unit = unit
-        self.offered = offered | (1 << Op.INDIRECT if indirect_max else 0)
-        self.indirect_max = indirect_max
-        self.persistent = persistent
-        self.max_pages = max_pages
+        self.journal = bytearray(journal_size(self.link.entries))
+        self.options = BackOptions(
+            capacity=self.engine.info.size // 512,
+            logical_sectors=logical_sectors,
+            unit=unit,
+            read_only=read_only,
+            offered=offered | (1 << Op.INDIRECT if indirect_max else 0),
+            indirect_max=indirect_max,
+            copying=copying,
+            persistent=persistent is not None,
+            persistent_max=persistent or 0,
+            max_pages=max_pages,
+        )
         self.queue = self.make_queue()
 
     def make_queue(self, *, resume: bool = False) -> BackendQueue:
         """The queue, or its successor on the same ring and with the same journal."""
-        return BackendQueue(
-            self.mapping.view,
-            nr_ents(len(self.ring_pages.grefs), self.abi),
-            self.abi.number,
-            self.grants,
-            self.backend_port,
-            self.channel,
-            capacity=self.engine.info.size // 512,
-            logical_sectors=self.logical_sectors,
-            unit=self.unit,
-            read_only=self.read_only,
-            offered=self.offered,
-            indirect_max=self.indirect_max,
-            copying=self.copying,
-            persistent=self.persistent is not None,
-            persistent_max=self.persistent or 0,
-            max_pages=self.max_pages,
-            journal=self.journal,
-            resume=resume,
-        )
+        return self.link.prepare(self.channel, self.options, self.journal, resume=resume)
 
     def succeed(self) -> None:
         """The backend dies as by SIGKILL, and another takes the ring up with fresh storage."""
@@ -152,11 +141,9 @@ class QueueWorld:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.queue.release()
-        self.mapping.close()
+        self.link.release()
         self.channel.close()
         self.engine.close()
-        self.grants.close()
         self.guest.close()
         self.backend.close()
         if exc is None:

@@ -69,7 +69,7 @@ class Rig:
     def engine(self) -> Engine | None:
         """The disk's storage."""
         assert self._server is not None
-        return self._server.device("1/51712").engine
+        return self._server.device("1/51712").disk.engine
 
     async def start_backend(self) -> None:
         self._server = Server(

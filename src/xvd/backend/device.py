@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final
 
-from xvd.backend.blocking import in_own_thread
 from xvd.backend.budget import Budget
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.disk import ServedDisk
@@ -45,6 +44,7 @@ from xvd.xenbus.actor import NO_NODES, Actor
 from xvd.xenbus.directory import read_directory, report_error
 from xvd.xenbus.inbox import Order
 from xvd.xenbus.log import DeviceLog
+from xvd.xenbus.runner import THREADS, Runtime
 
 STORAGE_PATIENCE_S = 5.0
 """How long the end of a disk waits for storage that does not answer."""
@@ -60,7 +60,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
 
     path: its directory, relative to this domain (``backend/vbd/1/51712``). budget: what this host
     has for it and others; without end if there is none. log_limit: its guest's. rival: who
-    else serves such disks here, in words; mostly nobody.
+    else serves such disks here, in words; mostly nobody. runtime: who runs its queues.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         budget: Budget | None = None,
         log_limit: LogLimit | None = None,
         rival: Callable[[], str] = str,
+        runtime: Runtime = THREADS,
     ) -> None:
         self.name = disk_name(path.split("/")[-2], path)
         log = DeviceLog(logging.getLogger(__name__), self.name, log_limit or LogLimit(None))
@@ -81,10 +82,13 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self.assignment: BackendAssignment | None = None
         settings = settings or Settings()
         room = Room(budget or Budget(), log)
-        self.disk = ServedDisk(log, room, settings, partial(self.put, BackendEvent.RESIZED))
+        self.disk = ServedDisk(
+            log, room, settings, runtime, partial(self.put, BackendEvent.RESIZED)
+        )
         self._machine = machine
         self._open_storage = open_storage
         self._rival = rival
+        self._runtime = runtime
         self._kept = DiskState(settings.state_dir, path)
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -182,7 +186,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             try:
                 self._kept.check_identity(engine.identity)
             except BaseException:
-                await in_own_thread(engine.close)
+                await self._runtime.call(engine.close)
                 raise
         except (OSError, XvdError) as error:
             self._error = f"cannot open {assignment.image!r}: {describe(error)}"
@@ -236,8 +240,8 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             storage.agreed(agreed.features, resumed=resume)
             name = f"xvd-{assignment.frontend_domid}-{assignment.name}"
             self.disk.serving = Serving(
-                Connection(self._plan(agreed, resume), name), storage, on_end=self._ended,
-                on_withdrawn=self._withdrawn,
+                Connection(self._plan(agreed, resume), name), storage, self._runtime,
+                on_end=self._ended, on_withdrawn=self._withdrawn,
                 on_cut=lambda: self._spawn(self.disk.follow_size()),
             )  # fmt: skip
         except Exception as error:  # a mistake of ours too is to cost this disk only, and be told
@@ -278,10 +282,10 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._log.error("cannot connect to %s: %s", frontend, text, exc_info=not told)
         self.put(BackendEvent.CONNECT_FAILED)
 
-    def _ended(self, serving: Serving, why: str) -> None:
+    def _ended(self, serving: Serving) -> None:
         """The queues are drained, or a ring is broken."""
         self.disk.has_ended(serving)
-        if why:
+        if why := serving.connection.failure:
             self._error = why
             self._log.error("%s", why)
             self.put(BackendEvent.RING_BROKEN)

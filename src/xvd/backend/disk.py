@@ -14,6 +14,7 @@ from xvd.blkif.nodes import BackendFeatures
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError
 from xvd.xenbus.log import DeviceLog
+from xvd.xenbus.runner import Runtime
 
 
 class ServedDisk:
@@ -27,6 +28,7 @@ class ServedDisk:
         log: DeviceLog,
         room: Room,
         settings: Settings,
+        runtime: Runtime,
         resized: Callable[[], None],
     ) -> None:
         self.log = log
@@ -36,6 +38,7 @@ class ServedDisk:
         self.serving: Serving | None = None
         self.totals: dict[str, object] = {}
         """What was counted over the connections that have ended."""
+        self._runtime = runtime
         self._resized = resized
 
     # ---- What it has ----
@@ -71,7 +74,14 @@ class ServedDisk:
 
     def has_opened(self, engine: Engine, features: BackendFeatures) -> None:
         """The storage is open."""
-        self.opened = Opened(engine, features, self.log, self._set_capacity, self._resized)
+        self.opened = Opened(
+            engine,
+            features,
+            self.log,
+            self._runtime,
+            set_capacity=self._set_capacity,
+            resized=self._resized,
+        )
 
     def _set_capacity(self, sectors: int) -> None:
         if self.connection is not None:

@@ -10,13 +10,13 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
-from xvd.backend.blocking import InTurn
 from xvd.backend.storage_log import StorageLog
 from xvd.blkif.nodes import BackendFeatures
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, XvdError
 from xvd.types import RING_SECTOR_SIZE
 from xvd.xenbus.log import DeviceLog
+from xvd.xenbus.runner import InTurn, Runtime
 
 
 class Opened:
@@ -31,6 +31,8 @@ class Opened:
         engine: Engine,
         features: BackendFeatures,
         log: DeviceLog,
+        runtime: Runtime,
+        *,
         set_capacity: Callable[[int], None],
         resized: Callable[[], None],
     ) -> None:
@@ -42,7 +44,7 @@ class Opened:
         self._set_capacity = set_capacity
         self._resized = resized
         self._sizing = asyncio.Lock()
-        self._storage = InTurn()
+        self._storage = InTurn(runtime)
 
     async def measure(self) -> None:
         """A frontend that connects is told the size that the storage has then, whatever it was."""

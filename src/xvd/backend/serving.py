@@ -8,6 +8,7 @@ from typing import Final
 
 from xvd.backend.connection import Connection
 from xvd.backend.opened import Opened
+from xvd.xenbus.runner import Runtime
 
 QUIET_S: Final = 10.0
 """How long failures of the storage are not told again: a guest can cause any number of them."""
@@ -17,7 +18,7 @@ class Serving:
     """A connection whose threads run, until `end` or until one of its rings is broken.
 
     Raises OSError if no thread can be had, with the connection given back. on_end: called once
-    when everything is given back, with what broke it, if anything. on_withdrawn: with the
+    when no queue runs any more, before everything is given back. on_withdrawn: with the
     operations that the storage turned out not to do, as bits. on_cut: the storage may have become
     smaller.
     """
@@ -26,8 +27,9 @@ class Serving:
         self,
         connection: Connection,
         opened: Opened,
+        runtime: Runtime,
         *,
-        on_end: Callable[["Serving", str], None],
+        on_end: Callable[["Serving"], None],
         on_withdrawn: Callable[[int], None],
         on_cut: Callable[[], None],
     ) -> None:
@@ -39,7 +41,7 @@ class Serving:
         self._failures = 0
         self._released = asyncio.Event()
         try:
-            connection.start(self._threads_ended)
+            connection.serve(runtime, self._all_ended)
         except BaseException:
             connection.release()
             raise
@@ -55,12 +57,10 @@ class Serving:
         self.connection.drain()
         await self._released.wait()
 
-    def _threads_ended(self, failure: Exception | None) -> None:
+    def _all_ended(self) -> None:
         """The queues are drained, or a ring is broken: give everything back at once."""
         self.connection.mute()
-        broken = "the frontend broke the ring: indices out of bounds"
-        why = str(failure) if failure is not None else broken if self.connection.broken else ""
-        self._on_end(self, why)
+        self._on_end(self)
         self.connection.release()
         self._released.set()
 
@@ -70,7 +70,7 @@ class Serving:
 
     def _alarmed(self) -> None:
         """The storage failed, or cannot do something: the queue's thread rang."""
-        number, failures = self.connection.failure()
+        number, failures = self.connection.storage_failures()
         if withdrawn := self.connection.withdrawn():
             self._on_withdrawn(withdrawn)
         if failures > self._failures:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-from xvd.backend.blocking import in_own_thread
+from xvd.xenbus.blocking import in_own_thread
 
 PATIENCE_S = 1.0
 """How long one disk's storage may take to tell its size before the others are asked by another."""

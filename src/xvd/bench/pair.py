@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both ends of a ring without threads: whoever made them steps one, then the other."""
 
-from xvd.blkif.abi import Abi, Op, nr_ents
-from xvd.dataplane.back.queue import BackendQueue
+from xvd.blkif.abi import Abi, Op
+from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.front.load import Load
-from xvd.dataplane.front.queue import FrontQueue
-from xvd.dataplane.ring.ring import FrontRing
+from xvd.dataplane.front.options import FrontOptions
 from xvd.engines.uri import open_engine
 from xvd.frontend.load import Job
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import RING_SECTOR_SIZE, Domid
+from xvd.xenbus.link import BackLink, FrontLink
 
 
 async def _no_store() -> XenstoreClient:
@@ -28,31 +28,25 @@ class Pair:
         self, engine: str, job: Job, *, persistent: bool = True, ring_pages: int = 1
     ) -> None:
         self.depth = job.depth
-        entries = nr_ents(ring_pages, Abi.X86_64)
         host = Host()
         ends = []
         for domid in (Domid(0), Domid(1)):
             host.create_domain(domid)
             ends.append(EmulatedMachine(host.open(domid), _no_store))
         back, front = ends
-        ring = front.grants.share(Domid(0), ring_pages)
-        pages = front.grants.share(Domid(0), entries)
-        port = front.event_channels.alloc_unbound(Domid(0))
-        FrontRing(ring.view, entries, Abi.X86_64.number).init()
-        queue = FrontQueue(
-            ring.view, entries, Abi.X86_64.number, pages, port, segments_max=1,
-            persistent=persistent,
-        )  # fmt: skip
+        link = FrontLink(front, Domid(0), ring_pages, Abi.X86_64)
+        options = FrontOptions(segments_max=1, persistent=persistent)
         self.load = Load(
-            queue, depth=job.depth, size=job.size, span=job.span, operations=job.operations,
+            link.prepare(front.grants.share(Domid(0), link.entries), options),
+            depth=job.depth, size=job.size, span=job.span, operations=job.operations,
             write_percent=job.write_percent, seed=job.seed, in_place=job.in_place,
         )  # fmt: skip
         storage = open_engine(engine)
-        grants = back.grants.foreign(Domid(1))
-        mapping = grants.map(ring.grefs)
-        self.back = BackendQueue(
-            mapping.view, entries, Abi.X86_64.number, grants,
-            back.event_channels.bind_interdomain(Domid(1), port.port), storage.open_channel(),
-            capacity=storage.info.size // RING_SECTOR_SIZE, offered=1 << Op.READ | 1 << Op.WRITE,
-            persistent=persistent,
-        )  # fmt: skip
+        self.back = BackLink(back, Domid(1), link.nodes, Abi.X86_64).prepare(
+            storage.open_channel(),
+            BackOptions(
+                capacity=storage.info.size // RING_SECTOR_SIZE,
+                offered=1 << Op.READ | 1 << Op.WRITE,
+                persistent=persistent,
+            ),
+        )

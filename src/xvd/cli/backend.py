@@ -10,7 +10,6 @@ from typing import Annotated, Final
 
 import typer
 
-from xvd.backend.blocking import in_own_thread
 from xvd.backend.pressure import MemoryPressure
 from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
@@ -26,6 +25,7 @@ from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
 from xvd.toolstack.vbd import has_device_model
 from xvd.types import Domid
+from xvd.xenbus.blocking import in_own_thread
 
 KINDS: Final = ("vbd", "vbd3")
 """Of backends whose disks are blkif's: libxl's phy and driver domains, and its tap slot."""

@@ -47,6 +47,7 @@ from xvd.machine.xs.client import XenstoreClient
 from xvd.xenbus.actor import NO_NODES, Actor
 from xvd.xenbus.directory import read_directory, report_error
 from xvd.xenbus.log import DeviceLog
+from xvd.xenbus.runner import THREADS, Runtime
 
 
 class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
@@ -65,6 +66,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
         abi: Abi | None = None,
         settings: Settings | None = None,
         stepper: Stepper | None = None,
+        runtime: Runtime = THREADS,
     ) -> None:
         self.name = disk_name(machine.domid, path)
         log = DeviceLog(logging.getLogger(__name__), self.name, LogLimit(None))
@@ -77,6 +79,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
         self._abi = abi or Abi.native()
         self._settings = settings or Settings()
         self._stepper = stepper
+        self._runtime = runtime
         self._reset_step = Deadline(RESET_STEP_S, partial(self.put, FrontendEvent.TIMEOUT))
         self._return = Deadline(RETURN_S, partial(self.put, FrontendEvent.NOT_BACK))
         self._patience = Patience(
@@ -230,7 +233,6 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
             ring_page_order=order,
             settings=self._settings,
             trusted=assignment.trusted and self._settings.trusted,
-            on_exit=self._connection_ended,
         )
 
     async def _do_clean_up(self) -> None:
@@ -265,7 +267,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
         self._patience.stop()
         self._patience.start()
         self._return.stop()
-        self.connection.start(self._stepper)
+        self.connection.use(self._runtime, self._connection_ended, self._stepper)
         self._user.connected(self.connection, self.features)
 
     async def _do_read_size(self) -> None:
@@ -296,7 +298,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
         """Drained, abandoned, or broken by the backend."""
         assert self.connection is not None
         self._user.disconnected()
-        if self.connection.failure is not None:
+        if self.connection.failure:
             self._fail(
                 PeerProtocolError(
                     f"{self.name}: the backend broke the protocol: {self.connection.failure}; "

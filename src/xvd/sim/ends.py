@@ -11,14 +11,15 @@ from dataclasses import dataclass
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, Op, nr_ents
 from xvd.dataplane.back.journal import journal_fault
-from xvd.dataplane.back.queue import BackendQueue
+from xvd.dataplane.back.options import BackOptions
+from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
-from xvd.dataplane.ring.ring import FrontRing
-from xvd.engines.bridge import BridgeChannel
 from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.interface import EventChannel
 from xvd.sim.clock import Clock
 from xvd.sim.storage import SimStorage
 from xvd.types import Domid
+from xvd.xenbus.link import BackLink, FrontLink
 
 WORKED, BROKEN, DRAINED = 1, 2, 4
 WATCHDOG_NS = 5_000_000_000
@@ -64,9 +65,32 @@ class Shape:
         """What the backend has published."""
         return self.segments_max if self.segments_max > MAX_SEGMENTS_PER_REQUEST else 0
 
+    @property
+    def front_options(self) -> FrontOptions:
+        """What each of the frontend's queues is told."""
+        return FrontOptions(
+            segments_max=self.segments_max,
+            page_grants=self.page_grants,
+            persistent=self.persistent,
+        )
 
-class _Link:
-    """One queue of an end: asleep or awake, and the event that is under way to it."""
+    def back_options(self, capacity: int, *, copying: bool) -> BackOptions:
+        """What each of the backend's queues is told, for a disk of so many sectors."""
+        return BackOptions(
+            capacity=capacity,
+            offered=self.offered,
+            indirect_max=self.indirect_max,
+            persistent=self.persistent,
+            persistent_max=self.persistent_max,
+            max_pages=self.max_pages,
+            copying=copying,
+        )
+
+
+class SimLink:
+    """A link of either end: asleep or awake, and the event that is under way to it."""
+
+    channel: EventChannel
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -78,6 +102,10 @@ class _Link:
         """Something happened that ends the sleep."""
         self.awake = True
 
+    def step(self, budget: int) -> int:
+        """One step, then sleep if there is nothing to do; STEP_* flags."""
+        raise NotImplementedError
+
     def _rest(self, flags: int, may_sleep: bool) -> int:
         self.drained = bool(flags & DRAINED)
         self.awake = bool(flags & WORKED) or not may_sleep
@@ -86,30 +114,50 @@ class _Link:
         return flags
 
 
-class FrontLink(_Link):
-    """A ring of the frontend's, with its pages, its port and its queue."""
+class SimFrontLink(SimLink):
+    """A ring of the frontend's, with its pages, its event channel and its queue."""
 
     def __init__(self, machine: EmulatedMachine, clock: Clock, peer: Domid, shape: Shape) -> None:
         super().__init__(clock)
-        self.ring = machine.grants.share(peer, shape.ring_pages)
-        FrontRing(self.ring.view, shape.entries, shape.abi.number).init()
+        self.link = FrontLink(machine, peer, shape.ring_pages, shape.abi)
+        self.channel = self.link.channel
         needed = FrontQueue.pages_needed(shape.segments_max, shape.page_grants)
-        self.pages = machine.grants.share(peer, max(needed, shape.pages))
-        self.channel = machine.event_channels.alloc_unbound(peer)
-        self.queue = FrontQueue(
-            self.ring.view,
-            shape.entries,
-            shape.abi.number,
-            self.pages,
-            self.channel,
-            segments_max=shape.segments_max,
-            page_grants=shape.page_grants,
-            persistent=shape.persistent,
-        )
+        pages = machine.grants.share(peer, max(needed, shape.pages))
+        self.queue = self.link.prepare(pages, shape.front_options)
 
     def step(self, budget: int) -> int:
-        """One step, then sleep if there is nothing to do; STEP_* flags."""
+        """See `SimLink.step`."""
         return self._rest(self.queue.step(budget), self.queue.may_sleep())
+
+
+class SimBackLink(SimLink):
+    """A ring that the backend has mapped, with an event channel and a queue.
+
+    A predecessor's journal is taken up if it is of this ring.
+    """
+
+    def __init__(
+        self,
+        link: BackLink,
+        clock: Clock,
+        storage: SimStorage,
+        options: BackOptions,
+        journal: bytearray,
+    ) -> None:
+        super().__init__(clock)
+        self.link = link
+        self.channel = link.channel
+        fault = journal_fault(journal, link.ring.view, link.entries, link.abi.number)
+        self.queue = link.prepare(storage.open_channel(), options, journal, resume=not fault)
+        self.channel.notify()
+
+    def step(self, budget: int) -> int:
+        """See `SimLink.step`."""
+        self.queue.set_time(self._clock.now_ns)
+        flags = self._rest(self.queue.step(budget), self.queue.may_sleep())
+        if self.queue.due_ns:
+            self.deadline_ns = self.queue.due_ns
+        return flags
 
 
 class SimFrontend:
@@ -118,7 +166,7 @@ class SimFrontend:
     def __init__(self, machine: EmulatedMachine, clock: Clock, peer: Domid, shape: Shape) -> None:
         self.machine = machine
         self.shape = shape
-        self.links = [FrontLink(machine, clock, peer, shape) for _ in range(shape.queues)]
+        self.links = [SimFrontLink(machine, clock, peer, shape) for _ in range(shape.queues)]
 
     def wake(self) -> None:
         """Wake every queue."""
@@ -128,61 +176,6 @@ class SimFrontend:
     def die(self) -> None:
         """End as by SIGKILL: the session is closed; pages that are mapped are freed later."""
         self.machine.close()
-
-
-class BackLink(_Link):
-    """A ring that the backend has mapped, a bound port and a queue."""
-
-    def __init__(
-        self,
-        machine: EmulatedMachine,
-        clock: Clock,
-        frontend: SimFrontend,
-        number: int,
-        storage: BridgeChannel,
-        *,
-        capacity: int,
-        copying: bool,
-        journal: bytearray,
-    ) -> None:
-        super().__init__(clock)
-        peer, other = frontend.machine.domid, frontend.links[number]
-        self.grants = machine.grants.foreign(peer)
-        self.mapping = self.grants.map(other.ring.grefs)
-        self.channel = machine.event_channels.bind_interdomain(peer, other.channel.port)
-        shape = frontend.shape
-        self.queue = BackendQueue(
-            self.mapping.view,
-            shape.entries,
-            shape.abi.number,
-            self.grants,
-            self.channel,
-            storage,
-            capacity=capacity,
-            offered=shape.offered,
-            indirect_max=shape.indirect_max,
-            persistent=shape.persistent,
-            persistent_max=shape.persistent_max,
-            max_pages=shape.max_pages,
-            copying=copying,
-            journal=journal,
-            resume=not journal_fault(journal, self.mapping.view, shape.entries, shape.abi.number),
-        )
-        self.channel.notify()
-
-    def step(self, budget: int) -> int:
-        """One step, then sleep if there is nothing to do; STEP_* flags."""
-        self.queue.set_time(self._clock.now_ns)
-        flags = self._rest(self.queue.step(budget), self.queue.may_sleep())
-        if self.queue.due_ns:
-            self.deadline_ns = self.queue.due_ns
-        return flags
-
-    def release(self) -> None:
-        """Give everything back, as a backend that has drained does."""
-        self.queue.release()
-        self.mapping.close()
-        self.grants.close()
 
 
 class SimBackend:
@@ -202,18 +195,17 @@ class SimBackend:
         journals: Sequence[bytearray],
     ) -> None:
         self.machine = machine
+        shape, peer = frontend.shape, frontend.machine.domid
+        options = shape.back_options(storage.sectors, copying=copying)
         self.links = [
-            BackLink(
-                machine,
+            SimBackLink(
+                BackLink(machine, peer, other.link.nodes, shape.abi),
                 clock,
-                frontend,
-                number,
-                storage.open_channel(),
-                capacity=storage.sectors,
-                copying=copying,
-                journal=journal,
+                storage,
+                options,
+                journal,
             )
-            for number, journal in enumerate(journals)
+            for other, journal in zip(frontend.links, journals, strict=True)
         ]
 
     @property
@@ -240,7 +232,7 @@ class SimBackend:
     def release(self) -> None:
         """Give everything back, as a backend that has drained does."""
         for link in self.links:
-            link.release()
+            link.link.release()
         self.machine.close()
 
     def die(self) -> None:

@@ -15,13 +15,14 @@ from typing import TypeVar
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi
 from xvd.dataplane.back.journal import journal_size
+from xvd.machine.emulated.grants import EmulatedForeignGrants
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.sim.checkers import CheckFailed, ModelDisk, check_answered, check_balanced
 from xvd.sim.clock import Clock
-from xvd.sim.ends import BROKEN, BackLink, FrontLink, Shape, SimBackend, SimFrontend
+from xvd.sim.ends import BROKEN, Shape, SimBackend, SimFrontend, SimLink
 from xvd.sim.faults import Faults
 from xvd.sim.prng import Prng
 from xvd.sim.storage import SimStorage
@@ -34,7 +35,7 @@ _DRAIN_STEPS = 50_000
 _SECTORS_MIN, _SECTORS_MAX = 64, 3072
 _GRANTS_FAIL = ([-1], [-13], [-13, -13], [-7] * 12)
 """A bad grant; no room to map; nor to copy."""
-Link = TypeVar("Link", BackLink, FrontLink)
+L = TypeVar("L", bound=SimLink)
 
 
 @dataclass(slots=True)
@@ -253,7 +254,7 @@ class World:
             actions["time_passes"] = 1
         return actions
 
-    def _pending(self, domid: Domid, links: Sequence[Link]) -> list[Link]:
+    def _pending(self, domid: Domid, links: Sequence[L]) -> list[L]:
         """Those of an end's queues to which an event is under way."""
         end = self._front if domid == FRONT else self._back
         if not links or end is None:
@@ -278,7 +279,9 @@ class World:
         assert self._back is not None
         link = self._prng.choose(_awake(self._back.links))
         if self._prng.chance(self.faults.bad_grant):
-            link.grants.inject([0] * self._prng.below(8) + self._prng.choose(_GRANTS_FAIL))
+            grants = link.link.grants
+            assert isinstance(grants, EmulatedForeignGrants)
+            grants.inject([0] * self._prng.below(8) + self._prng.choose(_GRANTS_FAIL))
         flags = link.step(self._prng.between(1, self.options.budget_max))
         if flags & BROKEN:
             raise CheckFailed("an honest frontend was found lying")
@@ -293,7 +296,7 @@ class World:
         assert self._back is not None
         return self._deliver(self._pending(BACK, self._back.links))
 
-    def _deliver(self, pending: Sequence[Link]) -> str:
+    def _deliver(self, pending: Sequence[L]) -> str:
         link = self._prng.choose(pending)
         link.channel.consume()
         if self._prng.chance(self.faults.lost_event):
@@ -424,7 +427,7 @@ class World:
         self._begin_connection()
 
 
-def _awake(links: Sequence[Link]) -> list[Link]:
+def _awake(links: Sequence[L]) -> list[L]:
     """Those that have something to do."""
     return [link for link in links if link.awake and not link.drained]
 

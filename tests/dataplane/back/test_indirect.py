@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Indirect requests, stepped by hand: their segments lie in granted pages of their own."""
 
+from dataclasses import replace
+
 import pytest
 from rig_engines import ByHand
 from rig_queue import QueueWorld, rq
@@ -143,7 +145,7 @@ def test_a_successor_begins_what_it_has_room_for_and_the_rest_later() -> None:
     with QueueWorld(engine, indirect_max=1024, data_pages=64) as world:
         world.send(*(world.indirect(Op.READ, 0, whole(world, 0, 12), id=i) for i in range(16)))
         world.settle()
-        world.indirect_max = 4096
+        world.options = replace(world.options, indirect_max=4096)
         world.succeed()
         answered = 0
         while answered < 16:

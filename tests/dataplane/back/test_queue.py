@@ -11,6 +11,7 @@ from rig_queue import ALL, BROKEN, DRAINED, WORKED, QueueWorld, discard, rq
 
 from xvd.blkif.abi import Abi, Op, Status
 from xvd.blkif.messages import AnyRequest, Request, Segment
+from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.back.queue import BackendQueue
 from xvd.engines.layers.error import Error
 from xvd.engines.memory import MemoryEngine
@@ -97,11 +98,9 @@ def test_all_64_bits_of_the_id_come_back() -> None:
 )
 def test_what_a_queue_cannot_do_cannot_be_offered(offered: int, indirect_max: int) -> None:
     with QueueWorld() as world:
+        options = BackOptions(capacity=8, offered=offered, indirect_max=indirect_max)
         with pytest.raises(LocalProtocolError, match=r"offered|at most 4096"):
-            BackendQueue(
-                world.mapping.view, 32, 0, world.grants, world.backend_port, world.channel,
-                capacity=8, offered=offered, indirect_max=indirect_max,
-            )  # fmt: skip
+            world.link.prepare(world.channel, options)
 
 
 def test_a_ring_that_is_too_short_is_refused() -> None:
@@ -109,16 +108,14 @@ def test_a_ring_that_is_too_short_is_refused() -> None:
         with pytest.raises(LocalProtocolError, match="too few for 64 entries"):
             BackendQueue(
                 world.mapping.view, 64, 0, world.grants, world.backend_port, world.channel,
-                capacity=8,
+                BackOptions(capacity=8),
             )  # fmt: skip
 
 
 def test_a_queue_attaches_to_a_live_ring_and_serves_what_waits() -> None:
     with QueueWorld() as world:
         world.send(rq(Op.READ, 0, world.segment(0), id=1), rq(Op.READ, 0, world.segment(1), id=2))
-        world.queue = BackendQueue(
-            world.mapping.view, 32, 0, world.grants, world.backend_port, world.channel, capacity=64
-        )
+        world.queue = world.link.prepare(world.channel, BackOptions(capacity=64))
         world.settle()
         assert [answer.id for answer in world.responses()] == [1, 2]
 
@@ -127,10 +124,7 @@ def test_an_insane_ring_is_not_attached_to() -> None:
     with QueueWorld() as world:
         world.ring_pages.view.cast("I")[0] = 33
         with pytest.raises(PeerProtocolError, match="more requests on the ring than its 32"):
-            BackendQueue(
-                world.mapping.view, 32, 0, world.grants, world.backend_port, world.channel,
-                capacity=64,
-            )  # fmt: skip
+            world.link.prepare(world.channel, BackOptions(capacity=64))
 
 
 def test_a_step_takes_no_more_than_its_budget() -> None:

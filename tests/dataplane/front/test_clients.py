@@ -24,6 +24,7 @@ from rig_queue import QueueWorld
 
 from xvd.blkif.abi import Op
 from xvd.dataplane.front.clients import Clients, Fence
+from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.loop.loop import Loop
 from xvd.errors import LocalProtocolError
@@ -304,7 +305,8 @@ def test_a_queue_that_ends_forgets_what_its_clients_have_under_way() -> None:
         room = Clients(world.fence)
         for transmission in clients.take_back():
             room.join(transmission)
-        del world.queue, world.front, world.clients, clients
+        world.drop_queue()
+        del world.front, world.clients, clients
         gc.collect()
         settle(room)
         assert client.listen() == []
@@ -320,7 +322,8 @@ def test_a_set_of_clients_may_go_with_everything_under_way() -> None:
         clients.join(client.transmission)
         client.send(WRITE, 0, 4096, payload=bytes(4096))
         world.on_ring()
-        del world.queue, world.front, world.clients, clients
+        world.drop_queue()
+        del world.front, world.clients, clients
         gc.collect()
         client.socket.close()
 
@@ -344,7 +347,7 @@ def test_a_waiting_room_has_no_loop() -> None:
 def test_a_socket_wakes_the_thread_of_the_queue() -> None:
     with QueueWorld() as world, world.running():
         pages = world.guest.grants.share(world.backend.domid, 32 * 11)
-        front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port)
+        front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port, FrontOptions())
         clients = Clients(open_fence(), front)
         thread = threading.Thread(target=(loop := Loop(clients)).run)
         thread.start()

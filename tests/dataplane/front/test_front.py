@@ -10,7 +10,7 @@ from rig_queue import DRAINED
 
 from xvd.blkif.abi import Abi, Op, Status
 from xvd.blkif.messages import DiscardRequest, Request
-from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.front.options import FrontOptions
 from xvd.errors import LocalProtocolError
 
 ABIS = pytest.mark.parametrize("abi", list(Abi), ids=lambda abi: abi.name)
@@ -213,7 +213,7 @@ def test_a_queue_that_is_dropped_lets_go_of_every_buffer(sectors: int, steps: in
         world.queue.submit(READ, 0, sectors, buffer, 1)
         for _ in range(steps):
             world.requests()
-        del world.queue
+        world.drop_queue()
         gc.collect()
         buffer.append(0)
 
@@ -242,15 +242,13 @@ def test_grants_are_taken_back_with_each_answer() -> None:
 
 def test_too_few_pages_for_one_request() -> None:
     with FrontWorld() as world, pytest.raises(LocalProtocolError, match="1 pages are too few for"):
-        FrontQueue(world.ring_pages.view, 32, 0, world.ring_pages, world.port)
+        world.link.prepare(world.ring_pages, FrontOptions())
 
 
 @pytest.mark.parametrize("segments_max", [0, 4097])
 def test_segments_have_bounds(segments_max: int) -> None:
     with FrontWorld() as world, pytest.raises(LocalProtocolError, match="1 to 4096 segments"):
-        FrontQueue(
-            world.ring_pages.view, 32, 0, world.pages, world.port, segments_max=segments_max
-        )  # fmt: skip
+        world.link.prepare(world.pages, FrontOptions(segments_max=segments_max))
 
 
 # ---- The budget of a step ----

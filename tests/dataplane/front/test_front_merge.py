@@ -125,6 +125,6 @@ def test_a_queue_that_is_dropped_lets_go_of_all_that_were_joined(issued: bool) -
             world.queue.submit(READ, token * 20, 20, buffer, token)
         if issued:
             world.requests()
-        del world.queue
+        world.drop_queue()
         for buffer in buffers:
             buffer.append(0)

@@ -21,6 +21,7 @@ from rig_queue import QueueWorld
 
 from xvd.dataplane.front.clients import Clients
 from xvd.dataplane.front.load import Load
+from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.loop.loop import Loop
 from xvd.errors import LocalProtocolError
@@ -183,7 +184,8 @@ def test_a_reply_that_is_half_sent_is_sent_to_its_end() -> None:
         room = Clients(world.fence)
         for transmission in clients.take_back():
             room.join(transmission)
-        del world.queue, world.front, world.clients, clients
+        world.drop_queue()
+        del world.front, world.clients, clients
         world.pages.view[:] = bytes(len(world.pages.view))
         replies = b""
         while piece := client.received():
@@ -207,7 +209,9 @@ def test_in_the_waiting_room_there_are_no_pages() -> None:
 def run(world: QueueWorld, **job: int) -> int:
     """The checksum of a load over a queue of its own ring."""
     pages = world.guest.grants.share(world.backend.domid, 32 * 11)
-    front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port, persistent=True)
+    front = FrontQueue(
+        world.ring_pages.view, 32, 0, pages, world.port, FrontOptions(persistent=True)
+    )
     load = Load(front, depth=4, size=65536, span=1 << 20, sequential=True, operations=16, **job)
     Loop(load).run()
     ended, errors, checksum = load.result
@@ -243,7 +247,7 @@ def test_a_load_that_has_no_place_is_told_so(wrong: dict[str, int]) -> None:
     with FrontWorld(**KEPT) as world:
         with pytest.raises(LocalProtocolError, match="have no place in granted pages"):
             Load(world.queue, in_place=True, **(right | wrong))
-        del world.queue
+        world.drop_queue()
 
 
 # ---- The pool ----

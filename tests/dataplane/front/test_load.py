@@ -10,6 +10,7 @@ from rig_queue import QueueWorld
 
 from xvd.blkif.messages import Request
 from xvd.dataplane.front.load import Load
+from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.loop.loop import Loop
 from xvd.errors import LocalProtocolError
@@ -33,7 +34,7 @@ def test_a_seed_means_the_same_load_everywhere() -> None:
 def test_a_load_runs_to_its_end() -> None:
     with QueueWorld() as world, world.running():
         pages = world.guest.grants.share(world.backend.domid, 32 * 11)
-        front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port)
+        front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port, FrontOptions())
         load = Load(front, depth=8, size=4096, span=1 << 20, operations=500, write_percent=30)
         Loop(load).run()
         assert load.result[:2] == (500, 0)
@@ -49,14 +50,14 @@ def test_a_load_that_ends_early_leaves_its_queue_whole(issued: int) -> None:
         load.stop()
         del load
         gc.collect()
-        del world.queue
+        world.drop_queue()
         gc.collect()
 
 
 def test_a_load_can_be_stopped_from_another_thread() -> None:
     with QueueWorld() as world, world.running():
         pages = world.guest.grants.share(world.backend.domid, 32 * 11)
-        front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port)
+        front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port, FrontOptions())
         load = Load(front, depth=64, size=4096, span=1 << 20, operations=1 << 60)
         thread = threading.Thread(target=(loop := Loop(load)).run)
         thread.start()

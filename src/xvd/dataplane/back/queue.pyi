@@ -1,5 +1,6 @@
 from typing_extensions import Buffer, disjoint_base
 
+from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.types import HasPorts
 
 def memory_of(nr_ents: int, indirect_max: int, persistent_max: int) -> int: ...
@@ -14,18 +15,8 @@ class BackendQueue:
         grants: HasPorts,
         events: HasPorts,
         engine: HasPorts,
+        options: BackOptions,
         *,
-        capacity: int,
-        logical_sectors: int = 1,
-        unit: int = 1,
-        read_only: bool = False,
-        offered: int = 0x3,
-        indirect_max: int = 0,
-        copying: bool = False,
-        persistent: bool = False,
-        persistent_max: int = 1056,
-        persistent_idle_s: float = 60,
-        max_pages: int = 1024,
         journal: Buffer | None = None,
         resume: bool = False,
     ) -> None: ...

@@ -307,33 +307,25 @@ cdef class BackendQueue:
     """One queue of one disk, used by one thread at a time.
 
     ring: writable buffer over the mapped ring pages. abi: number of `blkif.abi.Abi`. grants,
-    events, engine: objects with the tables' capsules as ``ports``; they are kept alive. capacity:
-    512-byte sectors. unit: how many of those this frontend counts as one, 1 to 8. offered: bit ``1 << operation`` for each operation advertised, bit 16 for
-    secure discard. indirect_max: segments of an indirect request as advertised, 0 (none) to 4096.
-    copying: grant copy instead of mapping; what would be mapped for one request is copied also where
-    the grants' table says that unmapping takes its time. persistent: both ends offered persistent grants; with
-    mapping, up to `persistent_max` pages stay mapped, each until it was unused for
-    `persistent_idle_s` seconds (0: for ever). max_pages: how many pages that data is copied through
-    stay in memory between requests. journal: writable memory of
-    `journal_size` bytes that outlives the process, or None. resume: a predecessor on the same ring
-    left it, and it is taken up; otherwise a new one is begun there.
+    events, engine: objects with the tables' capsules as ``ports``; they are kept alive. options:
+    a `BackOptions`. Where the grants' table says that unmapping takes its time, what would be
+    mapped for one request is copied. journal: writable memory of `journal_size` bytes that outlives
+    the process, or None. resume: a predecessor on the same ring left it, and it is taken up;
+    otherwise a new one is begun there.
 
     Raises PeerProtocolError if the ring's indices are insane (more requests than entries), or the
     journal is not one of this ring, or is damaged (`journal.journal_fault`).
     """
 
-    def __init__(self, ring, uint32_t nr_ents, int abi, grants, events, engine, *,
-                 uint64_t capacity, uint32_t logical_sectors=1, uint32_t unit=1, bint read_only=False,
-                 uint32_t offered=0x3, uint32_t indirect_max=0, bint copying=False,
-                 bint persistent=False, uint32_t persistent_max=1056, double persistent_idle_s=60,
-                 uint32_t max_pages=1024, journal=None, bint resume=False):
+    def __init__(self, ring, uint32_t nr_ents, int abi, grants, events, engine, options, *,
+                 journal=None, bint resume=False):
         cdef uint8_t[::1] page = ring
         if journal is None:
             journal = bytearray(journal_size(nr_ents))
         if self.q.pendings != NULL:
             raise LocalProtocolError("a queue is made once")
         check_ring(page.shape[0], nr_ents, abi)
-        check_offer(offered, indirect_max)
+        check_offer(options.offered, options.indirect_max)
         self.keep = (ring, grants, events, engine)
         self.q.ring.sring = &page[0]
         self.q.ring.nr_ents = nr_ents
@@ -341,16 +333,17 @@ cdef class BackendQueue:
         self.q.grants = grants_of(grants)
         self.q.events = events_of(events)
         self.q.engine = engine_of(engine)
-        self.q.limits.capacity = capacity
-        self.q.limits.logical_sectors = logical_sectors
-        self.q.limits.unit = unit
-        self.q.limits.read_only = read_only
-        self.q.limits.offered = offered
-        self.q.limits.indirect_max = indirect_max
-        self.q.persistent = persistent and not copying
-        self.q.copying = copying or not (persistent or self.q.grants.unmaps_at_once)
-        self.q.max_pages = max_pages
-        self.set_persistent(persistent_max, persistent_idle_s)
+        self.q.limits.capacity = options.capacity
+        self.q.limits.logical_sectors = options.logical_sectors
+        self.q.limits.unit = options.unit
+        self.q.limits.read_only = options.read_only
+        self.q.limits.offered = options.offered
+        self.q.limits.indirect_max = options.indirect_max
+        self.q.persistent = options.persistent and not options.copying
+        self.q.copying = options.copying or not (
+            options.persistent or self.q.grants.unmaps_at_once)
+        self.q.max_pages = options.max_pages
+        self.set_persistent(options.persistent_max, options.persistent_idle_s)
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.allocate(nr_ents)
         self.attach(journal, resume)

@@ -1,5 +1,6 @@
 from typing_extensions import Buffer, disjoint_base
 
+from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.types import HasPorts
 
 @disjoint_base
@@ -11,14 +12,7 @@ class FrontQueue:
         abi: int,
         pages: HasPorts,
         events: HasPorts,
-        *,
-        handle: int = 0,
-        segments_max: int = 11,
-        block_sectors: int = 1,
-        wire_sector: int = 1,
-        page_grants: int = 1,
-        persistent: bool = False,
-        trusted: bool = True,
+        options: FrontOptions,
     ) -> None: ...
     @staticmethod
     def pages_needed(segments_max: int, page_grants: int = 1) -> int: ...

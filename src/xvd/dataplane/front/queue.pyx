@@ -137,35 +137,30 @@ cdef class FrontQueue:
     """One queue of one disk. `step` by one thread; `submit` and `reap` by any other.
 
     ring: writable buffer over our own ring pages, initialised (`FrontRing.init`) before they were
-    published. pages: the object with the granter's capsule; at least as many as the largest request
-    needs. handle: low 16 bits of the vdev. segments_max: pages of data in one request, 1 to 4096;
-    more than 11 only if the backend offers so many indirect segments. block_sectors: the backend's
-    logical block in 512-byte sectors, a power of two; operations are whole blocks, and requests
-    then are too. wire_sector: how many of those the backend counts as one: 1, or `block_sectors` where
-    it speaks the dialect of before Xen 221f2748e8. persistent: both ends have said that grants are to be kept. page_grants: grants in
-    one of our own pages: 1, 4 or 16 for pages of 4, 16 or 64 KiB; requests are then whole ones, and
-    where a request has less than one, several go on the ring together. `FrontQueue.pages_needed`
-    says how many pages a queue must have. trusted: False clears every byte that is not data before
-    the backend may see it (XSA-403).
+    published. abi: number of `blkif.abi.Abi`. pages: the object with the granter's capsule; at
+    least as many as `pages_needed` says. events: with the event channel's. options: a
+    `FrontOptions`. Requests are whole blocks, and with larger guest pages whole ones of these;
+    where a request has less than one, several go on the ring together. Bytes that are not data are
+    cleared before a backend that is not trusted may see them (XSA-403).
     """
 
-    def __init__(self, ring, uint32_t nr_ents, int abi, pages, events, *, uint16_t handle=0,
-                 uint32_t segments_max=BLKIF_MAX_SEGMENTS_PER_REQUEST, uint32_t block_sectors=1,
-                 uint32_t wire_sector=1, uint32_t page_grants=1, bint persistent=False, bint trusted=True):
+    def __init__(self, ring, uint32_t nr_ents, int abi, pages, events, options):
         cdef uint8_t[::1] page = ring
-        cdef uint32_t i
+        cdef uint32_t i, block_sectors = options.block_sectors
+        cdef uint32_t wire_sector = options.wire_sector
         if self.q.shadows != NULL:
             raise LocalProtocolError("a queue is made once")
         check_ring(page.shape[0], nr_ents, abi)
         self.keep = (ring, pages, events)
-        self.set_limits(granter_of(pages).count, segments_max, block_sectors, page_grants)
+        self.set_limits(granter_of(pages).count, options.segments_max, block_sectors,
+                        options.page_grants)
         if wire_sector not in (1, block_sectors) or wire_sector > BLKIF_SECTORS_PER_PAGE:
             raise LocalProtocolError(f"sectors on the ring are of 512 bytes or a block, and at most "
                                      f"a page, not {wire_sector * 512} bytes")
         self.q.wire_sector = wire_sector
         self.q.events = events_of(events)
-        self.q.handle = handle
-        self.q.wipe = not trusted
+        self.q.handle = options.handle
+        self.q.wipe = not options.trusted
         self.q.ring.sring = &page[0]
         self.q.ring.nr_ents = nr_ents
         self.q.ring.layout = &blkif_layouts[abi]
@@ -174,7 +169,7 @@ cdef class FrontQueue:
         self.q.shadows = <shadow *>calloc(nr_ents, sizeof(shadow))
         self.q.free_ids = <uint32_t *>calloc(nr_ents, sizeof(uint32_t))
         if (not self.q.shadows or not self.q.free_ids
-                or not open_pool(&self.q.pool, granter_of(pages), persistent)):
+                or not open_pool(&self.q.pool, granter_of(pages), options.persistent)):
             raise MemoryError(f"no memory for a queue of {nr_ents} requests")
         self.q.unit_pages = pages_of_unit(&self.q, self.q.unit_sectors, False)
         self.q.pool.placed_max = placed_most(&self.q)

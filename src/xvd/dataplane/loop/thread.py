@@ -71,6 +71,10 @@ class QueueThread:
         self._queue.stop()
         self.loop.wake()
 
+    def counters(self) -> dict[str, int]:
+        """See `Loop.counters`."""
+        return self.loop.counters()
+
     def abandon(self) -> None:
         """Leave at once, whatever is in flight; ends in `on_exit`."""
         self.loop.leave()

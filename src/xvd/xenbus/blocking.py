@@ -47,19 +47,3 @@ async def in_own_thread(call: Callable[..., _T], *arguments: object) -> _T:
     finally:
         if not outcome.cancelled():
             thread.join()  # it has told us, and has nothing more to do
-
-
-class InTurn:
-    """One at a time of such calls, as one storage wants them; `lock` is for other threads' own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-
-    async def call(self, call: Callable[..., _T], *arguments: object) -> _T:
-        """Do it in a thread of its own, and with nobody else at the storage."""
-
-        def alone() -> _T:
-            with self.lock:
-                return call(*arguments)
-
-        return await in_own_thread(alone)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend queue is told once, when it is made."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackOptions:
+    """capacity: sectors of 512 bytes. logical_sectors: those of one logical block of the storage;
+    a request that begins or ends inside one is refused. unit: how many of them the ring counts as
+    one: 1, or logical_sectors. read_only: whatever writes is refused. offered: bits of the
+    operations that the frontend was told of, 1 << 16 for the secure discard; reads and writes are
+    always offered. indirect_max: most segments of an indirect request, 0 to 4096, 0 where they are
+    not offered. copying: use grant copy instead of mapping.
+
+    persistent: keep the frontend's grants mapped, at most persistent_max of them, and those that
+    were not used for persistent_idle_s seconds (0: for ever) no longer; not with copying.
+    max_pages: how many pages of 4096 bytes are kept for copying while no request uses them.
+    """
+
+    capacity: int
+    logical_sectors: int = 1
+    unit: int = 1
+    read_only: bool = False
+    offered: int = 0x3
+    indirect_max: int = 0
+    copying: bool = False
+    persistent: bool = False
+    persistent_max: int = 1056
+    persistent_idle_s: float = 60.0
+    max_pages: int = 1024

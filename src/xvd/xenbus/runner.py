@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an end leaves to its process: that its queues run, and calls that may never return.
+
+Here each has a thread of its own. Whoever moves the time himself has steps in the place of threads.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from xvd.dataplane.loop.thread import BUDGET, Queue, QueueThread
+from xvd.xenbus.blocking import in_own_thread
+
+_T = TypeVar("_T")
+
+OnExit = Callable[[Exception | None], None]
+"""Called in the event loop's thread when a queue runs no more, with what ended it, if anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """How a queue is run. poll_s: for how long at most one looks for more before one sleeps,
+    seconds. watchdog_s: the longest sleep. budget: most requests of one step."""
+
+    poll_s: float = 0.0
+    watchdog_s: float = 5.0
+    budget: int = BUDGET
+
+
+class Runner(Protocol):
+    """What runs one queue until it is drained, abandoned or broken."""
+
+    def wake(self) -> None:
+        """Let the queue be stepped now. Any thread."""
+
+    def drain(self) -> None:
+        """Finish what is in flight and nothing more."""
+
+    def abandon(self) -> None:
+        """Leave at once, whatever is in flight."""
+
+    def counters(self) -> dict[str, int]:
+        """How often it slept and was woken, by name."""
+
+
+class Runtime(Protocol):
+    """Who runs queues and calls. For the event loop's thread."""
+
+    def run(self, queue: Queue, name: str, on_exit: OnExit, options: LoopOptions) -> Runner:
+        """Run a queue from now on. Raises OSError if it cannot be had."""
+
+    async def call(self, work: Callable[..., _T], *arguments: object) -> _T:
+        """What `work` returns or raises, which may take for ever. Cancelling gives up the waiting,
+        not the call."""
+
+
+class Threads:
+    """A thread for each queue and each call."""
+
+    def run(self, queue: Queue, name: str, on_exit: OnExit, options: LoopOptions) -> Runner:
+        """See `Runtime.run`. `name` is the thread's."""
+        return QueueThread(
+            queue, name, on_exit, poll_s=options.poll_s, watchdog_s=options.watchdog_s,
+            budget=options.budget,
+        )  # fmt: skip
+
+    async def call(self, work: Callable[..., _T], *arguments: object) -> _T:
+        """See `Runtime.call`."""
+        return await in_own_thread(work, *arguments)
+
+
+THREADS = Threads()
+
+
+class InTurn:
+    """One at a time of such calls, as one storage wants them; `lock` is for other threads' own."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.lock = threading.Lock()
+
+    async def call(self, call: Callable[..., _T], *arguments: object) -> _T:
+        """Do it in a thread of its own, and with nobody else at the storage."""
+
+        def alone() -> _T:
+            with self.lock:
+                return call(*arguments)
+
+        return await self._runtime.call(alone)
