@@ -124,7 +124,7 @@ def test_what_a_restarted_backend_finds_on_the_ring_is_served_once() -> None:
             await backend_reaches(world, vbd, 4)
             assert world.server is not None
             await world.server.close()
-            assert world.host.host.books()["mappings"] == 0
+            assert world.host.host.accounting()["mappings"] == 0
             asking = frontend.ask(rq(Op.READ, 0, Segment(frontend.pages.grefs[0])))
             await world.serve(opener())
             assert (await asking).status == 0
@@ -236,7 +236,7 @@ def test_grants_stay_mapped_when_both_ends_say_so(
             assert frontend.pages.revoke(0) == (mode != "persistent grants")
             await store.write(f"{vbd.frontend}/state", "6")
             await backend_reaches(world, vbd, 6)
-            assert world.host.host.books()["mappings"] == 0
+            assert world.host.host.accounting()["mappings"] == 0
             frontend.close()
 
     run(work())

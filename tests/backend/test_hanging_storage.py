@@ -11,7 +11,7 @@ from rig_disk import World, disk_world, run, until
 from xvd.backend import device as device_module
 from xvd.backend import sizes as sizes_module
 from xvd.backend.device import StorageOpener
-from xvd.backend.sizes import SizeLook
+from xvd.backend.sizes import SizePoll
 from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
@@ -112,13 +112,13 @@ def test_a_look_at_sizes_goes_past_one_that_hangs_until_it_answers(server: Serve
     first, dead, last = disks = Disk(server), Disk(server, hangs=True), Disk(server)
 
     async def work() -> None:
-        look: SizeLook[Disk] = SizeLook()
-        assert await look.look(disks) == [first, last]
-        assert await look.look(disks) == [first, last]
+        sizes: SizePoll[Disk] = SizePoll()
+        assert await sizes.poll(disks) == [first, last]
+        assert await sizes.poll(disks) == [first, last]
         assert [disk.asked for disk in disks] == [2, 1, 2]
         server.lives.set()
-        await until(lambda: not look.hanging)
-        assert await look.look(disks) == [first, dead, last]
+        await until(lambda: not sizes.hanging)
+        assert await sizes.poll(disks) == [first, dead, last]
 
     run(work())
 

@@ -150,7 +150,7 @@ def test_one_queue_that_cannot_be_connected_leaves_nothing_of_the_others(
             frontend = RawFrontend(machine, store, vbd, queues=4)
             await frontend.publish({f"queue-{bad}/ring-ref": "1999"})
             await backend_reaches(world, vbd, FAILED)
-            assert world.host.host.books()["mappings"] == NOTHING["mappings"]
+            assert world.host.host.accounting()["mappings"] == NOTHING["mappings"]
             frontend.close()
 
     run(work())

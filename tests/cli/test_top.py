@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rates from two looks at a disk's figures."""
+"""Rates from two polls at a disk's figures."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from rig_machine import KINDS, ON_XEN, Pair
 from xvd.machine.emulated.limits import Limits
 
 BEYOND_XEN = {
-    "books": "Xen keeps no books that a domain may read",
+    "accounting": "Xen keeps no accounting that a domain may read",
     "inject": "Xen fails when it fails",
     "third_domain": "needs a third domain",
     "unknown_domain": "Linux's devices say so when a grant or port is used, not before",
@@ -45,7 +45,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def pair(kind: str) -> Iterator[Pair]:
-    """Two domains of a machine whose books must be empty at the end."""
+    """Two domains of a machine whose accounting must be empty at the end."""
     with KINDS[kind]() as domains:
         yield domains
 

@@ -163,4 +163,4 @@ def test_ports_are_given_back(tiny: Pair) -> None:
         first, second = bound(tiny)
         first.close()
         second.close()
-    assert tiny.host.books()["ports"] == 0
+    assert tiny.host.accounting()["ports"] == 0

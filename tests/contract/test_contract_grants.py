@@ -204,16 +204,16 @@ def test_an_injected_failure_of_a_copy_is_that_copys_alone(pair: Pair) -> None:
     assert grants.read(pages.grefs[0], 0, 8) == bytes(8)
 
 
-@pytest.mark.beyond_xen("books")
+@pytest.mark.beyond_xen("accounting")
 def test_pages_given_up_while_mapped_are_free_when_they_are_not(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 3)
     mapping = pair.mapper.grants.foreign(GRANTER).map(pages.grefs)
     pages.close()
-    assert pair.host.books()["pages"] == 3
+    assert pair.host.accounting()["pages"] == 3
     mapping.view[0] = 1  # still the same page, and nobody else's
     assert bytes(pair.granter.grants.share(MAPPER, 3).view) == bytes(3 * PAGE_SIZE)
     mapping.close()
-    assert pair.host.books()["pages"] == 3  # those of the second share
+    assert pair.host.accounting()["pages"] == 3  # those of the second share
 
 
 def test_pages_of_a_granter_that_left_are_free_when_the_peer_lets_go(pair: Pair) -> None:
@@ -225,14 +225,14 @@ def test_pages_of_a_granter_that_left_are_free_when_the_peer_lets_go(pair: Pair)
     mapping.close()
 
 
-@pytest.mark.beyond_xen("books", "revoke")
+@pytest.mark.beyond_xen("accounting", "revoke")
 def test_a_mapping_closed_after_its_machine_disturbs_nobody(pair: Pair) -> None:
     """Its track entry was given back with the machine, and may be somebody else's by now."""
     pages = pair.granter.grants.share(MAPPER, 2)
     first, second = pair.another(MAPPER), pair.another(MAPPER)
     orphan = first.grants.foreign(GRANTER).map(pages.grefs)
     first.close()
-    while pair.host.books()["mappings"]:
+    while pair.host.accounting()["mappings"]:
         pass
     kept = second.grants.foreign(GRANTER).map(pages.grefs)
     orphan.close()
@@ -240,7 +240,7 @@ def test_a_mapping_closed_after_its_machine_disturbs_nobody(pair: Pair) -> None:
     kept.close()
 
 
-@pytest.mark.beyond_xen("books")
+@pytest.mark.beyond_xen("accounting")
 def test_closing_is_idempotent(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 1)
     grants = pair.mapper.grants.foreign(GRANTER)
@@ -249,7 +249,7 @@ def test_closing_is_idempotent(pair: Pair) -> None:
         mapping.close()
         grants.close()
         pages.close()
-    assert pair.host.books()["pages"] == 0
+    assert pair.host.accounting()["pages"] == 0
 
 
 def test_what_is_closed_cannot_be_used(pair: Pair) -> None:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator
 
 import pytest
-from rig_machine import GRANTER, MAPPER, OTHER, HostThread, Pair, wait_for_books
+from rig_machine import GRANTER, MAPPER, OTHER, HostThread, Pair, wait_for_accounting
 from rig_queue import NOTHING
 
 from xvd.errors import ConfigError, EventChannelError, GrantError, PeerClosed
@@ -20,7 +20,7 @@ from xvd.machine.xs.messages import Message, MessageType
 from xvd.types import Domid
 
 
-@pytest.mark.beyond_xen("books")
+@pytest.mark.beyond_xen("accounting")
 def test_closing_a_machine_gives_back_what_was_made_through_it(pair: Pair) -> None:
     granter, mapper = pair.another(GRANTER), pair.another(MAPPER)
     pages = granter.grants.share(MAPPER, 3)
@@ -29,10 +29,10 @@ def test_closing_a_machine_gives_back_what_was_made_through_it(pair: Pair) -> No
     mapper.grants.foreign(GRANTER).map(pages.grefs)
     mapper.close()
     granter.close()
-    wait_for_books(pair.host, NOTHING | {"sessions": 2})
+    wait_for_accounting(pair.host, NOTHING | {"sessions": 2})
 
 
-@pytest.mark.beyond_xen("books")
+@pytest.mark.beyond_xen("accounting")
 def test_closing_a_machine_twice_and_its_things_after_it(pair: Pair) -> None:
     granter = pair.another(GRANTER)
     pages = granter.grants.share(MAPPER, 3)
@@ -41,7 +41,7 @@ def test_closing_a_machine_twice_and_its_things_after_it(pair: Pair) -> None:
     granter.close()
     end.close()
     pages.close()
-    wait_for_books(pair.host, NOTHING | {"sessions": 2})
+    wait_for_accounting(pair.host, NOTHING | {"sessions": 2})
 
 
 @pytest.mark.beyond_xen("third_domain")
@@ -56,14 +56,14 @@ def test_closing_what_belonged_to_a_domain_that_was_destroyed(pair: Pair) -> Non
     assert OTHER not in pair.host.domids()
 
 
-@pytest.mark.beyond_xen("books", "third_domain")
+@pytest.mark.beyond_xen("accounting", "third_domain")
 def test_a_mapping_survives_the_domain_it_came_from(pair: Pair) -> None:
     pages = pair.another(OTHER).grants.share(MAPPER, 1)
     mapping = pair.mapper.grants.foreign(OTHER).map(pages.grefs)
     pair.host.destroy_domain(OTHER)
     mapping.view[0] = 1
     mapping.close()
-    assert pair.host.books()["mappings"] == 0
+    assert pair.host.accounting()["mappings"] == 0
 
 
 @pytest.mark.beyond_xen("third_domain")
@@ -114,7 +114,7 @@ def test_channels_and_shares_across_the_socket_leave_no_descriptors(served: Host
 
 def test_machines_across_the_socket_leave_no_descriptors(served: HostThread) -> None:
     served.machine(GRANTER).close()
-    wait_for_books(served.host, NOTHING)
+    wait_for_accounting(served.host, NOTHING)
     before = descriptors()
     for _ in range(20):
         machine = served.machine(GRANTER)
@@ -122,7 +122,7 @@ def test_machines_across_the_socket_leave_no_descriptors(served: HostThread) -> 
         machine.event_channels.alloc_unbound(MAPPER)
         machine.close()
         del machine
-        wait_for_books(served.host, NOTHING)
+        wait_for_accounting(served.host, NOTHING)
     assert descriptors() <= before + 3  # a thread of the host may still be closing its socket
 
 
@@ -152,7 +152,7 @@ def test_a_process_killed_between_any_two_instructions_holds_nothing(served: Hos
     granter = served.machine(GRANTER)
     pages = granter.grants.share(MAPPER, 4)
     port = granter.event_channels.alloc_unbound(MAPPER)
-    own = served.host.books()
+    own = served.host.accounting()
 
     def prey(pipe: int) -> None:
         machine = connect(served.directory, MAPPER)
@@ -173,12 +173,12 @@ def test_a_process_killed_between_any_two_instructions_holds_nothing(served: Hos
         pid, pipe = fork(prey)
         os.read(pipe, 1 + turn % 3)
         kill(pid, pipe)
-        wait_for_books(served.host, own)
+        wait_for_accounting(served.host, own)
         state = granter.state(GRANTER)
         assert {state.entry(gref)[0] for gref in pages.grefs} == {1}
     assert all(pages.revoke(page) for page in range(4))
     granter.close()
-    wait_for_books(served.host, NOTHING)
+    wait_for_accounting(served.host, NOTHING)
 
 
 def watch_a_hundred(machine: EmulatedMachine) -> socket.socket:
@@ -217,7 +217,7 @@ def test_a_process_killed_with_watches_leaves_room_for_the_next(served: HostThre
         pid, pipe = fork(prey)
         assert os.read(pipe, 1) == b"."
         kill(pid, pipe)
-        wait_for_books(served.host, NOTHING)
+        wait_for_accounting(served.host, NOTHING)
 
 
 def test_a_host_that_stops_is_a_peer_that_closed(served: HostThread) -> None:

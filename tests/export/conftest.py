@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An export of a small disk in memory; every test ends with the machine's books balanced."""
+"""An export of a small disk in memory; every test ends with the machine's accounting balanced."""
 
 from collections.abc import Iterator
 from pathlib import Path

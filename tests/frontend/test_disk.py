@@ -356,12 +356,12 @@ def test_fifty_connections_leave_nothing_behind() -> None:
         async with disk_world() as world:
             vbd = await world.attach()
             await (await world.open(vbd)).close()
-            idle = world.host.host.books()
+            idle = world.host.host.accounting()
             descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
             for turn in range(50):
                 async with await world.open(vbd) as disk:
                     await disk.write(turn * 512, bytes([turn]) * 512)
-            assert world.host.host.books() == idle
+            assert world.host.host.accounting() == idle
             assert threading.active_count() <= threads + 1
             assert len(os.listdir("/proc/self/fd")) <= descriptors + 2
 

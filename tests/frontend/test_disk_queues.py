@@ -261,7 +261,7 @@ def test_a_store_without_room_for_one_ring_is_told() -> None:
             await world.store.write(f"{vbd.backend}/state", "2")
             with pytest.raises(XenstoreError, match="ENOSPC"):
                 await world.open(vbd)
-            assert world.host.host.books()["pages"] == 0
+            assert world.host.host.accounting()["pages"] == 0
 
     run(work())
 

@@ -92,8 +92,8 @@ def test_an_opening_that_is_cancelled_holds_nothing() -> None:
             opening.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await opening
-            books = world.host.host.books()
-            assert (books["pages"], books["ports"]) == (0, 0)
+            accounting = world.host.host.accounting()
+            assert (accounting["pages"], accounting["ports"]) == (0, 0)
 
     run(work())
 
@@ -104,7 +104,9 @@ def test_memory_that_runs_out_is_told_and_nothing_is_kept() -> None:
             vbd = await world.attach("memory:1M")
             with pytest.raises(XvdError, match="10 grant references left, 11 are needed; detach a"):
                 await world.open(vbd, Settings(max_queues=1))
-            assert world.host.host.books()["pages"] == 1  # the ring, which the backend has mapped
+            assert (
+                world.host.host.accounting()["pages"] == 1
+            )  # the ring, which the backend has mapped
 
     run(work())
 
@@ -116,7 +118,7 @@ def test_where_memory_is_short_there_are_fewer_pages_and_the_disk_works() -> Non
                 data = bytes(range(256)) * 2048
                 await disk.write(0, data)
                 assert await disk.read(0, len(data)) == data
-                assert world.host.host.books()["pages"] == 1 + 22
+                assert world.host.host.accounting()["pages"] == 1 + 22
 
     run(work())
 

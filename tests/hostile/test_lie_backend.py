@@ -77,7 +77,7 @@ def test_garbage_in_its_offer(node: str) -> None:
             await backend.write({node: "-1", "state": "2"})
             with pytest.raises(XvdError, match=f"backend node {node} holds '-1'"):
                 await world.open(vbd)
-            assert world.host.host.books()["pages"] == 0
+            assert world.host.host.accounting()["pages"] == 0
 
     run(work())
 
@@ -175,11 +175,11 @@ def test_a_grant_kept_mapped_is_not_reused_for_anybody() -> None:
             with pytest.raises(OSError, match="grant_still_mapped"):
                 await writing
             await disk.close()
-            assert world.host.host.books()["pages"] > 0
+            assert world.host.host.accounting()["pages"] > 0
             assert bytes(held.view[:4]) == b"ssss"
             held.close()
             backend.close()
-            assert world.host.host.books()["pages"] == 0
+            assert world.host.host.accounting()["pages"] == 0
 
     run(work())
 

@@ -96,7 +96,7 @@ def test_a_ring_with_insane_indices(expect_log) -> None:
             frontend.ring_pages.view.cast("I")[0] = 1000
             await frontend.publish()
             await backend_reaches(world, vbd, FAILED)
-            assert world.host.host.books()["mappings"] == 0
+            assert world.host.host.accounting()["mappings"] == 0
             frontend.close()
 
     run(work())

@@ -194,7 +194,7 @@ class Pair:
 
 @asynccontextmanager
 async def connected(case: Case) -> AsyncIterator[Pair]:
-    """A whole machine with a disk of such a shape; at the end its books are balanced."""
+    """A whole machine with a disk of such a shape; at the end its accounting is balanced."""
     storage = Memory(SIZE)
     storage.rich = case.rich
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole emulated machine in one event loop: host, store, backend, guests and their disks.
 
-`disk_world` gives everything back at its end, and the machine's books must show it.
+`disk_world` gives everything back at its end, and the machine's accounting must show it.
 """
 
 import asyncio
@@ -154,4 +154,4 @@ async def disk_world(
             yield world
         finally:
             await world.close()
-        assert host.host.books() == NOTHING
+        assert host.host.accounting() == NOTHING

@@ -81,7 +81,7 @@ class FrontWorld:
         self.guest.close()
         self.backend.close()
         if exc is None:
-            assert self.host.books() == NOTHING
+            assert self.host.accounting() == NOTHING
         self.host.close()
 
     def drop_queue(self) -> None:

@@ -62,7 +62,7 @@ def one_process(limits: Limits = SMALL) -> Iterator[Pair]:
     yield pair
     for each in [pair.granter, pair.mapper, *pair.opened]:
         each.close()
-    assert host.books() == NOTHING
+    assert host.accounting() == NOTHING
     host.close()
 
 
@@ -99,13 +99,13 @@ class HostThread:
         self._where.cleanup()
 
 
-def wait_for_books(host: Host, wanted: dict[str, int]) -> None:
+def wait_for_accounting(host: Host, wanted: dict[str, int]) -> None:
     """The other side of a socket notices a close a little later."""
     for _ in range(100_000):
-        if host.books() == wanted:
+        if host.accounting() == wanted:
             return
         threading.Event().wait(0.0001)
-    assert host.books() == wanted
+    assert host.accounting() == wanted
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def across_a_socket(limits: Limits = SMALL) -> Iterator[Pair]:
         yield pair
         for each in [pair.granter, pair.mapper, *pair.opened]:
             each.close()
-        wait_for_books(served.host, NOTHING)
+        wait_for_accounting(served.host, NOTHING)
     finally:
         served.close()
 

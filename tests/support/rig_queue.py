@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One backend queue on an emulated machine, with a frontend that may write what it likes.
 
-`QueueWorld` is a context manager; at its end everything is given back, and the machine's books
+`QueueWorld` is a context manager; at its end everything is given back, and the machine's accounting
 must show it.
 """
 
@@ -147,7 +147,7 @@ class QueueWorld:
         self.guest.close()
         self.backend.close()
         if exc is None:
-            assert self.host.books() == NOTHING
+            assert self.host.accounting() == NOTHING
         self.host.close()
 
     def segment(self, page: int, first: int = 0, last: int = 7) -> Segment:
@@ -220,7 +220,7 @@ class QueueWorld:
         [answer] = self.ask(rq(Op.READ, 0, self.segment(0), id=77))
         assert (answer.id, answer.status) == (77, Status.OKAY)
         assert self.queue.in_flight == 0
-        assert self.host.books()["pins"] == len(self.ring_pages.grefs)
+        assert self.host.accounting()["pins"] == len(self.ring_pages.grefs)
 
     @contextmanager
     def running(self) -> Iterator[Loop]:

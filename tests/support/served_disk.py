@@ -110,8 +110,8 @@ async def rigged_disk(
                 yield rig
             finally:
                 await rig.close()
-                books = host.host.books()
-    assert not any(books.values()), f"not given back: {books}"
+                accounting = host.host.accounting()
+    assert not any(accounting.values()), f"not given back: {accounting}"
 
 
 @contextlib.asynccontextmanager

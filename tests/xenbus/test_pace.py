@@ -3,7 +3,7 @@
 
 import pytest
 
-from xvd.xenbus.pace import LOOKS_FREE, LOOKS_PER_SECOND, Pace
+from xvd.xenbus.pace import READS_FREE, READS_PER_SECOND, Pace
 
 
 class Clock:
@@ -16,7 +16,7 @@ class Clock:
 def test_a_life_cycles_looks_wait_for_nothing() -> None:
     pace = Pace(Clock())
 
-    assert [pace.wait_s() for _ in range(LOOKS_FREE)] == [0.0] * LOOKS_FREE
+    assert [pace.wait_s() for _ in range(READS_FREE)] == [0.0] * READS_FREE
 
 
 def test_a_storm_is_looked_at_so_often_in_a_second() -> None:
@@ -28,13 +28,13 @@ def test_a_storm_is_looked_at_so_often_in_a_second() -> None:
         clock.now += pace.wait_s()
         looks += 1
 
-    assert looks == pytest.approx(LOOKS_FREE + 10 * LOOKS_PER_SECOND, abs=2)
+    assert looks == pytest.approx(READS_FREE + 10 * READS_PER_SECOND, abs=2)
 
 
 def test_after_a_quiet_second_looks_are_free_again() -> None:
     clock = Clock()
     pace = Pace(clock)
-    for _ in range(LOOKS_FREE + 1):
+    for _ in range(READS_FREE + 1):
         clock.now += pace.wait_s()
 
     clock.now += 1.0

@@ -90,7 +90,7 @@ class Opened:
         with contextlib.suppress(OSError, XvdError):
             async with self._sizing:
                 await self._resize(None, shrink=False)
-        self.said.looked(self.engine)
+        self.said.examined(self.engine)
 
     async def _resize(self, size: int | None, *, shrink: bool) -> int:
         """The sectors that the storage has then; the disk has no fewer, unless it may shrink."""

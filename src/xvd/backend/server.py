@@ -14,7 +14,7 @@ from xvd.backend.disk import ServedDisk
 from xvd.backend.rival import no_rival
 from xvd.backend.settings import Settings, parse_settings
 from xvd.backend.sharing import SharedStorage
-from xvd.backend.sizes import SizeLook
+from xvd.backend.sizes import SizePoll
 from xvd.backend.xentop import XentopPages
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState
@@ -74,7 +74,7 @@ class Server:
         self._closing = False
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
-        self._lookers: list[asyncio.Task[None]] = []
+        self._pollers: list[asyncio.Task[None]] = []
         self._left: set[str] = set()
         self._pages = XentopPages(store)
         self._log_limits: WeakValueDictionary[str, LogLimit] = WeakValueDictionary()
@@ -85,14 +85,14 @@ class Server:
             watch = await self._store.watch(f"backend/{kind}")
             self._watches.append(watch)
             self._followers.append(asyncio.create_task(self._follow(kind, watch)))
-        looks = (self._look_at_queues(), self._look_at_sizes())
-        self._lookers = [asyncio.create_task(look) for look in looks]
+        polls = (self._poll_queues(), self._poll_sizes())
+        self._pollers = [asyncio.create_task(poll) for poll in polls]
 
     async def wait(self) -> None:
         """Return when the store is lost."""
         await asyncio.gather(*self._followers)
 
-    async def _look_at_queues(self) -> None:
+    async def _poll_queues(self) -> None:
         """One timer for all disks: a thread that wakes up by itself costs fifty times the poll."""
         while True:
             await asyncio.sleep(LOOK_S)
@@ -100,11 +100,11 @@ class Server:
                 device.disk.wake_overdue()
                 device.disk.log_figures()
 
-    async def _look_at_sizes(self) -> None:
-        sizes: SizeLook[ServedDisk] = SizeLook()
+    async def _poll_sizes(self) -> None:
+        sizes: SizePoll[ServedDisk] = SizePoll()
         while True:
             await asyncio.sleep(LOOK_S)
-            for disk in await sizes.look([device.disk for device in self.devices.values()]):
+            for disk in await sizes.poll([device.disk for device in self.devices.values()]):
                 following = asyncio.ensure_future(disk.follow_size())  # it may hang
                 self._again.add(following)
                 following.add_done_callback(self._again.discard)
@@ -149,7 +149,7 @@ class Server:
     async def close(self) -> None:
         """Drain and release every disk, leaving its nodes for whoever serves it next."""
         self._closing = True
-        tasks = [*self._followers, *self._again, *self._lookers]
+        tasks = [*self._followers, *self._again, *self._pollers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

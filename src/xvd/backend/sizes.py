@@ -62,14 +62,14 @@ class _Round(Generic[_D]):
             return True
 
 
-class SizeLook(Generic[_D]):
+class SizePoll(Generic[_D]):
     """Polls disks' sizes; in the event loop's thread."""
 
     def __init__(self) -> None:
         self.hanging: set[_D] = set()
         """Those that have not answered yet."""
 
-    async def look(self, devices: Sequence[_D]) -> list[_D]:
+    async def poll(self, devices: Sequence[_D]) -> list[_D]:
         """Those whose storage has another size than they have; without those that hang."""
         waiting = [device for device in devices if device not in self.hanging]
         changed: list[_D] = []

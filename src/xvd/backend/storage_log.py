@@ -33,7 +33,7 @@ class StorageLog:
             text = "storage fails: %s (%d failures so far); the guest sees I/O errors: %s"
             self._log.error(text, os.strerror(number), failures, remedy)
 
-    def looked(self, engine: Engine | None) -> None:
+    def examined(self, engine: Engine | None) -> None:
         """Note what was found when the storage was last examined."""
         if trouble := self._new(engine):
             self._log.error("%s", trouble)

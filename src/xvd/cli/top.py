@@ -85,7 +85,7 @@ def rates(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Rate
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Poll:
     """The figures of every disk by its directory, and how its daemon was at that time.
 
     A daemon that does not live has the disks that it had when it did.
@@ -101,7 +101,7 @@ class Look:
         return 1 if any(state != ALIVE for state in self.states.values()) else 0
 
 
-def looked(before: Look | None, answers: list[Answer], at: float) -> Look:
+def polled(before: Poll | None, answers: list[Answer], at: float) -> Poll:
     """What is known after these answers: of the dead, what was known before."""
     disks: dict[str, dict[str, Any]] = dict(before.disks) if before else {}
     states = dict.fromkeys(disks, _GONE)
@@ -117,10 +117,10 @@ def looked(before: Look | None, answers: list[Answer], at: float) -> Look:
             states |= dict.fromkeys(had, answer.state)
         else:
             states[answer.daemon] = answer.state
-    return Look(at, disks, states)
+    return Poll(at, disks, states)
 
 
-def rows_between(before: Look, after: Look) -> list[tuple[str, Rates | None]]:
+def rows_between(before: Poll, after: Poll) -> list[tuple[str, Rates | None]]:
     """(state, rates) of each disk; None for a daemon of which no disk is known."""
     seconds = after.at - before.at
     rows: list[tuple[str, Rates | None]] = []
@@ -164,10 +164,10 @@ def top(
     return common.run(_top(host, interval, count, json))
 
 
-async def _looks(host: Path, interval: float, count: int) -> AsyncIterator[tuple[Look, Look]]:
+async def _polls(host: Path, interval: float, count: int) -> AsyncIterator[tuple[Poll, Poll]]:
     """Yield each poll with the one before it, until there were so many or a signal came."""
     stop = common.Stop(common.GRACE_S)
-    before = looked(None, await ask_all(host, _BACKENDS, "stats"), time.monotonic())
+    before = polled(None, await ask_all(host, _BACKENDS, "stats"), time.monotonic())
     shown = 0
     while count == 0 or shown < count:
         if await stop.wait_or(asyncio.sleep(interval)):
@@ -176,7 +176,7 @@ async def _looks(host: Path, interval: float, count: int) -> AsyncIterator[tuple
             answers = await ask_all(host, _BACKENDS, "stats")
         except PeerClosed:
             answers = []  # all of them have ended; another one may come
-        after = looked(before, answers, time.monotonic())
+        after = polled(before, answers, time.monotonic())
         yield before, after
         before = after
         shown += 1
@@ -190,7 +190,7 @@ async def _top(host: Path, interval: float, count: int, json: bool) -> int:
         live = None
         if console.is_terminal and not json:
             live = stack.enter_context(Live(console=console, auto_refresh=False, screen=True))
-        async for before, after in _looks(host, interval, count):
+        async for before, after in _polls(host, interval, count):
             status = after.status
             rows = rows_between(before, after)
             if json:

@@ -131,15 +131,15 @@ class FileEngine(Engine):
 
     def _lock(self, taken: locks.Locks, flags: int, direct: bool, patience_s: float) -> None:
         """Keep everybody else away: the host itself, QEMU, and others of us."""
-        taken.take(self._cached_fd, 0, look=True)
+        taken.take(self._cached_fd, 0, check=True)
         if flags != os.O_RDONLY:
             if self._is_device:
                 self._claim_fd = hostuse.claim(self._cached_fd, self.path, patience_s)
                 if file := hostuse.below(self._cached_fd):
-                    taken.look_below(file)
+                    taken.check_below(file)
             hostuse.check_file(self._cached_fd, self.path)
         if direct and self._open_direct(flags):
-            taken.take(self._direct_fd, 1, look=False)
+            taken.take(self._direct_fd, 1, check=False)
 
     def _open_direct(self, flags: int) -> bool:
         """Whether there is a second description, that goes past the page cache."""

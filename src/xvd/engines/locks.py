@@ -66,14 +66,14 @@ class Locks:
         self._does = ((_READ,) if read_only else (_READ, _WRITE)) if qemus else ()
         self._suffers_not = (_WRITE, _RESIZE) if qemus else ()
 
-    def take(self, fd: int, own_byte: int, *, look: bool) -> None:
+    def take(self, fd: int, own_byte: int, *, check: bool) -> None:
         """Take all locks on a description, waiting for a predecessor that is dying.
 
-        look: whether to check for those of others; not for a second description of ours.
+        check: whether to check for those of others; not for a second description of ours.
         """
         while True:
             try:
-                self._try(fd, own_byte, look=look)
+                self._try(fd, own_byte, check=check)
                 return
             except Busy as busy:
                 if time.monotonic() >= self._deadline:
@@ -83,7 +83,7 @@ class Locks:
                 return
             time.sleep(_RETRY_S)
 
-    def look_below(self, path: str) -> None:
+    def check_below(self, path: str) -> None:
         """Check whether somebody has the file below a loop device, which passes no lock on."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -91,7 +91,7 @@ class Locks:
             return  # not ours to see
         try:
             for base in (QEMU_DOES, QEMU_SUFFERS_NOT):
-                self._look(fd, base + _WRITE, QEMU_THINGS[_WRITE])
+                self._check(fd, base + _WRITE, QEMU_THINGS[_WRITE])
         except Busy as busy:
             who = user_of(fd) or str(busy)
             text = f"{path}, which lies below it, is in use by {who}; stop that one first"
@@ -108,17 +108,17 @@ class Locks:
             f"the image is in use by {who}; stop that one first, or open it read-only (-r) in both"
         )
 
-    def _try(self, fd: int, own_byte: int, *, look: bool) -> None:
+    def _try(self, fd: int, own_byte: int, *, check: bool) -> None:
         self._set(fd, fcntl.F_RDLCK if self._read_only else fcntl.F_WRLCK, own_byte)
         for base, things in ((QEMU_DOES, self._does), (QEMU_SUFFERS_NOT, self._suffers_not)):
             for thing in things:
                 self._set(fd, fcntl.F_RDLCK, base + thing)
-        if not look:
+        if not check:
             return
         try:
             for base, things in ((QEMU_SUFFERS_NOT, self._does), (QEMU_DOES, self._suffers_not)):
                 for thing in things:
-                    self._look(fd, base + thing, QEMU_THINGS[thing])
+                    self._check(fd, base + thing, QEMU_THINGS[thing])
         except Busy:
             self._release(fd)
             raise
@@ -136,7 +136,7 @@ class Locks:
                 raise Busy("another process") from None
             raise
 
-    def _look(self, fd: int, byte: int, thing: str) -> None:
+    def _check(self, fd: int, byte: int, thing: str) -> None:
         """Whether another description holds a byte: it would keep us from writing to it."""
         asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
         kind = _FLOCK.unpack(self._call(fd, F_OFD_GETLK, asked))[0]

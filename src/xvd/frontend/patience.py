@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-LOOKS: Final = 4
+POLLS: Final = 4
 """Polls in one term: what is found silent was silent for the term, or up to a quarter longer."""
 
 
@@ -45,7 +45,7 @@ class Patience:
         progress: Callable[[], tuple[int, int]],
         give_up: Callable[[], None],
     ) -> None:
-        self._step_s = seconds / LOOKS
+        self._step_s = seconds / POLLS
         self._progress = progress
         self._give_up = give_up
         self._answered = -1
@@ -55,7 +55,7 @@ class Patience:
     def start(self) -> None:
         """Begin to poll, also after `stop`."""
         if self._step_s:
-            self._timer = asyncio.get_running_loop().call_later(self._step_s, self._look)
+            self._timer = asyncio.get_running_loop().call_later(self._step_s, self._poll)
 
     def stop(self) -> None:
         """Stop polling. Idempotent."""
@@ -63,12 +63,12 @@ class Patience:
             self._timer.cancel()
             self._timer = None
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         answered, waiting = self._progress()
         silent = waiting > 0 and answered == self._answered
         self._silent = self._silent + 1 if silent else 0
         self._answered = answered
-        if self._silent == LOOKS:
+        if self._silent == POLLS:
             self._timer = None
             self._give_up()
         else:

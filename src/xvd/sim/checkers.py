@@ -174,9 +174,9 @@ class ModelDisk:
         self._older.clear()
 
 
-def check_balanced(books: dict[str, int]) -> None:
+def check_balanced(accounting: dict[str, int]) -> None:
     """Nothing may be left mapped, bound or allocated."""
-    left = {name: count for name, count in books.items() if count}
+    left = {name: count for name, count in accounting.items() if count}
     if left:
         raise CheckFailed(f"not given back: {left}")
 

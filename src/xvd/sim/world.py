@@ -212,7 +212,7 @@ class World:
         self._check_answered()
         self._back.release()
         self._front.die()
-        check_balanced(self._host.books())
+        check_balanced(self._host.accounting())
         if self._workload.failed and not self.options.faults.may_fail:
             raise CheckFailed(
                 f"{self._workload.failed} operations failed though nothing went wrong"

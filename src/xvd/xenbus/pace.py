@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-LOOKS_FREE: Final = 64
-LOOKS_PER_SECOND: Final = 50.0
+READS_FREE: Final = 64
+READS_PER_SECOND: Final = 50.0
 
 
 class Pace:
@@ -21,12 +21,12 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._left = float(LOOKS_FREE)
+        self._left = float(READS_FREE)
         self._since = clock()
 
     def wait_s(self) -> float:
         """Take one reading's place; how long to wait before it, seconds, mostly 0.0."""
         now = self._clock()
-        self._left = min(LOOKS_FREE, self._left + (now - self._since) * LOOKS_PER_SECOND) - 1
+        self._left = min(READS_FREE, self._left + (now - self._since) * READS_PER_SECOND) - 1
         self._since = now
-        return max(0.0, -self._left / LOOKS_PER_SECOND)
+        return max(0.0, -self._left / READS_PER_SECOND)

@@ -136,7 +136,7 @@ class Host:
             for domid in list(self._domains):
                 self.destroy_domain(domid)
 
-    def books(self) -> dict[str, int]:
+    def accounting(self) -> dict[str, int]:
         """What is taken at this moment, over all domains. All zero when everybody gave back."""
         with self._lock:
             self._reap_deferred()

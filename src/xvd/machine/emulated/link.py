@@ -342,7 +342,7 @@ class LinkClient:
     disclaim = _Remote(_own(Session.disclaim), _NOTHING, giving_back=True)
     create_domain = _Remote(_dom0(_create_domain), _NOTHING)
     destroy_domain = _Remote(_dom0(Host.destroy_domain), _NOTHING)
-    books = _Remote(_dom0(Host.books), _NUMBERS)
+    accounting = _Remote(_dom0(Host.accounting), _NUMBERS)
     xenstore = _Remote(_xenstore, _SOCKET)
 
     def __init__(self, path: str | os.PathLike[str], domid: Domid) -> None:
