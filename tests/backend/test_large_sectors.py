@@ -14,7 +14,7 @@ from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op, Status
 from xvd.blkif.assignment import BackendAssignment
 from xvd.blkif.messages import DiscardRequest, IndirectRequest, Request, Segment
-from xvd.blkif.nodes import parse_backend, unit_of
+from xvd.blkif.nodes import parse_backend, wire_sector_of
 from xvd.engines.checked import Checked
 from xvd.engines.interface import Engine, EngineInfo
 from xvd.engines.memory import MemoryEngine
@@ -38,7 +38,9 @@ class FourKn(MemoryEngine):
 @pytest.fixture
 def world() -> Iterator[QueueWorld]:
     engine = Checked(FourKn())
-    with QueueWorld(engine, logical_sectors=8, unit=8, offered=ALL, indirect_max=32) as queue_world:
+    with QueueWorld(
+        engine, block_sectors=8, wire_sector=8, offered=ALL, indirect_max=32
+    ) as queue_world:
         yield queue_world
 
 
@@ -207,7 +209,7 @@ def test_by_default_such_a_frontend_is_refused(expect_log) -> None:
 
 
 def test_a_sector_of_more_than_a_page_cannot_be_counted_in() -> None:
-    assert unit_of(4096) == 8
+    assert wire_sector_of(4096) == 8
     nodes = {"sectors": "8", "info": "0", "sector-size": "8192"}
     with pytest.raises(PeerProtocolError, match="no page holds a sector"):
         parse_backend(nodes, large_sectors=True)

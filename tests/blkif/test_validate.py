@@ -36,7 +36,7 @@ from xvd.types import Gref, RequestId
 ALL = Limits(1000, flush=True, barrier=True, discard=True, secure_discard=True, indirect_max=256)
 NOTHING = Limits(1000, flush=False)
 READ_ONLY = Limits(1000, read_only=True, barrier=True, discard=True, indirect_max=256)
-BLOCKS_4K = Limits(1000, logical_sectors=8, indirect_max=256)
+BLOCKS_4K = Limits(1000, block_sectors=8, indirect_max=256)
 
 
 def seg(first: int = 0, last: int = 7) -> Segment:
@@ -110,7 +110,7 @@ def test_refused(request_: AnyRequest, limits: Limits, refusal: Refusal) -> None
         (direct(Op.FLUSH_DISKCACHE, seg()), ALL),
         (direct(Op.FLUSH_DISKCACHE, at=3), BLOCKS_4K),
         (discard(at=1000, sectors=0), ALL),
-        (discard(at=3, sectors=5), Limits(1000, logical_sectors=8, discard=True)),
+        (discard(at=3, sectors=5), Limits(1000, block_sectors=8, discard=True)),
         (discard(flag=0xFE), Limits(1000, discard=True)),
         (discard(flag=1), ALL),
         (indirect(Op.READ), READ_ONLY),

@@ -94,8 +94,8 @@ def test_both_judges_say_the_same(abi: Abi) -> None:
         flush, barrier, discard = rng.choice(OFFERS)
         limits = Limits(
             capacity=rng.choice(CAPACITIES),
-            logical_sectors=rng.choice([1, 1, 8]),
-            unit=rng.choice([1, 1, 2, 8]),
+            block_sectors=rng.choice([1, 1, 8]),
+            wire_sector=rng.choice([1, 1, 2, 8]),
             read_only=rng.random() < 0.3,
             flush=flush,
             barrier=barrier,
@@ -106,8 +106,8 @@ def test_both_judges_say_the_same(abi: Abi) -> None:
         pages = draw_pages(rng, abi, slot)
         wanted = readable(abi, slot, limits, pages)
         found, operation, request_id = judge(
-            slot, abi.number, capacity=limits.capacity, logical_sectors=limits.logical_sectors,
-            unit=limits.unit, read_only=limits.read_only, offered=bits(limits),
+            slot, abi.number, capacity=limits.capacity, block_sectors=limits.block_sectors,
+            wire_sector=limits.wire_sector, read_only=limits.read_only, offered=bits(limits),
             indirect_max=limits.indirect_max, pages=pages,
         )  # fmt: skip
         assert (Refusal(found), operation, request_id) == wanted, slot.hex()

@@ -34,8 +34,8 @@ def test_xsa_396_pages_that_are_kept_after_the_end_are_nobodys_until_let_go() ->
                 [held] = backend.kept.values()
                 await disk._leave(abandon=True)
                 assert bytes(held.view[:6]) == b"secret"
-                assert world.host.host.books()["pages"] > 0
-            assert world.host.host.books()["pages"] == 0
+                assert world.host.host.accounting()["pages"] > 0
+            assert world.host.host.accounting()["pages"] == 0
 
     run(work())
 

@@ -28,10 +28,10 @@ def test_a_discard_past_the_end(sector: int, sectors: int) -> None:
 
 @pytest.mark.parametrize("sector", [1, 7, 9])
 def test_a_start_inside_a_logical_block(sector: int) -> None:
-    with QueueWorld(logical_sectors=8) as world:
+    with QueueWorld(block_sectors=8) as world:
         world.refused(rq(Op.READ, sector, world.segment(0)), "misaligned", Status.ERROR)
 
 
 def test_a_length_that_is_no_logical_block() -> None:
-    with QueueWorld(logical_sectors=8) as world:
+    with QueueWorld(block_sectors=8) as world:
         world.refused(rq(Op.WRITE, 8, world.segment(0, 0, 3)), "misaligned", Status.ERROR)

@@ -189,7 +189,7 @@ class ModelBackend:
         """Carry a request out; its status. An honest frontend is never refused."""
         limits = Limits(
             capacity=self.features.sectors,
-            logical_sectors=self.features.sector_size // SECTOR,
+            block_sectors=self.features.sector_size // SECTOR,
             flush=self.features.flush, barrier=self.features.barrier,
             discard=self.features.discard, secure_discard=self.features.discard_secure,
             indirect_max=self.features.max_indirect_segments,

@@ -81,8 +81,8 @@ class QueueWorld:
         indirect_max: int = 0,
         copying: bool = False,
         read_only: bool = False,
-        logical_sectors: int = 1,
-        unit: int = 1,
+        block_sectors: int = 1,
+        wire_sector: int = 1,
         data_pages: int = 32,
         poison: int | None = None,
         persistent: int | None = None,
@@ -110,8 +110,8 @@ class QueueWorld:
         self.journal = bytearray(journal_size(self.link.entries))
         self.options = BackOptions(
             capacity=self.engine.info.size // 512,
-            logical_sectors=logical_sectors,
-            unit=unit,
+            block_sectors=block_sectors,
+            wire_sector=wire_sector,
             read_only=read_only,
             offered=offered | (1 << Op.INDIRECT if indirect_max else 0),
             indirect_max=indirect_max,

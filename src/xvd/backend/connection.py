@@ -71,8 +71,8 @@ def back_options(plan: Plan) -> BackOptions:
     features, settings = plan.features, plan.settings
     return BackOptions(
         capacity=features.sectors,
-        logical_sectors=features.sector_size // RING_SECTOR_SIZE,
-        unit=features.unit,
+        block_sectors=features.sector_size // RING_SECTOR_SIZE,
+        wire_sector=features.wire_sector,
         read_only=bool(features.info & InfoFlag.READONLY),
         offered=offered_operations(features),
         indirect_max=features.max_indirect_segments,

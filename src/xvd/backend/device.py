@@ -210,7 +210,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
 
     async def _do_publish_size(self) -> None:
         features = self.disk.storage.features
-        await self._write(format_size(features.sectors, features.unit), always=True)
+        await self._write(format_size(features.sectors, features.wire_sector), always=True)
 
     async def _do_report_error(self) -> None:
         # The reason first: the toolstack that sees the state looks for it at once.

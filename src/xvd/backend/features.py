@@ -9,7 +9,7 @@ from xvd.backend.budget import Claim
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, InfoFlag, Op
 from xvd.blkif.assignment import BackendAssignment
-from xvd.blkif.nodes import BackendFeatures, FrontendConfig, parse_backend, unit_of
+from xvd.blkif.nodes import BackendFeatures, FrontendConfig, parse_backend, wire_sector_of
 from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
 from xvd.types import RING_SECTOR_SIZE
@@ -109,7 +109,9 @@ def offered_operations(features: BackendFeatures) -> int:
     return bits | (_SECURE_DISCARD if features.discard_secure else 0)
 
 
-def agreed_unit(config: FrontendConfig, features: BackendFeatures, settings: Settings) -> int:
+def agreed_wire_sector(
+    config: FrontendConfig, features: BackendFeatures, settings: Settings
+) -> int:
     """How many 512-byte sectors count as one; `PeerProtocolError` where the frontend means others.
 
     Sectors on the ring are of 512 bytes whatever ``sector-size`` says (Xen 221f2748e8). Drivers
@@ -126,7 +128,7 @@ def agreed_unit(config: FrontendConfig, features: BackendFeatures, settings: Set
             f"disk from storage of 512-byte blocks, or, if no other driver has written to it, set "
             f"large_sectors=1"
         )
-    return unit_of(features.sector_size)
+    return wire_sector_of(features.sector_size)
 
 
 def without(features: BackendFeatures, bits: int) -> BackendFeatures:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from xvd.backend.features import agreed_unit, promised
+from xvd.backend.features import agreed_wire_sector, promised
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Abi
 from xvd.blkif.nodes import NODES, BackendFeatures, FrontendConfig, Side, parse_frontend
@@ -31,7 +31,7 @@ class Agreement:
     @property
     def has_grown(self) -> bool:
         """Whether the disk has another size than a connected frontend was told."""
-        told = str(self.features.sectors // self.features.unit)
+        told = str(self.features.sectors // self.features.wire_sector)
         return self.published is not None and self.published != told
 
 
@@ -61,8 +61,8 @@ async def negotiate(
         max_ring_page_order=features.max_ring_page_order,
         max_queues=features.max_queues,
     )
-    unit = agreed_unit(config, features, settings)
-    return Agreement(config, replace(features, unit=unit), published)
+    wire_sector = agreed_wire_sector(config, features, settings)
+    return Agreement(config, replace(features, wire_sector=wire_sector), published)
 
 
 def own_node(name: str) -> bool:

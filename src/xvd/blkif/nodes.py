@@ -351,8 +351,8 @@ _NO_INFO: Final = InfoFlag(0)
 class BackendFeatures:
     """All that a backend publishes. `sectors` counts 512 bytes; the sizes are in bytes.
 
-    `unit` is how many of those sectors both ends count as one, in ``sectors`` and on the ring: 1,
-    but for the dialect that ``feature-large-sector-size`` asks for.
+    `wire_sector` is how many of those sectors both ends count as one, in ``sectors`` and on the
+    ring: 1, but for the dialect that ``feature-large-sector-size`` asks for.
     `max_indirect_segments` is 0 where indirect requests are of no use (11 or fewer).
     """
 
@@ -370,10 +370,10 @@ class BackendFeatures:
     max_indirect_segments: int = 0
     max_ring_page_order: int = 0
     max_queues: int = 1
-    unit: int = 1
+    wire_sector: int = 1
 
 
-def unit_of(sector_size: int) -> int:
+def wire_sector_of(sector_size: int) -> int:
     """512-byte sectors to one of ``sector-size``; PeerProtocolError for one larger than a page."""
     if sector_size > PAGE_SIZE:
         raise PeerProtocolError(
@@ -420,9 +420,9 @@ def parse_backend(nodes: Mapping[str, str], *, large_sectors: bool = False) -> B
     indirect = min(read("feature-max-indirect-segments"), MAX_INDIRECT_SEGMENTS)
     order, queues = parse_offer(nodes, max_ring_page_order=U32_MAX, max_queues=U32_MAX)
     discard = read("feature-discard") != 0
-    unit = unit_of(sector_size) if large_sectors else 1
+    wire_sector = wire_sector_of(sector_size) if large_sectors else 1
     return BackendFeatures(
-        sectors=read("sectors") * unit,
+        sectors=read("sectors") * wire_sector,
         info=InfoFlag(read("info") & 7),
         sector_size=sector_size,
         physical_sector_size=physical,
@@ -436,7 +436,7 @@ def parse_backend(nodes: Mapping[str, str], *, large_sectors: bool = False) -> B
         max_indirect_segments=indirect if indirect > MAX_SEGMENTS_PER_REQUEST else 0,
         max_ring_page_order=order,
         max_queues=queues,
-        unit=unit,
+        wire_sector=wire_sector,
     )
 
 
@@ -461,7 +461,7 @@ def format_backend(features: BackendFeatures) -> NodeChanges:
     would override the order in FreeBSD's frontend.
     """
     write = dict(format_offer(features).write) | {
-        "sectors": str(features.sectors // features.unit),
+        "sectors": str(features.sectors // features.wire_sector),
         "info": str(int(features.info)),
         "sector-size": str(features.sector_size),
         "physical-sector-size": str(features.physical_sector_size),
@@ -479,10 +479,12 @@ def format_backend(features: BackendFeatures) -> NodeChanges:
     return NodeChanges(write, ("max-ring-pages",))
 
 
-def format_size(sectors: int, unit: int = 1) -> NodeChanges:
-    """The nodes of a live resize, to so many 512-byte sectors, of which `unit` count as one.
+def format_size(sectors: int, wire_sector: int = 1) -> NodeChanges:
+    """The nodes of a live resize, to so many 512-byte sectors, of which `wire_sector` count as one.
 
     ``state`` is repeated so that the frontend's watch fires.
     Only for a backend that is Connected.
     """
-    return NodeChanges({"sectors": str(sectors // unit), "state": str(int(XenbusState.CONNECTED))})
+    return NodeChanges(
+        {"sectors": str(sectors // wire_sector), "state": str(int(XenbusState.CONNECTED))}
+    )

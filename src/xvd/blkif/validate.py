@@ -151,15 +151,16 @@ class Breach(IntEnum):
 class Limits:
     """What one disk allows, and what was offered to its frontend; fixed while it is connected.
 
-    `capacity` counts 512-byte sectors; it alone may change (resize). `logical_sectors` is the
-    logical block in 512-byte sectors, a power of two. `unit` is how many of them the frontend
-    counts as one: 1, or `logical_sectors` for drivers of before Xen 221f2748e8. `indirect_max` is
-    the published ``feature-max-indirect-segments``, 0 when indirect requests were not offered.
+    `capacity` counts 512-byte sectors; it alone may change (resize). `block_sectors` is the
+    logical block in 512-byte sectors, a power of two. `wire_sector` is how many of them the
+    frontend counts as one: 1, or `block_sectors` for drivers of before Xen 221f2748e8.
+    `indirect_max` is the published ``feature-max-indirect-segments``, 0 when indirect requests were
+    not offered.
     """
 
     capacity: int
-    logical_sectors: int = 1
-    unit: int = 1
+    block_sectors: int = 1
+    wire_sector: int = 1
     read_only: bool = False
     flush: bool = True
     barrier: bool = False
@@ -215,8 +216,8 @@ def _discard(request: DiscardRequest, limits: Limits) -> Refusal:
     if limits.read_only:
         return Refusal.READ_ONLY
     # Advisory, so head and tail may lie across a block; nothing at all is answered OKAY.
-    unit = limits.unit
-    return _range(request.sector_number * unit, request.nr_sectors * unit, limits)
+    wire_sector = limits.wire_sector
+    return _range(request.sector_number * wire_sector, request.nr_sectors * wire_sector, limits)
 
 
 def _indirect(
@@ -240,16 +241,16 @@ def _indirect(
 
 
 def _data(sector_number: int, segments: Sequence[Segment], limits: Limits) -> Refusal:
-    total, unit = 0, limits.unit
-    sector_number *= unit
-    misaligned = sector_number % limits.logical_sectors != 0
+    total, wire_sector = 0, limits.wire_sector
+    sector_number *= wire_sector
+    misaligned = sector_number % limits.block_sectors != 0
     for segment in segments:
         if segment.first_sect > segment.last_sect:
             return Refusal.SEGMENT_ORDER
-        if segment.last_sect >= SECTORS_PER_PAGE // unit:
+        if segment.last_sect >= SECTORS_PER_PAGE // wire_sector:
             return Refusal.SEGMENT_PAST_PAGE
-        total += segment.sectors * unit
-        misaligned = misaligned or segment.sectors * unit % limits.logical_sectors != 0
+        total += segment.sectors * wire_sector
+        misaligned = misaligned or segment.sectors * wire_sector % limits.block_sectors != 0
     refusal = _range(sector_number, total, limits)
     if refusal is Refusal.NONE and misaligned:
         return Refusal.MISALIGNED

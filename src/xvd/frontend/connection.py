@@ -154,7 +154,8 @@ class Connection(Links[FrontLink]):
         options = FrontOptions(
             handle=self._handle, segments_max=segments, persistent=self.persistent,
             trusted=self._trusted, page_grants=self._settings.page_size // PAGE_SIZE,
-            block_sectors=features.sector_size // RING_SECTOR_SIZE, wire_sector=features.unit,
+            block_sectors=features.sector_size // RING_SECTOR_SIZE,
+            wire_sector=features.wire_sector,
         )  # fmt: skip
         for link, pages in zip(self.links, pools, strict=True):
             self.queues.append(link.prepare(pages, options))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackOptions:
-    """capacity: sectors of 512 bytes. logical_sectors: those of one logical block of the storage;
-    a request that begins or ends inside one is refused. unit: how many of them the ring counts as
-    one: 1, or logical_sectors. read_only: whatever writes is refused. offered: bits of the
+    """capacity: sectors of 512 bytes. block_sectors: those of one logical block of the storage;
+    a request that begins or ends inside one is refused. wire_sector: how many of them the ring
+    counts as one: 1, or block_sectors. read_only: whatever writes is refused. offered: bits of the
     operations that the frontend was told of, 1 << 16 for the secure discard; reads and writes are
     always offered. indirect_max: most segments of an indirect request, 0 to 4096, 0 where they are
     not offered. copying: use grant copy instead of mapping.
@@ -19,8 +19,8 @@ class BackOptions:
     """
 
     capacity: int
-    logical_sectors: int = 1
-    unit: int = 1
+    block_sectors: int = 1
+    wire_sector: int = 1
     read_only: bool = False
     offered: int = 0x3
     indirect_max: int = 0

@@ -334,8 +334,8 @@ cdef class BackendQueue:
         self.q.events = events_of(events)
         self.q.engine = engine_of(engine)
         self.q.limits.capacity = options.capacity
-        self.q.limits.logical_sectors = options.logical_sectors
-        self.q.limits.unit = options.unit
+        self.q.limits.block_sectors = options.block_sectors
+        self.q.limits.wire_sector = options.wire_sector
         self.q.limits.read_only = options.read_only
         self.q.limits.offered = options.offered
         self.q.limits.indirect_max = options.indirect_max

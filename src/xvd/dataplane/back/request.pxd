@@ -37,8 +37,8 @@ cdef struct request:
 
 cdef struct request_limits:
     uint64_t capacity            # 512-byte sectors
-    uint32_t logical_sectors     # logical block size / 512
-    uint32_t unit                # what this frontend counts in: 512-byte sectors to one of its own
+    uint32_t block_sectors       # logical block size / 512
+    uint32_t wire_sector         # what this frontend counts in: 512-byte sectors to one of its own
     uint32_t read_only
     uint32_t offered             # bit 1 << operation for each that the backend advertised
     uint32_t indirect_max        # segments of an indirect request
@@ -115,24 +115,24 @@ cdef inline int check_segments(request *rq, uint32_t unit) noexcept nogil:
 cdef inline bint count_in_512(request *rq, const request_limits *limits) noexcept nogil:
     """Turn a range that the frontend counts in larger units into sectors of 512 bytes; False if it
     ends behind the disk in any case, for then the product could wrap."""
-    cdef uint64_t most = limits.capacity // limits.unit
+    cdef uint64_t most = limits.capacity // limits.wire_sector
     cdef bint discards = rq.operation == BLKIF_OP_DISCARD
     if rq.sector_number > most or discards and rq.nr_sectors > most:
         return False
-    rq.sector_number *= limits.unit
+    rq.sector_number *= limits.wire_sector
     if discards:
-        rq.nr_sectors *= limits.unit
+        rq.nr_sectors *= limits.wire_sector
     return True
 
 
 cdef inline bint misaligned(const request *rq, const request_limits *limits) noexcept nogil:
-    cdef uint32_t i, unit = limits.logical_sectors
-    if unit <= 1:
+    cdef uint32_t i, block = limits.block_sectors
+    if block <= 1:
         return False
-    if rq.sector_number % unit:
+    if rq.sector_number % block:
         return True
     for i in range(rq.nr_segments):
-        if (rq.last_sect[i] - rq.first_sect[i] + 1) % unit:
+        if (rq.last_sect[i] - rq.first_sect[i] + 1) % block:
             return True
     return False
 
@@ -165,12 +165,12 @@ cdef inline int check_data(request *rq, const request_limits *limits) noexcept n
 
     Fills in `nr_sectors`. To be called once for a request that was parsed.
     """
-    cdef int refusal = check_segments(rq, limits.unit)
+    cdef int refusal = check_segments(rq, limits.wire_sector)
     if refusal != REFUSAL_NONE:
         return refusal
     if rq.operation != BLKIF_OP_DISCARD and rq.nr_segments == 0:
         return REFUSAL_NONE
-    if limits.unit > 1 and not count_in_512(rq, limits):
+    if limits.wire_sector > 1 and not count_in_512(rq, limits):
         return REFUSAL_OUT_OF_RANGE
     # By subtraction: a sum could wrap past 2^64 and look small.
     if rq.sector_number > limits.capacity or rq.nr_sectors > limits.capacity - rq.sector_number:

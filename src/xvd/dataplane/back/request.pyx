@@ -11,7 +11,8 @@ from xvd.dataplane.abi cimport (
 from xvd.errors import LocalProtocolError
 
 
-def judge(const uint8_t[::1] slot, int abi, *, uint64_t capacity, uint32_t logical_sectors=1, uint32_t unit=1,
+def judge(const uint8_t[::1] slot, int abi, *, uint64_t capacity, uint32_t block_sectors=1,
+          uint32_t wire_sector=1,
           bint read_only=False, uint32_t offered=0x3, uint32_t indirect_max=0,
           const uint8_t[::1] pages=None):
     """Parse a slot and judge it: (refusal, operation of the answer, id).
@@ -31,8 +32,8 @@ def judge(const uint8_t[::1] slot, int abi, *, uint64_t capacity, uint32_t logic
         raise LocalProtocolError(f"no request has {indirect_max} segments")
     memset(copy, 0, BLKIF_MAX_ENTRY_SIZE)
     memcpy(copy, &slot[0], slot.shape[0])
-    limits.capacity, limits.logical_sectors = capacity, logical_sectors
-    limits.unit = unit
+    limits.capacity, limits.block_sectors = capacity, block_sectors
+    limits.wire_sector = wire_sector
     limits.read_only, limits.offered, limits.indirect_max = read_only, offered, indirect_max
     rq.grefs, rq.first_sect, rq.last_sect = grefs, first_sect, last_sect
     parse(copy, &blkif_layouts[abi], &rq)
