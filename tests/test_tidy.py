@@ -305,7 +305,8 @@ NAMED_FACTS = {11: "abi.MAX_SEGMENTS_PER_REQUEST", 4096: "types.PAGE_SIZE"}
 def retyped(path: Path) -> list[str]:
     """The numbers of `FACTS` in a file, and those of `NAMED_FACTS` that define no name."""
     tree = ast.parse(path.read_text())
-    named: set[ast.AST] = {node for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    keywords = (node for node in ast.walk(tree) if isinstance(node, ast.keyword))
+    named: set[ast.AST] = {node for node in keywords if isinstance(node.value, ast.Constant)}
     for body in [tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))]:
         for node in body.body:
             simple = isinstance(body, ast.ClassDef) or not isinstance(
@@ -353,6 +354,24 @@ def test_only_the_protocol_and_the_toolstack_name_nodes(path: Path) -> None:
 
 
 NODES_TABLE = (PACKAGE / "blkif" / "nodes.py").read_text()
+
+
+RIDDLE = re.compile(
+    r"(What|Who|Whom|Whose|Whoever|Whatever|Nobody|Somebody|Something|Those|Until|From now)\b"
+    r"|(There will|The same|As [`A-Z])"
+)
+
+
+@pytest.mark.parametrize("path", [p for p in PYTHON if p.suffix == ".py"], ids=name_of)
+def test_the_docstring_of_a_function_says_what_it_does(path: Path) -> None:
+    """It begins with a verb or a noun: "Return the requests without a response"."""
+    functions = (
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    texts = [(node.name, ast.get_docstring(node) or "") for node in functions]
+    assert [(name, text) for name, text in texts if RIDDLE.match(text)] == []
 
 
 def test_counters_are_unsigned() -> None:

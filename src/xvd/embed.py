@@ -121,10 +121,10 @@ def open_image(
     settings: Settings | None = None,
     front: FrontSettings | None = None,
 ) -> SyncDisk:
-    """As `emulated`, for code without an event loop: ``with open_image("disk.img") as disk:``.
+    """Serve storage without an event loop: ``with open_image("disk.img") as disk:``.
 
-    The host lives in a thread of its own until `SyncDisk.close`, which the block's end calls; any
-    number of threads may use the disk meanwhile.
+    The arguments are those of `emulated`. The host lives in a thread of its own until
+    `SyncDisk.close`, which the block's end calls; any number of threads may use the disk meanwhile.
     """
     stack = contextlib.AsyncExitStack()
 

@@ -27,7 +27,7 @@ def package_of(name: str) -> str:
 
 
 def find_tool(name: str) -> str | None:
-    """Where a command or a file is, or None. Of a pattern's files it is the last by name."""
+    """Return the path of a command or a file, or None; of a pattern's files the last by name."""
     if "/" in name:
         return max(glob.glob(name), default=None)
     return shutil.which(name, path=_PATH)

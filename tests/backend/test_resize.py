@@ -100,7 +100,7 @@ def test_the_state_is_written_again_so_that_the_frontend_looks(image: Path) -> N
 
 
 def test_a_file_that_grows_is_followed(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(server_module, "POLL_S", 0.0)
 
     async def work() -> None:
         async with disk_world() as world, await world.disk(str(image)) as disk:

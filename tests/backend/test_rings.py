@@ -48,7 +48,7 @@ def test_a_ring_of_any_size_is_served_full_and_over_its_end(order: int) -> None:
 def test_requests_that_no_event_told_of_are_found_by_the_daemon(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(server_module, "POLL_S", 0.0)
 
     async def work() -> None:
         async with disk_world(settings=WIDE) as world:

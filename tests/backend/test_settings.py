@@ -103,7 +103,7 @@ def test_what_is_live_holds_at_once() -> None:
 def test_grants_that_are_unused_for_as_long_as_is_set_now_are_let_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(server_module, "LOOK_S", 0.1)
+    monkeypatch.setattr(server_module, "POLL_S", 0.1)
 
     async def work() -> None:
         async with disk_world() as world:

@@ -87,7 +87,7 @@ async def cut(world: World, image: Path, size: int) -> None:
 def test_a_disk_does_not_shrink_under_its_guest(
     image: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Any
 ) -> None:
-    monkeypatch.setattr(server_module, "LOOK_S", 0.0)
+    monkeypatch.setattr(server_module, "POLL_S", 0.0)
     expect_log(r"cut short behind the disk: 1048576 of its 4194304 bytes are left.*--shrink")
 
     async def work() -> None:

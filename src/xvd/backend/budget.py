@@ -59,15 +59,15 @@ class Amounts:
     descriptors: int = sys.maxsize
 
     def less(self, other: "Amounts") -> "Amounts":
-        """What is left when the other is taken away."""
+        """Subtract another amount."""
         return Amounts(**{name: self.of(name) - other.of(name) for name in RESOURCES})
 
     def plus(self, other: "Amounts") -> "Amounts":
-        """What there is when the other is given back."""
+        """Add another amount."""
         return Amounts(**{name: self.of(name) + other.of(name) for name in RESOURCES})
 
     def of(self, name: str) -> int:
-        """One of them by its name."""
+        """Return one amount by its name."""
         return int(getattr(self, name))
 
 
@@ -91,7 +91,7 @@ class Claim:
     buffer_pages: int
 
     def instead_of(self, other: "Claim") -> str:
-        """What is different, for people: ``queues 1 instead of 4``."""
+        """Tell people what is different: ``queues 1 instead of 4``."""
         names = (field.name for field in fields(self))
         values = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return ", ".join(
@@ -100,7 +100,7 @@ class Claim:
 
     @property
     def need(self) -> Amounts:
-        """What all its queues keep."""
+        """Add up what all its queues keep."""
         mapped = 0 if self.copying else self.kept if self.persistent else PASSING
         entries = 32 * self.ring_pages
         indirect = self.segments if self.segments > MAX_SEGMENTS_PER_REQUEST else 0
@@ -220,7 +220,7 @@ class Budget:
 
 
 def limits_of_host(maptrack: int = XEN_MAPTRACK, proc: Path = Path("/proc")) -> Amounts:
-    """What this process may keep for its disks: three quarters of what Linux and Xen allow it.
+    """Return what this process may keep for disks: three quarters of what Linux and Xen allow it.
 
     Half of the memory that is available: the rest is for what is in flight, and for others.
     """
@@ -251,7 +251,7 @@ def _available(proc: Path) -> int:
 
 
 def _allowed(proc: Path, cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the control group leaves, as a unit's MemoryMax= sets it."""
+    """Return the bytes that the control group leaves, as a unit's MemoryMax= sets them."""
     with contextlib.suppress(OSError, ValueError):
         path = (proc / "self/cgroup").read_text().partition("0::/")[2].strip()
         group = cgroups / path

@@ -67,7 +67,7 @@ class Plan:
 
 
 def back_options(plan: Plan) -> BackOptions:
-    """What every queue of a connection is told."""
+    """Return what every queue of a connection is told."""
     features, settings = plan.features, plan.settings
     return BackOptions(
         capacity=features.sectors,
@@ -119,8 +119,8 @@ class Connection(Links[BackLink]):
         link.prepare(storage, back_options(plan), journal.memory, resume=left is not None)
 
     def _find_journal(self, number: int, link: BackLink) -> Journal | None:
-        """What a predecessor left for this ring. Without it a ring can be served on if all that is
-        on it was answered; `PeerProtocolError` if not."""
+        """Return the journal of a predecessor of this ring. Without it a ring can be served on if
+        all that is on it was answered; `PeerProtocolError` if not."""
         reason, ring = "a backend that left no journal", link.ring.view
         found: Journal | None = None
         try:
@@ -166,7 +166,7 @@ class Connection(Links[BackLink]):
                 self.wake(number)
 
     def set_capacity(self, sectors: int) -> None:
-        """What is out of range from the next request on."""
+        """Set where the disk ends, from the next request on."""
         for link in self.links:
             link.queue.set_capacity(sectors)
 
@@ -202,7 +202,7 @@ class Connection(Links[BackLink]):
         return max(number for number, _ in failures), sum(count for _, count in failures)
 
     def withdrawn(self) -> int:
-        """What the storage turned out not to do, on all queues once one of them knows."""
+        """Return what the storage turned out not to do, on all queues once one of them knows."""
         bits = 0
         for link in self.links:
             bits |= link.queue.withdrawn
@@ -213,7 +213,7 @@ class Connection(Links[BackLink]):
     # ---- Figures, and the end ----
 
     def counters(self) -> dict[str, object]:
-        """Everything counted, added over the queues."""
+        """Add the counters up over the queues."""
         total: dict[str, object] = {}
         for link in self.links:
             total = merge_counters(total, link.queue.counters())

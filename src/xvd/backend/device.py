@@ -114,7 +114,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             await self._end()
 
     async def _report_unless_removed(self, error: XvdError) -> None:
-        """What goes wrong because the toolstack is removing the nodes is no error."""
+        """Report an error, unless it came from the toolstack removing the nodes."""
         with contextlib.suppress(XvdError):
             if not await self._store.exists(f"{self.path}/frontend"):
                 self._log.info("removed: %s", error)
@@ -165,15 +165,15 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
 
     @property
     def _assigned(self) -> BackendAssignment:
-        """What the toolstack wants: known since `run` began."""
+        """The toolstack's assignment: known since `run` began."""
         assert self.assignment is not None
         return self.assignment
 
     # ---- Storage ----
 
     def _forget_others(self, own: XenbusState, first: BackendState) -> None:
-        """What is kept of a disk of this name is of the one before, if this one is new; and of a
-        connection that is over, if its frontend has let go meanwhile."""
+        """Forget what is kept of another disk of this name, if this one is new; and of an ended
+        connection, if its frontend has closed meanwhile."""
         if own in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
             self._kept.gone()
         elif own is XenbusState.CONNECTED and first is not BackendState.RESUMING:

@@ -56,7 +56,7 @@ class ServedDisk:
 
     @property
     def features(self) -> BackendFeatures | None:
-        """What is offered, or was agreed on."""
+        """The features that are offered, or were agreed on."""
         return self.opened.features if self.opened else None
 
     @property
@@ -147,13 +147,13 @@ class ServedDisk:
     # ---- Figures ----
 
     def log_figures(self) -> None:
-        """One line of what was counted, if ``log_stats`` is set."""
+        """Log the counters in one line, if ``log_stats`` is set."""
         if self.settings.log_stats:
             counts, names = self.counters(), "oo_req rd_req wr_req f_req ds_req persistent_grants"
             self.log.info("%s", ", ".join(f"{it} {counts.get(it, 0)}" for it in names.split()))
 
     def counters(self) -> dict[str, object]:
-        """Everything counted since the disk came up, over all connections."""
+        """Return the counters since the disk came up, over all connections."""
         if self.connection is None:
             return dict(self.totals)
         return merge_counters(self.totals, self.connection.counters())

@@ -20,7 +20,7 @@ _SECURE_DISCARD: Final = 1 << 16
 def features_of(
     engine: Engine, assignment: BackendAssignment, settings: Settings
 ) -> BackendFeatures:
-    """What a backend offers, from its storage, the toolstack's wishes and the settings."""
+    """Decide what a backend offers, from its storage, the toolstack's wishes and the settings."""
     info = engine.info
     read_only = info.read_only or not assignment.writable
     discard = info.can_discard and assignment.discard_enable and not read_only
@@ -50,7 +50,7 @@ def features_of(
 def claim_of(
     features: BackendFeatures, settings: Settings, config: FrontendConfig | None = None
 ) -> Claim:
-    """What a connection would use of this host: as agreed, or the most where `config` is None."""
+    """Estimate what a connection uses of this host: as agreed, or the most if `config` is None."""
     ring_pages = config.ring_pages if config else 1 << features.max_ring_page_order
     persistent = features.persistent and (config is None or config.persistent)
     return Claim(

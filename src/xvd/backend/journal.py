@@ -26,7 +26,7 @@ class Journal:
 
 
 def volatile_journal(entries: int) -> Journal:
-    """One that dies with the process, for a ring of so many entries."""
+    """Make a journal that dies with the process, for a ring of so many entries."""
     return Journal(bytearray(journal_size(entries)))
 
 
@@ -48,7 +48,7 @@ def create_journal(directory: int, name: str, entries: int) -> Journal:
 
 
 def no_room(directory: int, what: str, error: OSError) -> BudgetError:
-    """What to tell where the state directory's file system cannot take something."""
+    """Say so where the state directory's file system cannot take something."""
     where = os.readlink(f"/proc/self/fd/{directory}")
     return BudgetError(
         f"{where} has no room for {what} ({error.strerror}): free some space there, and let the "

@@ -52,7 +52,7 @@ class Opened:
             self.features = replace(self.features, sectors=await self._measure())
 
     def agreed(self, features: BackendFeatures, *, resumed: bool) -> None:
-        """What a frontend goes by. resumed: a predecessor may have promised more than there is."""
+        """Note what a frontend goes by. resumed: a predecessor may have promised more."""
         self.features = features
         promised = features.sectors * RING_SECTOR_SIZE
         if resumed and promised > self.engine.info.size:

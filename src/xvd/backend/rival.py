@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def rival(kind: str, proc: Path = Path("/proc"), sys_dir: Path = Path("/sys")) -> str:
-    """Who serves ``backend/KIND`` beside us, and the remedy; empty if nobody does."""
+    """Name who serves ``backend/KIND`` beside us, and the remedy; empty if nobody does."""
     if kind == "vbd" and (sys_dir / "bus/xen-backend/drivers/vbd").exists():
         return "Linux's xen-blkback; unload it: modprobe -r xen-blkback, and blacklist it"
     if kind == "vbd3":
@@ -22,5 +22,5 @@ def rival(kind: str, proc: Path = Path("/proc"), sys_dir: Path = Path("/sys")) -
 
 
 def no_rival(_kind: str) -> str:
-    """The same on an emulated machine, which has no other backend."""
+    """Name nobody: an emulated machine has no other backend."""
     return ""

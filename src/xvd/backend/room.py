@@ -19,8 +19,8 @@ class Room:
         self._log = log
 
     def affordable(self, features: BackendFeatures, settings: Settings) -> BackendFeatures:
-        """What of it this host has room for now; all of it if not even the least can be had, and
-        then the connection is refused, unless there is room by then."""
+        """Cut it to what this host has room for now; leave it whole if not even the least can be
+        had: the connection is refused then, unless there is room by that time."""
         wanted = claim_of(features, settings)
         try:
             claim = self._budget.fit(wanted, NEGOTIABLE)

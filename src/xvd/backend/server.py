@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 CLEAR_DELAY_S: Final = 0.5
 """How long a disk of a driver domain reads Closed before its nodes go."""
 
-LOOK_S: Final = 10.0
+POLL_S: Final = 10.0
 """How often a disk's figures are logged, as in blkback, its storage is asked for its size, and its
 queues for what they have missed."""
 
@@ -93,9 +93,9 @@ class Server:
         await asyncio.gather(*self._followers)
 
     async def _poll_queues(self) -> None:
-        """One timer for all disks: a thread that wakes up by itself costs fifty times the poll."""
+        """Poll all disks by one timer: a thread that wakes up by itself costs fifty polls."""
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
             for device in self.devices.values():
                 device.disk.wake_overdue()
                 device.disk.log_figures()
@@ -103,7 +103,7 @@ class Server:
     async def _poll_sizes(self) -> None:
         sizes: SizePoll[ServedDisk] = SizePoll()
         while True:
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(POLL_S)
             for disk in await sizes.poll([device.disk for device in self.devices.values()]):
                 following = asyncio.ensure_future(disk.follow_size())  # it may hang
                 self._again.add(following)
@@ -118,7 +118,7 @@ class Server:
         return found[0]
 
     def settings_of(self, path: str) -> Settings:
-        """What holds for the disk with this directory."""
+        """Return the settings of the disk with this directory."""
         values: dict[str, int] = {}
         for name, override in self._overrides.items():
             if f"/{path}".endswith(f"/{name}"):

@@ -89,7 +89,7 @@ class Settings:
         return replace(self, **values)
 
     def values(self) -> dict[str, Any]:
-        """What may be set by name, as it is; None for what was left to the machine."""
+        """Return each setting by name; None for what was left to the machine."""
         return {name: getattr(self, name) for name in RANGES}
 
     def persistent_grants_of(self, ring_pages: int) -> int:

@@ -65,7 +65,7 @@ class SharedStorage:
         return _Lease(engine, give_back)
 
     def _leave(self, key: tuple[object, ...], shared: _Shared) -> bool:
-        """One user less; True for the last."""
+        """Count one user less; True for the last."""
         with self._mutex:
             shared.users -= 1
             if shared.users == 0:

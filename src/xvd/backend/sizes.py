@@ -70,7 +70,7 @@ class SizePoll(Generic[_D]):
         """Those that have not answered yet."""
 
     async def poll(self, devices: Sequence[_D]) -> list[_D]:
-        """Those whose storage has another size than they have; without those that hang."""
+        """Return the disks whose storage has another size; without those that hang."""
         waiting = [device for device in devices if device not in self.hanging]
         changed: list[_D] = []
         while waiting:

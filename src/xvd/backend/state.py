@@ -43,7 +43,7 @@ class DiskState:
             return create_journal(directory, name, entries)
 
     def find_journal(self, queue: int, ring: memoryview, entries: int, abi: int) -> Journal | None:
-        """What a predecessor left for this ring, or None.
+        """Return a predecessor's journal for this ring, or None.
 
         Raises `ConfigError` with the reason not to take it up; it is set aside, under its own name
         with ``.aside`` behind it, until the disk is gone.

@@ -74,7 +74,7 @@ class XentopPage:
 
 
 def page_path(directory: Path, pid: int, domid: int, vdev: int) -> Path:
-    """Where xentop looks for the figures of a disk that process `pid` serves."""
+    """Return the path where xentop reads the figures of a disk that process `pid` serves."""
     return directory / f"td3-{pid}" / f"vbd-{domid}-{vdev}"
 
 

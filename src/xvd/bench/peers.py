@@ -66,12 +66,12 @@ def probe(name: str, path: Path, job: Job, *flags: str) -> Case:
 
 
 def missing(*tools: str) -> list[str]:
-    """Those of the tools that are not installed."""
+    """Return the tools that are not installed."""
     return [tool for tool in tools if find_tool(tool) is None]
 
 
 def _output(command: Sequence[str] | str) -> str:
-    """What a command prints; its complaint becomes ours."""
+    """Return what a command prints; its complaint becomes ours."""
     done = subprocess.run(
         command, shell=isinstance(command, str), capture_output=True, text=True, check=False
     )

@@ -77,7 +77,7 @@ def _guests(name: str, setup: Setup, count: int) -> Case:
 
 
 def _predicted(rounds: Rounds, costs: model.Costs) -> Table:
-    """What the model says of every measured point, and of a larger host."""
+    """Return what the model says of every measured point, and of a larger host."""
     lasting = replace(costs, mapping=0.0, shared=0.0)
     rows: list[tuple[str | float, ...]] = []
     for mode, of_mode in (("persistent", lasting), ("mapping", costs)):

@@ -65,7 +65,7 @@ def count(case: tuple[str, int, int], operations: int, directory: Path) -> dict[
 
 
 def instructions(run: Run) -> Report:
-    """What a request and a step take, in instructions."""
+    """Measure what a request and a step take, in instructions."""
     if missing("valgrind"):
         raise NotInstalled("valgrind")
     operations = run.operations(10_000)

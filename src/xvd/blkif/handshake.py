@@ -487,12 +487,12 @@ FRONTEND: Final[Mapping[tuple[FrontendState, FrontendEvent], FrontendStep]] = _f
 
 
 def backend_step(state: BackendState, event: BackendEvent) -> BackendStep:
-    """Where `event` leads a backend that is in `state`."""
+    """Return where `event` leads a backend that is in `state`."""
     return BACKEND.get((state, event), Step(state))
 
 
 def frontend_step(state: FrontendState, event: FrontendEvent) -> FrontendStep:
-    """Where `event` leads a frontend that is in `state`."""
+    """Return where `event` leads a frontend that is in `state`."""
     return FRONTEND.get((state, event), Step(state))
 
 
@@ -518,7 +518,7 @@ def stays_online(text: str | None) -> bool:
 
 
 def foreign_state(written: XenbusState | None) -> XenbusState | None:
-    """What our own state node reads once it is a new disk's, for a backend that wrote `written`.
+    """Return our state node's value once it is a new disk's, for a backend that wrote `written`.
 
     The toolstack removes the nodes of a disk that reads Closed, and may add them anew, while we are
     on our way from there to another state; a new disk's begin with Initialising.

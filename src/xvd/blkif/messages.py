@@ -245,7 +245,7 @@ def _pack_indirect(abi: Abi, slot: bytearray, request: IndirectRequest) -> None:
 
 
 def unpack_request(abi: Abi, slot: bytes) -> AnyRequest:
-    """What `slot`, a private copy of at least `abi.entry_size` bytes, asks for.
+    """Unpack `slot`, a private copy of at least `abi.entry_size` bytes.
 
     Never fails on what a peer wrote; LocalProtocolError only when `slot` is too short.
     """

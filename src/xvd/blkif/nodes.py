@@ -243,7 +243,7 @@ def parse_frontend(
     max_ring_page_order: int = MAX_RING_PAGE_ORDER,
     max_queues: int = 1,
 ) -> FrontendConfig:
-    """What a frontend published, from its whole directory (``queue-0/ring-ref`` and so on).
+    """Parse what a frontend published, from its whole directory (``queue-0/ring-ref`` and so on).
 
     To be called anew for each connection, on nodes read anew. PeerProtocolError, naming the node
     and its value, for anything that is missing or out of range, for an order or a number of
@@ -270,7 +270,7 @@ def parse_frontend(
 
 
 def _queue(nodes: Mapping[str, str], prefix: str, max_order: int) -> QueueConfig:
-    """One queue. With one page, ``ring-ref`` and ``ring-ref0`` are both accepted.
+    """Parse one queue. With one page, ``ring-ref`` and ``ring-ref0`` are both accepted.
 
     Linux and QEMU read ring-ref0 when the order is written as 0, FreeBSD and tapback ring-ref;
     frontends were written against either.
@@ -310,7 +310,7 @@ _OURS_IN_FRONTEND: Final = re.compile(
 
 
 def stale_frontend_nodes(present: Iterable[str]) -> tuple[str, ...]:
-    """Those of a frontend directory's children that a frontend wrote, whichever it was.
+    """Return the children of a frontend directory that some frontend wrote.
 
     Left in place they mislead the backend of a successor that knows fewer keys; removing a
     ``queue-N`` removes what is below it. The toolstack's nodes are not among them.
@@ -398,7 +398,7 @@ def parse_offer(
 
 
 def parse_backend(nodes: Mapping[str, str], *, large_sectors: bool = False) -> BackendFeatures:
-    """What a connected backend published; read anew at every connection, as it may shrink.
+    """Parse what a connected backend published; read anew at every connection, as it may shrink.
 
     large_sectors: we have written ``feature-large-sector-size``, for one that goes by it.
     ``sectors``, ``info`` and ``sector-size`` are mandatory. PeerProtocolError, naming the node

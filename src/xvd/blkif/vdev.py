@@ -108,7 +108,7 @@ def format_vdev(vdev: int) -> str:
 
 
 def disk_name(domid: int | str, path: str) -> str:
-    """For people: ``1/xvda``, from a guest's number and a path that ends with the vdev's.
+    """Name a disk, as ``1/xvda``, from a guest's number and a path that ends with the vdev's.
 
     What is no number stays as it is.
     """
@@ -118,5 +118,5 @@ def disk_name(domid: int | str, path: str) -> str:
 
 
 def handle(vdev: int) -> int:
-    """What a frontend writes in a request's ``handle``: the low 16 bits. Backends ignore it."""
+    """Return the ``handle`` of a frontend's requests: the low 16 bits. Backends ignore it."""
     return vdev & 0xFFFF

@@ -133,14 +133,14 @@ async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine,
 
 
 def budget_of(machine: Machine) -> Budget:
-    """What this host has for the disks of a daemon on such a machine."""
+    """Return what this host has for the disks of a daemon on such a machine."""
     if not isinstance(machine, xen.XenMachine):
         return emulated_budget()
     return _budget(XEN_MAPTRACK)
 
 
 def emulated_budget() -> Budget:
-    """As `budget_of`, of an emulated machine."""
+    """Return the budget of an emulated machine, as `budget_of`."""
     return _budget(Limits().tracks)
 
 
@@ -205,7 +205,7 @@ async def _cancelled_by_signals(main: Coroutine[Any, Any, int]) -> int:
 
 
 def stderr() -> Console:
-    """Where progress bars go: not with the data, and not off a terminal."""
+    """Return the console of progress bars: not with the data, and not off a terminal."""
     return Console(stderr=True, quiet=not sys.stderr.isatty())
 
 
@@ -231,20 +231,20 @@ class Stop:
         self._loop.call_soon_threadsafe(self.asked.set)
 
     def hurry(self) -> None:
-        """From now on there is only so much time to end, if a limit was given."""
+        """Start the time to end in, if a limit was given."""
         if self._grace_s is not None:
             self._deadline.arm(self._grace_s)
 
     def take_time(self) -> None:
-        """Something is waited for that may take its time, as a command of the user's."""
+        """Stop that time: something is waited for that may take long, as a user's command."""
         self._deadline.disarm()
 
     async def wait(self) -> None:
-        """Until the first signal."""
+        """Wait until the first signal."""
         await self.asked.wait()
 
     async def wait_or(self, other: Awaitable[object]) -> bool:
-        """Until the first signal or the end of `other`; whether it was the signal."""
+        """Wait until the first signal or the end of `other`; return whether it was the signal."""
         waits = asyncio.ensure_future(other), asyncio.ensure_future(self.wait())
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
@@ -273,7 +273,8 @@ async def run_captive(command: str, stop: Stop, **environment: str) -> int:
 
 
 def variables(uris: Sequence[str], socket: Path) -> dict[str, str]:
-    """What a captive command finds: ``$uri``, on TCP if that was asked for, and ``$unixsocket``."""
+    """Return the environment of a captive command: ``$uri``, on TCP if that was asked for, and
+    ``$unixsocket``."""
     return {"uri": uris[-1], "unixsocket": str(socket)}
 
 

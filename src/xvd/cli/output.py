@@ -53,7 +53,7 @@ def print_json(value: object, indent: int = 2) -> None:
 
 
 def drop() -> None:
-    """Whatever is printed from now on goes nowhere: not even the interpreter's last flush fails."""
+    """Drop whatever is printed from now on: not even the interpreter's last flush fails."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.close(nowhere)

@@ -9,7 +9,7 @@ from xvd.types import RING_SECTOR_SIZE
 
 
 def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
-    """Everything known of a disk: what it is, what was negotiated, what was counted."""
+    """Return everything known of a disk: what it is, what was negotiated, what was counted."""
     features, connection = device.disk.features, device.disk.connection
     figures: dict[str, Any] = {
         "disk": device.name,
@@ -45,7 +45,7 @@ def _size(count: int) -> str:
 
 
 def account(figures: dict[str, Any], seconds: float) -> str:
-    """What happened on one disk, in a few lines."""
+    """Tell what happened on one disk, in a few lines."""
     back = figures["counters"]
     front = figures.get("frontend", {})
     sent = back["notified"] + front.get("notified", 0)

@@ -30,7 +30,7 @@ class Signalled(BaseException):
 
 
 def _heeded() -> list[signal.Signals]:
-    """What is not ignored: nohup and a shell without job control mean it when they ignore one."""
+    """Return the signals that are not ignored: nohup, or a shell without job control, means it."""
     return [one for one in ENDING if signal.getsignal(one) is not signal.SIG_IGN]
 
 
@@ -89,7 +89,7 @@ class Deadline:
         self._timer.start()
 
     def disarm(self) -> None:
-        """Something is waited for that may take its time."""
+        """Stop the time: something is waited for that may take long."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

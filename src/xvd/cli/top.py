@@ -57,7 +57,7 @@ class Rates:
 
 
 def rates(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Rates:
-    """From two of a disk's figures, `seconds` apart; a disk that is new has done it all since."""
+    """Compute rates from two of a disk's figures; a disk that is new has done it all since."""
     a, b = before.get("counters", {}), after["counters"]
 
     def rate(name: str) -> float:
@@ -102,7 +102,7 @@ class Poll:
 
 
 def polled(before: Poll | None, answers: list[Answer], at: float) -> Poll:
-    """What is known after these answers: of the dead, what was known before."""
+    """Merge these answers in: of the dead, what was known before."""
     disks: dict[str, dict[str, Any]] = dict(before.disks) if before else {}
     states = dict.fromkeys(disks, _GONE)
     for answer in answers:

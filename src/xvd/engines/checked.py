@@ -31,7 +31,7 @@ class Checked(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine behind is."""
+        """The info of the engine behind."""
         return self._info
 
     @property

@@ -97,7 +97,7 @@ def _is_descriptor(head: bytes) -> bool:
 
 
 def remedy(name: str, path: str) -> str:
-    """Who serves what is in an image of this format, and how it is made raw."""
+    """Say who serves what is in an image of this format, and how it is made raw."""
     row = FORMATS[name]
     opener = row.opener.format(driver=row.driver, path=path)
     return (

@@ -61,7 +61,7 @@ def _in_use(fd: int) -> str:
 
 
 def _whose(number: int) -> str:
-    """Who it is, as far as the system tells."""
+    """Name the user, as far as the system tells."""
     node = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
     parts = {node.name, *(part.parent.name for part in node.glob("*/partition"))}
     if (node / "partition").exists():

@@ -24,7 +24,7 @@ _BTIME_AT: Final = 0x50
 
 
 def identity_of(fd: int) -> str:
-    """One line that tells this file or block device from all others of this host."""
+    """Return one line that tells this file or block device from all others of this host."""
     found = os.fstat(fd)
     if stat.S_ISBLK(found.st_mode):
         number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"

@@ -203,7 +203,7 @@ class FileEngine(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the file is."""
+        """The size, block sizes and abilities of the file."""
         return self._info
 
     @property
@@ -331,7 +331,7 @@ class FileEngine(Engine):
         self._promised = size
 
     def accept_size(self) -> None:
-        """What is left of it is all that was promised."""
+        """Promise no more than is left of it."""
         self._promised = self._info.size
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ class Performer(Protocol):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine is."""
+        """Its size, block sizes and abilities."""
 
     def read(self, buffer: memoryview, offset: int) -> None:
         """Fill the buffer."""

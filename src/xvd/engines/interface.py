@@ -45,7 +45,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def info(self) -> EngineInfo:
-        """What this engine is."""
+        """Its size, block sizes and abilities."""
 
     @property
     def identity(self) -> str:
@@ -55,7 +55,7 @@ class Engine(ABC):
 
     @property
     def trouble(self) -> str:
-        """What is wrong with the storage for good, and the remedy; empty while nothing is."""
+        """The lasting fault of the storage, and the remedy; empty while there is none."""
         return ""
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Engine(ABC):
         raise EngineError(errno.EOPNOTSUPP, "the storage has no zeros but those that are written")
 
     def extents(self, offset: int, length: int, most: int) -> list[Extent]:
-        """Where a range has data, as its first parts in their order, at most `most` of them.
+        """Tell where a range has data, as its first parts in their order, at most `most` of them.
 
         What any write that has returned left there is seen. Called only if `info.tells_holes`.
         """
@@ -105,7 +105,7 @@ class Engine(ABC):
         """Give everything back. Idempotent."""
 
     def open_channel(self) -> Channel:
-        """One queue's way in; see the module's text."""
+        """Open one queue's way in; see the module's text."""
         return ThreadedChannel(self)
 
 

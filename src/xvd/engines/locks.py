@@ -144,7 +144,7 @@ class Locks:
             raise Busy(f"another process, a QEMU or one like it (its lock for {thing!r})")
 
     def _say_none(self, fd: int, error: OSError) -> None:
-        """Once for each file system: nothing there keeps a second writer away."""
+        """Warn once for each file system that nothing there keeps a second writer away."""
         number = os.fstat(fd).st_dev
         if number in _told:
             return
@@ -161,7 +161,7 @@ _users: dict[Key, list[str]] = {}
 
 
 def key_of(fd: int) -> Key:
-    """What two descriptors of one file or device have in common, and no other has."""
+    """Return what two descriptors of one file or device have in common, and no other has."""
     found = os.fstat(fd)
     return (found.st_rdev, 0, 0) if found.st_rdev else (0, found.st_dev, found.st_ino)
 
@@ -181,7 +181,7 @@ def leave(key: Key, user: str) -> None:
 
 
 def user_of(fd: int) -> str:
-    """Who in this process has the image open; empty if nobody."""
+    """Name who in this process has the image open; empty if nobody."""
     users = _users.get(key_of(fd), [])
     named = sorted(filter(None, users))
     if named:

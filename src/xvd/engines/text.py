@@ -47,7 +47,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_disk_size(text: str) -> int:
-    """As `parse_size`, for the size of a disk: whole sectors, at least one."""
+    """Parse the size of a disk, as `parse_size`: whole sectors, at least one."""
     size = parse_size(text)
     if size == 0 or size % RING_SECTOR_SIZE:
         raise ConfigError(

@@ -157,7 +157,7 @@ class NbdServer:
 
     @property
     def uris(self) -> list[str]:
-        """Where clients connect, in the order of the calls to listen."""
+        """Return the URIs of the export, in the order of the calls to listen."""
         return list(self._uris)
 
     @property
@@ -170,7 +170,7 @@ class NbdServer:
     # ---- The connections' side ----
 
     def export(self) -> Export:
-        """What a client is told that arrives now."""
+        """Describe the disk to a client that arrives now."""
         disk = self.disk
         flags = (
             TransmissionFlag.HAS_FLAGS | TransmissionFlag.CAN_MULTI_CONN | TransmissionFlag.SEND_DF
@@ -213,7 +213,7 @@ class NbdServer:
     # ---- Memory ----
 
     def _memory_is_short(self) -> None:
-        """Somebody has begun to wait for memory, or there may be some for who waits."""
+        """Serve who waits for memory, which may be free now."""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.memory.bell)
         for connection in self._connections:

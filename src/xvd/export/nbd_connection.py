@@ -47,7 +47,7 @@ class Owner(Protocol):
     patience_s: float
 
     def export(self) -> Export:
-        """What a client is told that arrives now."""
+        """Describe the disk to a client that arrives now."""
 
     def arrived(self, connection: "NbdConnection") -> bool:
         """Whether there is room for it."""
@@ -120,7 +120,7 @@ class NbdConnection:
             self._owner.disk.wake(self._transmission)
 
     def counters(self) -> dict[str, int]:
-        """What the transmission has counted."""
+        """Return the counters of the transmission."""
         return {} if self._transmission is None else self._transmission.counters()
 
     # ---- Bytes of the negotiation ----
@@ -238,7 +238,7 @@ class NbdConnection:
     # ---- The transmission ----
 
     def _transmit(self) -> None:
-        """From here on the socket is read and written by whoever steps the transmission."""
+        """Hand the socket over: whoever steps the transmission reads and writes it from here on."""
         self._disarm()
         self._transmission = Transmission(
             self._socket.detach(),
@@ -267,7 +267,7 @@ class NbdConnection:
             self._arm(self._lose_patience)
 
     def _lose_patience(self) -> None:
-        """No request comes any more, and the replies are the client's to read: not for ever."""
+        """Wait until the client has read its last replies, but not for ever."""
         if self.in_flight:
             self._arm(self._lose_patience)
         else:
@@ -286,7 +286,7 @@ class NbdConnection:
             self._timer = None
 
     def _leave(self) -> None:
-        """Once: what was counted is the server's now."""
+        """Give the counters to the server, once."""
         if self._gone:
             return
         self._gone = self._ending = True

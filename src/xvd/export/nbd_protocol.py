@@ -176,7 +176,7 @@ def parse_option_header(data: bytes) -> tuple[int, int]:
 
 
 def option_reply(option: int, reply: OptionReply, data: bytes = b"") -> bytes:
-    """One reply to an option."""
+    """Pack one reply to an option."""
     return _OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, reply, len(data)) + data
 
 
@@ -298,7 +298,7 @@ def chunk(cookie: int, kind: Chunk, data: bytes = b"") -> bytes:
 
 
 def data_chunk_header(cookie: int, offset: int, length: int) -> bytes:
-    """What stands before `length` bytes of read data, which must be at least one."""
+    """Pack what stands before `length` bytes of read data, which must be at least one."""
     return _DATA_CHUNK.pack(
         STRUCTURED_REPLY_MAGIC, CHUNK_DONE, Chunk.OFFSET_DATA, cookie, length + 8, offset
     )
@@ -351,5 +351,5 @@ def error_number(error: OSError) -> int:
 
 
 def error_text(error: OSError) -> str:
-    """What to tell the client: the error's own words."""
+    """Return the words for the client: the error's own."""
     return error.strerror or os.strerror(error.errno or errno.EIO)

@@ -105,7 +105,7 @@ class Storage(Protocol):
         """Zeros that are not written, and with `unmap` take no space; EOPNOTSUPP: to be written."""
 
     def extents(self, offset: int, length: int, most: int) -> Sequence[StorageExtent]:
-        """Where a range has data, as its first parts."""
+        """Tell where a range has data, as its first parts."""
 
 
 class Requests:
@@ -272,7 +272,7 @@ class Requests:
             offset += piece
 
     async def _block_status(self, request: Request) -> bytes:
-        """Where a range has data. blkif has no way to ask: only storage at hand can tell."""
+        """Tell where a range has data. blkif has no way to ask: only storage at hand can tell."""
         most = 1 if request.flags & CommandFlag.REQ_ONE else EXTENTS_MAX
         block, end = self._disk.logical_block_size, request.offset + request.length
         at, last = request.offset // block * block, -(-end // block) * block

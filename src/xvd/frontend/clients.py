@@ -39,7 +39,7 @@ class DiskClients:
     # ---- Connections ----
 
     def steppers(self, queues: Sequence[FrontQueue]) -> Sequence[Clients]:
-        """What steps each of these queues from now on."""
+        """Return what steps each of these queues from now on."""
         self._queues = [Clients(self._fence, queue) for queue in queues]
         return self._queues
 
@@ -61,12 +61,12 @@ class DiskClients:
         self._step_soon()
 
     def ended(self) -> None:
-        """There will be no queue again: what is under way goes to the disk, which fails it."""
+        """Send what is under way to the disk, which fails it: there will be no queue again."""
         self._room.give_up()
         self._step_soon()
 
     def allow(self, features: BackendFeatures, *, writable: bool, flushes: bool) -> None:
-        """What clients may ask a queue for."""
+        """Set what clients may ask a queue for."""
         self._fence.allow(
             sectors=features.sectors,
             block_sectors=features.sector_size // RING_SECTOR_SIZE,
@@ -100,7 +100,7 @@ class DiskClients:
             self._connection.wake(self._queues.index(where))
 
     def _join(self, client: HasPorts) -> None:
-        """To the queue that has the fewest: a client belongs to one queue."""
+        """Add a client to the queue that has the fewest: it belongs to one queue."""
         queue = min(self._queues, key=len)
         self._where[client] = queue
         queue.join(client)

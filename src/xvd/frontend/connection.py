@@ -205,7 +205,7 @@ class Connection(Links[FrontLink]):
             self._on_end()
 
     def give_up(self) -> None:
-        """One of the queues is broken: leave the others at once."""
+        """Leave the other queues at once: one is broken."""
         self.abandon()
 
     def _scan_later(self) -> None:

@@ -136,7 +136,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
 
     @property
     def _known(self) -> FrontendAssignment:
-        """Who serves the disk: known since `run` began."""
+        """The backend's assignment: known since `run` began."""
         assert self.assignment is not None
         return self.assignment
 
@@ -175,7 +175,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
         self.put(FrontendEvent.CLOSE)
 
     def resume(self) -> None:
-        """This domain goes on after a suspension or on another host, perhaps with another backend.
+        """Go on after a suspension or on another host, perhaps with another backend.
 
         Not for a suspension that was cancelled: nothing has changed then.
         """

@@ -120,7 +120,7 @@ class Disk:
         await self._leave(abandon=False, timeout_s=timeout_s)
 
     def resume(self) -> None:
-        """To be called when this domain goes on after a suspension or on another host.
+        """Go on after a suspension of this domain, or on another host.
 
         Everything in flight goes to the backend that is there now. Not for a suspension that was
         cancelled: its rings are as they were.
@@ -209,7 +209,7 @@ class Disk:
 
     @property
     def features(self) -> BackendFeatures:
-        """All that the backend publishes."""
+        """The features that the backend publishes."""
         return self._known()
 
     @property
@@ -254,7 +254,7 @@ class Disk:
         self._connection = None
 
     def ended(self, error: OSError | XvdError) -> None:
-        """There will be no connection again: whatever waits has failed."""
+        """Fail whatever waits: there will be no connection again."""
         self._ended = OSError(errno.ENODEV, f"the disk is gone: {describe(error)}")
         self.gone.set()
         if not self._ready.done():
@@ -281,7 +281,7 @@ class Disk:
         self._clients.detach(client)
 
     def _allow(self) -> None:
-        """What clients may ask a queue for, as of now."""
+        """Set what clients may ask a queue for, as of now."""
         flushes = self._works(Op.FLUSH_DISKCACHE)
         self._clients.allow(self._known(), writable=not self.read_only, flushes=flushes)
 

@@ -174,7 +174,7 @@ def _fitted(job: Job, device: Device) -> Job:
 
 
 def _share(queue: FrontQueue, job: Job, shares: int, number: int) -> Load:
-    """One queue's part of a job; a queue too many for it stands idle."""
+    """Return one queue's part of a job; a queue too many for it stands idle."""
     places = job.span // job.size
     return Load(
         queue,
@@ -192,5 +192,5 @@ def _share(queue: FrontQueue, job: Job, shares: int, number: int) -> Load:
 
 
 def share(total: int, shares: int, number: int) -> int:
-    """One of `shares` parts of `total` that differ by one at most."""
+    """Return one of `shares` parts of `total` that differ by one at most."""
     return total // shares + (number < total % shares)

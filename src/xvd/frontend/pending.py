@@ -28,7 +28,7 @@ class BlocksChanged(Exception):
 
 @dataclass(slots=True)
 class Operation:
-    """One of them; `done` gets 0 or an errno."""
+    """One operation; `done` gets 0 or an errno."""
 
     operation: Op
     sector_number: int
@@ -92,7 +92,7 @@ class Pending:
         self._connection = None
 
     def ended(self, error: OSError) -> None:
-        """There will be no connection again: whatever waits has failed, and what comes will."""
+        """Fail whatever waits, and what comes: there will be no connection again."""
         self._ended = error
         for one in self._operations.values():
             if not one.done.done():

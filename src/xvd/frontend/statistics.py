@@ -32,7 +32,7 @@ class Statistics:
         }
 
     def figures(self) -> dict[str, object]:
-        """All of it by name, for people and programs."""
+        """Return every figure by name, for people and programs."""
         return {
             "frontend": self.total(),
             "frontend_queues": self.counters,
@@ -44,7 +44,7 @@ class Statistics:
         return Statistics([one | dict.fromkeys(_NOW, 0) for one in self.counters], self.latencies)
 
     def plus(self, later: "Statistics") -> "Statistics":
-        """With those of a later connection: queue by queue, as many as either has at most."""
+        """Add those of a later connection: queue by queue, as many as either has at most."""
         a, b = self, later
         count = max(len(a.counters), len(b.counters))
         return Statistics(

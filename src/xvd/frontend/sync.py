@@ -45,7 +45,7 @@ class SyncDisk:
 
     @staticmethod
     async def _cancel_the_rest() -> None:
-        """What `connect` left running, as its store's reader: nobody can reach it any more."""
+        """Cancel what `connect` left running, as its store's reader: nobody can reach it."""
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
             task.cancel()
@@ -74,25 +74,25 @@ class SyncDisk:
         return self._disk.size
 
     def read(self, offset: int, length: int) -> bytearray:
-        """As `Disk.read`."""
+        """Read, as `Disk.read`."""
         return self._wait(self._disk.read(offset, length))
 
     def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
     ) -> None:
-        """As `Disk.write`."""
+        """Write, as `Disk.write`."""
         self._wait(self._disk.write(offset, data, fua=fua))
 
     def flush(self) -> None:
-        """As `Disk.flush`."""
+        """Flush, as `Disk.flush`."""
         self._wait(self._disk.flush())
 
     def discard(self, offset: int, length: int, *, secure: bool = False) -> None:
-        """As `Disk.discard`."""
+        """Discard, as `Disk.discard`."""
         self._wait(self._disk.discard(offset, length, secure=secure))
 
     def close(self) -> None:
-        """As `Disk.close`, and end the thread. Idempotent."""
+        """Close, as `Disk.close`, and end the thread. Idempotent."""
         if self._loop.is_closed():
             return
         try:

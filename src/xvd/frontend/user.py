@@ -21,4 +21,4 @@ class User(Protocol):
         """The queue is gone; what was outstanding has to be submitted again to the next one."""
 
     def ended(self, error: OSError | XvdError) -> None:
-        """There will be no next one. May be said twice."""
+        """Note that there will be no next connection. May be said twice."""

@@ -155,7 +155,7 @@ class Machine(Protocol):
 
     @property
     def poll_us(self) -> int:
-        """For how long it is worth while here to poll for an event before sleeping; microseconds.
+        """The microseconds for which it is worth while here to poll for an event before sleeping.
 
         A sleep costs both ends an event. Polling takes a CPU that others may need: those who are
         ready to run in this kernel go first, but not the guests of a hypervisor beneath it.

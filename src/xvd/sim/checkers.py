@@ -25,7 +25,7 @@ class CheckFailed(AssertionError):
 
 
 def pattern(tag: int, sector: int) -> bytes:
-    """What a sector holds after the write `tag`: every sector of every write is different."""
+    """Return what a sector holds after the write `tag`, as no other sector of any write."""
     if tag == _ZERO:
         return bytes(SECTOR)
     return (tag.to_bytes(8, "little") + sector.to_bytes(8, "little")) * (SECTOR // 16)
@@ -76,7 +76,7 @@ class ModelDisk:
     # ---- Writes ----
 
     def begin_write(self, tag: int, first: int, count: int) -> None:
-        """From now on a read may see it; the tag 0 is a discard's."""
+        """Let reads see it from now on; the tag 0 is a discard's."""
         if tag:
             self._writes[tag] = _Span(first, count)
         self._allow(first, count, frozenset((tag,)))
@@ -135,7 +135,7 @@ class ModelDisk:
             self._set_older(sector, older & flushed[sector])
 
     def settle(self, first: int, count: int) -> None:
-        """What is possible there is durable: a barrier's own data, once it is acknowledged."""
+        """Make what is possible there durable: a barrier's own data, once it is acknowledged."""
         for sector in range(first, first + count):
             self._older.pop(sector, None)
 
@@ -162,7 +162,7 @@ class ModelDisk:
         self.sectors = sectors
 
     def forget_users(self) -> None:
-        """Whoever waited for anything died: writes and discards may have happened or not."""
+        """Forget who waited: writes and discards of the dead may have happened or not."""
         self._reads.clear()
         self._writes.clear()
         self._flushes.clear()
@@ -175,13 +175,13 @@ class ModelDisk:
 
 
 def check_balanced(accounting: dict[str, int]) -> None:
-    """Nothing may be left mapped, bound or allocated."""
+    """Check that nothing is left mapped, bound or allocated."""
     left = {name: count for name, count in accounting.items() if count}
     if left:
         raise CheckFailed(f"not given back: {left}")
 
 
 def check_answered(counters: dict[str, object]) -> None:
-    """Every request taken has had exactly one response."""
+    """Check that every request taken has had exactly one response."""
     if counters["requests"] != counters["responses"] or counters["in_flight"]:
         raise CheckFailed(f"requests and responses differ: {counters}")

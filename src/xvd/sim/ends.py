@@ -62,12 +62,12 @@ class Shape:
 
     @property
     def indirect_max(self) -> int:
-        """What the backend has published."""
+        """The segments that the backend has published."""
         return self.segments_max if self.segments_max > MAX_SEGMENTS_PER_REQUEST else 0
 
     @property
     def front_options(self) -> FrontOptions:
-        """What each of the frontend's queues is told."""
+        """Return what each of the frontend's queues is told."""
         return FrontOptions(
             segments_max=self.segments_max,
             page_grants=self.page_grants,
@@ -75,7 +75,7 @@ class Shape:
         )
 
     def back_options(self, capacity: int, *, copying: bool) -> BackOptions:
-        """What each of the backend's queues is told, for a disk of so many sectors."""
+        """Return what each of the backend's queues is told, for a disk of so many sectors."""
         return BackOptions(
             capacity=capacity,
             offered=self.offered,
@@ -99,11 +99,11 @@ class SimLink:
         self.deadline_ns = 0
 
     def wake(self) -> None:
-        """Something happened that ends the sleep."""
+        """End the sleep."""
         self.awake = True
 
     def step(self, budget: int) -> int:
-        """One step, then sleep if there is nothing to do; STEP_* flags."""
+        """Make one step, then sleep if there is nothing to do; STEP_* flags."""
         raise NotImplementedError
 
     def _rest(self, flags: int, may_sleep: bool) -> int:
@@ -225,7 +225,7 @@ class SimBackend:
         self.wake()
 
     def set_capacity(self, sectors: int) -> None:
-        """What is out of range from the next request on."""
+        """Set where the disk ends, from the next request on."""
         for link in self.links:
             link.queue.set_capacity(sectors)
 
@@ -236,7 +236,7 @@ class SimBackend:
         self.machine.close()
 
     def die(self) -> None:
-        """As SIGKILL does: nothing more is answered, the system takes the mappings away."""
+        """End as by SIGKILL: nothing more is answered, the system takes the mappings away."""
         for link in self.links:
             link.queue.abandon()
         self.release()

@@ -36,11 +36,11 @@ class Prng:
         return one_in > 0 and self.below(one_in) == 0
 
     def choose(self, values: Sequence[T]) -> T:
-        """One of them."""
+        """Draw one of them."""
         return values[self.below(len(values))]
 
     def weighted(self, weights: dict[T, int]) -> T:
-        """One of the keys, by weight; a weight of 0 is never drawn."""
+        """Draw one of the keys, by weight; a weight of 0 is never drawn."""
         at = self.below(sum(weights.values()))
         for value, weight in weights.items():
             if at < weight:

@@ -29,7 +29,7 @@ def describe(options: Options) -> str:
 
 
 def run_seed(seed: int, steps: int = STEPS) -> Summary:
-    """One world; raises `CheckFailed`, or whatever broke."""
+    """Run one world; raises `CheckFailed`, or whatever broke."""
     return World(Options.draw(seed, steps)).run()
 
 

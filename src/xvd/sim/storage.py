@@ -69,7 +69,7 @@ class SimStorage:
         self.sectors = sectors
 
     def backend_died(self) -> None:
-        """What was under way happens, or does not, or in part; a successor begins after that."""
+        """Let what was under way happen, or not, or in part; a successor begins after that."""
         for operation in self._held if self.held else ():
             if self._inside(operation) and self._prng.chance(2):
                 self._apply(operation, partly=self._prng.chance(2))

@@ -160,6 +160,6 @@ class Workload:
             self._model.settle(one.first, one.count)
 
     def frontend_died(self) -> None:
-        """What was outstanding may or may not have happened."""
+        """Let the model know that what was outstanding may or may not have happened."""
         self._outstanding.clear()
         self._model.forget_users()

@@ -70,7 +70,7 @@ class Options:
 
 
 def draw_shape(prng: Prng, abi: Abi, page_grants: int) -> Shape:
-    """What a guest of this kind and some backend agree on."""
+    """Draw what a guest of this kind and some backend agree on."""
     flush, barrier = prng.choose(((True, True), (True, True), (True, False), (False, True)))
     return Shape(
         abi=abi,
@@ -89,7 +89,7 @@ def draw_shape(prng: Prng, abi: Abi, page_grants: int) -> Shape:
 
 
 def draw_weaker(prng: Prng, shape: Shape) -> Shape:
-    """What the same guest agrees on with a backend that offers less of everything."""
+    """Draw what the same guest agrees on with a backend that offers less of everything."""
     return replace(
         shape,
         queues=prng.between(1, shape.queues),
@@ -173,7 +173,7 @@ class World:
     # ---- Running ----
 
     def run(self) -> Summary:
-        """Both phases and the end."""
+        """Run both phases and the end."""
         try:
             for _ in range(self.options.steps):
                 self._step()
@@ -234,7 +234,7 @@ class World:
         self._maybe_die()
 
     def _possible(self) -> dict[str, int]:
-        """What can happen now, with its weight; passing time is all that is left to sleepers."""
+        """Return what can happen now, with its weight; for sleepers only time can pass."""
         front = [] if self._front_is_dead else self._front.links
         back = self._back.links if self._back else []
         actions = {
@@ -255,7 +255,7 @@ class World:
         return actions
 
     def _pending(self, domid: Domid, links: Sequence[L]) -> list[L]:
-        """Those of an end's queues to which an event is under way."""
+        """Return those of an end's queues to which an event is under way."""
         end = self._front if domid == FRONT else self._back
         if not links or end is None:
             return []
@@ -428,7 +428,7 @@ class World:
 
 
 def _awake(links: Sequence[L]) -> list[L]:
-    """Those that have something to do."""
+    """Return those that have something to do."""
     return [link for link in links if link.awake and not link.drained]
 
 

@@ -50,7 +50,7 @@ class Vbd:
 
     @property
     def name(self) -> str:
-        """For people: ``1/xvda``."""
+        """The disk's name for people: ``1/xvda``."""
         return disk_name(self.domid, str(self.vdev))
 
 
@@ -212,7 +212,7 @@ async def attach(
 
 
 async def backend_error(store: XenstoreClient, vbd: Vbd) -> str:
-    """What the backend reported about a disk."""
+    """Return what the backend reported about a disk."""
     relative = vbd.backend.removeprefix(f"/local/domain/{vbd.backend_domid}/")
     path = f"/local/domain/{vbd.backend_domid}/error/{relative}/error"
     return await store.try_read(path) or "the backend refuses it and does not say why"
@@ -288,7 +288,7 @@ class Listed:
 
 
 async def list_disks(store: XenstoreClient) -> list[Listed]:
-    """Every disk of every guest, by the toolstack's own record."""
+    """List every disk of every guest, by the toolstack's own record."""
     found = []
     for domid in await _numbers(store, "/libxl"):
         for vdev in await _numbers(store, f"/libxl/{domid}/device/vbd"):

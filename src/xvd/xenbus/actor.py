@@ -73,17 +73,17 @@ class Actor(Generic[_S, _E, _A]):
 
     @property
     def waiting(self) -> int:
-        """What waits to be acted on."""
+        """The events that wait to be acted on."""
         return len(self._inbox)
 
     # ---- What an end has of its own ----
 
     async def _look(self) -> Sequence[_E]:
-        """What the nodes say now, as events."""
+        """Read what the nodes say now, as events."""
         raise NotImplementedError
 
     def _foreign_state(self) -> XenbusState | None:
-        """What our state node reads when the directory is another device's by now."""
+        """Return what our state node reads when the directory is another device's by now."""
         return None
 
     # ---- Acting ----
@@ -175,7 +175,7 @@ class Actor(Generic[_S, _E, _A]):
             self._inbox.put(Order.LEAVE)
 
     async def _peers_state(self, side: Side, directory: str) -> XenbusState:
-        """What the ``state`` node of the peer says; UNKNOWN for one that cannot be read."""
+        """Return what the ``state`` node of the peer says; UNKNOWN for one that cannot be read."""
         try:
             return parse_state(side, await self._store.try_read(f"{directory}/state"))
         except (PeerProtocolError, XenstoreError):

@@ -58,7 +58,7 @@ class Link(Generic[_Q]):
 
     @property
     def fault(self) -> str:
-        """What the peer did that no connection survives, in words; mostly empty."""
+        """The peer's deed that no connection survives, in words; mostly empty."""
         raise NotImplementedError
 
 
@@ -126,7 +126,7 @@ class FrontLink(Link[FrontQueue]):
 
     @property
     def nodes(self) -> QueueConfig:
-        """What is to be published of it."""
+        """Return what is to be published of it."""
         return QueueConfig(tuple(self.ring.grefs), self.channel.port)
 
     def prepare(self, pages: SharedPages, options: FrontOptions) -> FrontQueue:

@@ -67,7 +67,7 @@ class Links(Generic[_L]):
         return any(link.runner for link in self.links)
 
     def give_up(self) -> None:
-        """One of the queues is broken: end the others."""
+        """End the other queues: one is broken."""
         self.drain()
 
     def drain(self) -> None:
@@ -101,4 +101,4 @@ class Links(Generic[_L]):
 
 
 def _tell_nobody() -> None:
-    """Nobody waits for the end."""
+    """Do nothing: nobody waits for the end."""

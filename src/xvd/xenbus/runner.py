@@ -51,8 +51,8 @@ class Runtime(Protocol):
         """Run a queue from now on. Raises OSError if it cannot be had."""
 
     async def call(self, work: Callable[..., _T], *arguments: object) -> _T:
-        """What `work` returns or raises, which may take for ever. Cancelling gives up the waiting,
-        not the call."""
+        """Call `work` and return what it returns, which may take for ever. Cancelling gives up the
+        waiting, not the call."""
 
 
 class Threads:

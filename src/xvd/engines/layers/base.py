@@ -21,7 +21,7 @@ class Layer(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the engine behind is; where it has holes is not asked past a layer."""
+        """The info of the engine behind; where it has holes is not asked past a layer."""
         return dataclasses.replace(self.lower.info, tells_holes=False)
 
     @property

@@ -14,7 +14,7 @@ class ReadOnly(Layer):
 
     @property
     def info(self) -> EngineInfo:
-        """The same engine, read-only."""
+        """The info of the engine behind, read-only."""
         return dataclasses.replace(
             super().info, read_only=True, can_discard=False, can_secure_discard=False
         )

@@ -137,7 +137,7 @@ class Host:
                 self.destroy_domain(domid)
 
     def accounting(self) -> dict[str, int]:
-        """What is taken at this moment, over all domains. All zero when everybody gave back."""
+        """Count what is taken now, over all domains. All zero when everybody gave back."""
         with self._lock:
             self._reap_deferred()
             domains = self._domains.values()
@@ -334,7 +334,7 @@ class Session:
             claims[vdev] = self.number
 
     def disclaim(self, vdev: int) -> None:
-        """Be its frontend no longer; nothing happens if we are not."""
+        """Stop being its frontend; nothing happens if we are not."""
         with self.host._lock:
             domain = self.host._domains.get(self.domid)
             if domain is not None and domain.claims.get(vdev) == self.number:

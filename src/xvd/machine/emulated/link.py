@@ -132,7 +132,7 @@ class LinkServer:
             self._start(self._serve, client)
 
     def _serve(self, client: socket.socket) -> None:
-        """One client, from its `open` to its end; what it held is given back then."""
+        """Serve one client, from its `open` to its end; what it held is given back then."""
         caller: _Client | None = None
         try:
             while True:
@@ -315,7 +315,7 @@ def _dom0(call: Callable[Concatenate[Host, _P], _R]) -> Callable[Concatenate[_Cl
 
 
 def _create_domain(host: Host, domid: Domid) -> None:
-    """As `Host.create_domain`, with the host's own limits."""
+    """Make a domain, as `Host.create_domain`, with the host's own limits."""
     host.create_domain(domid)
 
 

@@ -130,7 +130,7 @@ class DomainTable:
         return tuple(entries)
 
     def without_strangers(self, perms: Perms, generation: int) -> Perms:
-        """The same list with entries marked that are for domains younger than `generation`."""
+        """Mark the entries of a list that are for domains younger than `generation`."""
         if len(perms) == 1 or all(
             entry.ignored or self._older(entry.domid, generation) for entry in perms[1:]
         ):

@@ -102,7 +102,7 @@ class StoreState:
         self._connections.pop(connection, None)
 
     def introduce(self, domid: Domid) -> None:
-        """What INTRODUCE does: the domain takes part from now on.
+        """Do an INTRODUCE: the domain takes part from now on.
 
         Doing it again resets what the domain's connections hold, as for a restarted guest. Raises
         `XenstoreError` EINVAL if there is no such domain.
@@ -118,7 +118,7 @@ class StoreState:
                 connection.reset()
 
     def release(self, domid: Domid) -> None:
-        """What RELEASE does: drop the domain's connections, remove the nodes that it owns.
+        """Do a RELEASE: drop the domain's connections, remove the nodes that it owns.
 
         Raises `XenstoreError` EINVAL for dom0, ENOENT for a domain not introduced.
         """
@@ -127,7 +127,7 @@ class StoreState:
         self._destroy(self.domains.find_introduced(domid))
 
     def resume(self, domid: Domid) -> None:
-        """What RESUME does: a later shutdown of the domain is reported again."""
+        """Do a RESUME: a later shutdown of the domain is reported again."""
         if domid == 0:
             raise XenstoreError("EINVAL", "dom0 cannot be resumed")
         self.domains.find_introduced(domid).shutdown = False

@@ -145,7 +145,7 @@ class Tree:
         self.discard(path, tx)
 
     def discard(self, path: str, tx: Transaction | None) -> None:
-        """As `delete`, for a node whose creation is being undone."""
+        """Delete a node whose creation is being undone."""
         if tx is None:
             del self.nodes[path]
         else:
@@ -164,7 +164,7 @@ class Tree:
         return True
 
     def walk(self, root: str, tx: Transaction | None) -> Iterator[tuple[str, Node, bool]]:
-        """Every node at and under `root`: (path, node, whether it is left for good).
+        """Yield every node at and under `root`: (path, node, whether it is left for good).
 
         A node comes twice, before and after its children, which are read one by one between.
         Raises `XenstoreError` EIO for a child that is listed and not there: a transaction may see

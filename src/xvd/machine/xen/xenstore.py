@@ -87,7 +87,7 @@ class XenbusDevice:
             self._reader.feed_eof()
 
     async def read(self, n: int, /) -> bytes:
-        """Some bytes, at most `n`; none at the end."""
+        """Return some bytes, at most `n`; none at the end."""
         return await self._reader.read(n)
 
     def write(self, data: bytes, /) -> None:
@@ -116,7 +116,7 @@ class XenbusDevice:
         self._reader.feed_eof()
 
     async def wait_closed(self) -> None:
-        """It is closed when `close` returns."""
+        """Return at once: it is closed when `close` returns."""
 
 
 async def connect() -> XenstoreClient:

@@ -54,7 +54,7 @@ class Reader(Protocol):
     """Where bytes come from: `asyncio.StreamReader` is one."""
 
     async def read(self, n: int, /) -> bytes:
-        """Some bytes, at most `n`; none at the end."""
+        """Return some bytes, at most `n`; none at the end."""
 
 
 class Writer(Protocol):
@@ -377,7 +377,7 @@ class XenstoreClient(_Operations):
         self._watches.clear()
 
     async def control(self, *arguments: str) -> str:
-        """What ``xenstore-control`` sends (dom0 only); the answer's text."""
+        """Send what ``xenstore-control`` sends (dom0 only); return the answer's text."""
         payload = join_strings(encode_text(argument, "the argument") for argument in arguments)
         return (await self.request(MessageType.CONTROL, payload)).rstrip(b"\0").decode()
 

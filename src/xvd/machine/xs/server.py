@@ -209,7 +209,7 @@ class XenstoreServer:
         await loop.connect_accepted_socket(lambda: _Peer(self, domid), sock)
 
     def connect_local(self, domid: Domid) -> socket.socket:
-        """One end of a socket pair whose other end is served as `domid`'s; the caller owns it.
+        """Return one end of a socket pair, the caller's, whose other end is served as `domid`'s.
 
         To be called in the event loop's thread; requests may be written at once.
         """
