@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The integers of Xen that must not be swapped, and the page size.
+"""The integers that must not be swapped, and the page size.
 
 Each is a distinct type to the type checker and a plain int at run time.
 """
 
+from enum import IntEnum
 from typing import Final, NewType
 
 Domid = NewType("Domid", int)
@@ -29,3 +30,29 @@ PAGE_SIZE: Final = 4096
 
 RING_SECTOR_SIZE: Final = 512
 """The unit of every sector field on the ring, whatever ``sector-size`` says (blkif.h)."""
+
+
+class GrantStatus(IntEnum):
+    """How an operation on a grant ended (grant_table.h: ``GNTST_*``)."""
+
+    OKAY = 0
+    GENERAL_ERROR = -1
+    BAD_DOMAIN = -2
+    BAD_GNTREF = -3
+    BAD_HANDLE = -4
+    BAD_VIRT_ADDR = -5
+    NO_DEVICE_SPACE = -7
+    PERMISSION_DENIED = -8
+    BAD_PAGE = -9
+    BAD_COPY_ARG = -10
+    EAGAIN = -12
+    NO_SPACE = -13
+
+
+class EngineOp(IntEnum):
+    """What storage can be asked (ports.pxd, `engine_io`)."""
+
+    READ = 0
+    WRITE = 1
+    FLUSH = 2
+    DISCARD = 3

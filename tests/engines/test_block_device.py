@@ -19,12 +19,13 @@ from rig_disk import disk_world, run
 from rig_queue import ALL, QueueWorld, discard, rq
 
 from xvd.blkif.abi import Op, Status
+from xvd.blkif.operations import OFFER_SECURE
 from xvd.engines import block
 from xvd.engines.checked import Checked
 from xvd.engines.image import FileEngine
 
 SIZE = 1 << 20
-SECURE = 1 << 16
+SECURE = OFFER_SECURE
 
 
 @pytest.fixture

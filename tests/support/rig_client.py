@@ -13,13 +13,14 @@ from rig_front import FrontWorld
 from xvd.blkif.messages import AnyRequest
 from xvd.dataplane.front.clients import Clients, Fence
 from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.types import StepFlag
 from xvd.export import nbd_protocol as nbd
 from xvd.export.memory import ExportMemory
 from xvd.export.transmission import Transmission
 
 READ, WRITE, DISC, FLUSH, TRIM = range(5)
 SECTORS = 2048
-WORKED = 1
+WORKED = StepFlag.WORKED
 
 
 @dataclass

@@ -29,6 +29,7 @@ from xvd.dataplane.back.journal import journal_size
 from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.back.queue import BackendQueue
 from xvd.dataplane.loop.loop import Loop
+from xvd.dataplane.types import StepFlag
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.machine.emulated.host import Host
@@ -43,7 +44,7 @@ ALL = 1 << Op.READ | 1 << Op.WRITE | 1 << Op.FLUSH_DISKCACHE | 1 << Op.DISCARD
 SMALL = Limits(pages=4096, grefs=2048, tracks=8192, ports=64)
 NOTHING = {"sessions": 0, "pins": 0, "mappings": 0, "ports": 0, "pages": 0}
 
-WORKED, BROKEN, DRAINED = 1, 2, 4
+WORKED, BROKEN, DRAINED = StepFlag
 
 
 async def no_store() -> XenstoreClient:

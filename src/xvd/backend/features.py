@@ -3,18 +3,16 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final
 
 from xvd.backend.budget import Claim
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, InfoFlag, Op
 from xvd.blkif.assignment import BackendAssignment
 from xvd.blkif.nodes import BackendFeatures, FrontendConfig, parse_backend, wire_sector_of
+from xvd.blkif.operations import ALWAYS_OFFERED, OFFER_SECURE
 from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
 from xvd.types import RING_SECTOR_SIZE
-
-_SECURE_DISCARD: Final = 1 << 16
 
 
 def features_of(
@@ -101,12 +99,12 @@ def promised(features: BackendFeatures, nodes: Mapping[str, str]) -> BackendFeat
 
 def offered_operations(features: BackendFeatures) -> int:
     """The operations that a frontend was told of, as bits for the queue."""
-    bits = 1 << Op.READ | 1 << Op.WRITE
+    bits = ALWAYS_OFFERED
     bits |= features.flush << Op.FLUSH_DISKCACHE
     bits |= features.barrier << Op.WRITE_BARRIER
     bits |= features.discard << Op.DISCARD
     bits |= bool(features.max_indirect_segments) << Op.INDIRECT
-    return bits | (_SECURE_DISCARD if features.discard_secure else 0)
+    return bits | (OFFER_SECURE if features.discard_secure else 0)
 
 
 def agreed_wire_sector(
@@ -139,5 +137,5 @@ def without(features: BackendFeatures, bits: int) -> BackendFeatures:
         flush=features.flush and not bits & 1 << Op.FLUSH_DISKCACHE,
         barrier=features.barrier and not bits & 1 << Op.WRITE_BARRIER,
         discard=discard,
-        discard_secure=discard and features.discard_secure and not bits & _SECURE_DISCARD,
+        discard_secure=discard and features.discard_secure and not bits & OFFER_SECURE,
     )

@@ -26,7 +26,7 @@ enum blkif_discard {
 };
 
 enum blkif_constant {
-  BLKIF_PAGE_SIZE = 4096,
+  XEN_PAGE_SIZE = 4096,
   BLKIF_SECTOR_SIZE = 512,
   BLKIF_SECTORS_PER_PAGE = 8,
   BLKIF_MAX_SEGMENTS_PER_REQUEST = 11,
@@ -35,11 +35,106 @@ enum blkif_constant {
   BLKIF_MAX_INDIRECT_SEGMENTS = 4096,
   BLKIF_MAX_ENTRY_SIZE = 112,
   BLKIF_RING_HEADER = 64,
+  BLKIF_OFFER_SECURE = 65536,
+  BLKIF_NR_KINDS = 4,
+  BLKIF_ASKED_MAX = 3,
   SRING_REQ_PROD = 0,
   SRING_REQ_EVENT = 4,
   SRING_RSP_PROD = 8,
   SRING_RSP_EVENT = 12,
   SRING_INSTANCE = 24,
+};
+
+enum blkif_abi {
+  BLKIF_ABI_X86_64 = 0,
+  BLKIF_ABI_X86_32 = 1,
+  BLKIF_ABI_ARM = 2,
+  BLKIF_NR_ABI = 3,
+};
+
+enum blkif_shape {
+  BLKIF_SHAPE_NONE = 0,
+  BLKIF_SHAPE_RW = 1,
+  BLKIF_SHAPE_DISCARD = 2,
+  BLKIF_SHAPE_INDIRECT = 3,
+};
+
+enum blkif_data {
+  BLKIF_DATA_NONE = 0,
+  BLKIF_DATA_FROM_DISK = 1,
+  BLKIF_DATA_TO_DISK = 2,
+};
+
+enum blkif_kind {
+  BLKIF_KIND_READ = 0,
+  BLKIF_KIND_WRITE = 1,
+  BLKIF_KIND_FLUSH = 2,
+  BLKIF_KIND_DISCARD = 3,
+};
+
+enum blkif_refusal {
+  REFUSAL_NONE = 0,
+  REFUSAL_UNKNOWN_OPERATION = 1,
+  REFUSAL_NOT_OFFERED = 2,
+  REFUSAL_SECURE_NOT_OFFERED = 3,
+  REFUSAL_INDIRECT_OPERATION = 4,
+  REFUSAL_NO_SEGMENTS = 5,
+  REFUSAL_TOO_MANY_SEGMENTS = 6,
+  REFUSAL_READ_ONLY = 7,
+  REFUSAL_SEGMENT_ORDER = 8,
+  REFUSAL_SEGMENT_PAST_PAGE = 9,
+  REFUSAL_OUT_OF_RANGE = 10,
+  REFUSAL_MISALIGNED = 11,
+  REFUSAL_BAD_GRANT = 12,
+  REFUSAL_COUNT = 13,
+};
+
+enum blkif_breach {
+  BREACH_NONE = 0,
+  BREACH_RESPONSE_OVERFLOW = 1,
+  BREACH_UNKNOWN_ID = 2,
+  BREACH_NOT_IN_FLIGHT = 3,
+  BREACH_WRONG_OPERATION = 4,
+  BREACH_GRANT_STILL_MAPPED = 5,
+  BREACH_COUNT = 6,
+};
+
+enum blkif_flag {
+  BLKIF_FLAG_DIVISIBLE = 1,
+  BLKIF_FLAG_OPTIONAL = 2,
+};
+
+enum xen_grant_status {
+  GNTST_OKAY = 0,
+  GNTST_GENERAL_ERROR = -1,
+  GNTST_BAD_DOMAIN = -2,
+  GNTST_BAD_GNTREF = -3,
+  GNTST_BAD_HANDLE = -4,
+  GNTST_BAD_VIRT_ADDR = -5,
+  GNTST_NO_DEVICE_SPACE = -7,
+  GNTST_PERMISSION_DENIED = -8,
+  GNTST_BAD_PAGE = -9,
+  GNTST_BAD_COPY_ARG = -10,
+  GNTST_EAGAIN = -12,
+  GNTST_NO_SPACE = -13,
+};
+
+enum xvd_engine_op {
+  ENGINE_READ = 0,
+  ENGINE_WRITE = 1,
+  ENGINE_FLUSH = 2,
+  ENGINE_DISCARD = 3,
+};
+
+enum xvd_step_flag {
+  STEP_WORKED = 1,
+  STEP_BROKEN = 2,
+  STEP_DRAINED = 4,
+};
+
+enum xvd_client_wish {
+  CLIENT_READS = 1,
+  CLIENT_WRITES = 2,
 };
 
 /* Where each field of a ring slot lies, in bytes; one table per ABI. */
@@ -71,13 +166,6 @@ struct blkif_layout {
   uint16_t segment_gref;
   uint16_t segment_first_sect;
   uint16_t segment_last_sect;
-};
-
-enum blkif_abi {
-  BLKIF_ABI_X86_64 = 0,
-  BLKIF_ABI_X86_32 = 1,
-  BLKIF_ABI_ARM = 2,
-  BLKIF_NR_ABI = 3,
 };
 
 static const struct blkif_layout blkif_layouts[BLKIF_NR_ABI] = {
@@ -170,21 +258,48 @@ static const struct blkif_layout blkif_layouts[BLKIF_NR_ABI] = {
   },
 };
 
-enum blkif_refusal {
-  REFUSAL_NONE = 0,
-  REFUSAL_UNKNOWN_OPERATION = 1,
-  REFUSAL_NOT_OFFERED = 2,
-  REFUSAL_SECURE_NOT_OFFERED = 3,
-  REFUSAL_INDIRECT_OPERATION = 4,
-  REFUSAL_NO_SEGMENTS = 5,
-  REFUSAL_TOO_MANY_SEGMENTS = 6,
-  REFUSAL_READ_ONLY = 7,
-  REFUSAL_SEGMENT_ORDER = 8,
-  REFUSAL_SEGMENT_PAST_PAGE = 9,
-  REFUSAL_OUT_OF_RANGE = 10,
-  REFUSAL_MISALIGNED = 11,
-  REFUSAL_BAD_GRANT = 12,
-  REFUSAL_COUNT = 13,
+/* What is to be known of an operation: src/xvd/blkif/operations.py. */
+struct blkif_operation {
+  uint8_t shape; /* BLKIF_SHAPE_*; 0 in the rows of numbers that nobody knows */
+  uint8_t kind; /* BLKIF_KIND_* */
+  uint8_t data; /* BLKIF_DATA_* */
+  uint8_t flags; /* BLKIF_FLAG_* */
+  uint8_t nr_asked; /* of one with data; of one without it is one */
+  uint8_t asked[BLKIF_ASKED_MAX]; /* ENGINE_*, in this order */
+};
+
+/* By the byte that a slot begins with, whatever it is. */
+static const struct blkif_operation blkif_operations[256] = {
+  [BLKIF_OP_READ] = {
+    BLKIF_SHAPE_RW, BLKIF_KIND_READ,
+    BLKIF_DATA_FROM_DISK, BLKIF_FLAG_DIVISIBLE,
+    1, {ENGINE_READ},
+  },
+  [BLKIF_OP_WRITE] = {
+    BLKIF_SHAPE_RW, BLKIF_KIND_WRITE,
+    BLKIF_DATA_TO_DISK, BLKIF_FLAG_DIVISIBLE,
+    1, {ENGINE_WRITE},
+  },
+  [BLKIF_OP_WRITE_BARRIER] = {
+    BLKIF_SHAPE_RW, BLKIF_KIND_FLUSH,
+    BLKIF_DATA_TO_DISK, BLKIF_FLAG_OPTIONAL,
+    3, {ENGINE_FLUSH, ENGINE_WRITE, ENGINE_FLUSH},
+  },
+  [BLKIF_OP_FLUSH_DISKCACHE] = {
+    BLKIF_SHAPE_RW, BLKIF_KIND_FLUSH,
+    BLKIF_DATA_TO_DISK, BLKIF_FLAG_OPTIONAL,
+    2, {ENGINE_FLUSH, ENGINE_WRITE},
+  },
+  [BLKIF_OP_DISCARD] = {
+    BLKIF_SHAPE_DISCARD, BLKIF_KIND_DISCARD,
+    BLKIF_DATA_NONE, BLKIF_FLAG_OPTIONAL,
+    1, {ENGINE_DISCARD},
+  },
+  [BLKIF_OP_INDIRECT] = {
+    BLKIF_SHAPE_INDIRECT, BLKIF_KIND_READ,
+    BLKIF_DATA_NONE, BLKIF_FLAG_OPTIONAL,
+    0, {0},
+  },
 };
 
 static const char *const blkif_refusal_names[REFUSAL_COUNT] = {
@@ -217,16 +332,6 @@ static const int16_t blkif_refusal_status[REFUSAL_COUNT] = {
   [REFUSAL_OUT_OF_RANGE] = BLKIF_RSP_ERROR,
   [REFUSAL_MISALIGNED] = BLKIF_RSP_ERROR,
   [REFUSAL_BAD_GRANT] = BLKIF_RSP_ERROR,
-};
-
-enum blkif_breach {
-  BREACH_NONE = 0,
-  BREACH_RESPONSE_OVERFLOW = 1,
-  BREACH_UNKNOWN_ID = 2,
-  BREACH_NOT_IN_FLIGHT = 3,
-  BREACH_WRONG_OPERATION = 4,
-  BREACH_GRANT_STILL_MAPPED = 5,
-  BREACH_COUNT = 6,
 };
 
 static const char *const blkif_breach_names[BREACH_COUNT] = {

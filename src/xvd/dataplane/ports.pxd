@@ -12,15 +12,13 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
+from xvd.dataplane.abi cimport GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE
+
 
 # ---- Grants of one peer, as the mapping side sees them ---------------------------------------
 
-# What a machine says that has no room, or no memory, for one more mapping or copy.
-cdef enum:
-    GNTST_NO_DEVICE_SPACE = -7
-    GNTST_NO_SPACE = -13
-
 cdef inline bint is_shortage(int32_t status) noexcept nogil:
+    """Whether a machine has no room, or no memory, for one more mapping or copy."""
     return status == GNTST_NO_SPACE or status == GNTST_NO_DEVICE_SPACE
 
 
@@ -75,17 +73,12 @@ cdef struct event_ports:
                                  # us
     void (*notify)(void *ctx) noexcept nogil
     # An event has come: let the next one in, at once or by what is put on the thread's io_uring to
-    # be done with its next wait. 0: there was no room on that. The ring is to be looked at after this.
+    # be done with its next wait. 0: there was no room on that. The ring is to be looked at after
+    # this.
     int (*acknowledge)(void *ctx, void *io_uring) noexcept nogil
 
 
 # ---- Storage, as one queue sees it -----------------------------------------------------------
-
-cdef enum engine_op:
-    ENGINE_READ = 0
-    ENGINE_WRITE = 1
-    ENGINE_FLUSH = 2
-    ENGINE_DISCARD = 3
 
 cdef enum engine_flag:
     ENGINE_SECURE = 1            # a discard after which nobody can read what was there
@@ -93,7 +86,7 @@ cdef enum engine_flag:
     ENGINE_DATA = 4              # the engine's: to be written as it is, also if it is zeros
 
 cdef struct engine_io:
-    uint8_t op                   # engine_op
+    uint8_t op                   # ENGINE_READ, ENGINE_WRITE, ENGINE_FLUSH or ENGINE_DISCARD
     uint8_t flags                # engine_flag
     uint16_t iovcnt
     int32_t result               # out: 0 or -errno; -EOPNOTSUPP: never ask for this kind again
@@ -118,18 +111,13 @@ cdef struct engine_ports:
 
 # ---- Something that a thread steps -----------------------------------------------------------
 
-cdef enum step_flag:
-    STEP_WORKED = 1              # something moved: step again before sleeping
-    STEP_BROKEN = 2              # the peer broke the ring: never step again
-    STEP_DRAINED = 4             # asked to stop, and nothing is in flight any more
-
 cdef enum:
     PAGES_EACH = 16              # of data, for each request of a step's budget
 
 cdef struct stepper_ports:
     void *ctx
     # budget: requests of one step, and sixteen times as many pages. What a step does is seen by the
-    # other end when it is over.
+    # other end when it is over. It returns STEP_* (types.py, `StepFlag`).
     uint32_t (*step)(void *ctx, uint32_t budget) noexcept nogil
     # Ask for an event and look once more: 1 if the thread may sleep, 0 if there is work after all.
     int (*may_sleep)(void *ctx) noexcept nogil
@@ -191,10 +179,6 @@ cdef struct client_host:
     uint32_t (*parts)(void *ctx, const front_io *io, uint64_t offset, uint64_t size, iovec *parts,
                       uint32_t room) noexcept nogil
 
-cdef enum client_wish:
-    CLIENT_READS = 1             # step me when my descriptor is readable
-    CLIENT_WRITES = 2            # when it is writable
-
 # Somebody with a descriptor and operations. Always called by one thread at a time, not always the
 # same one: when a disk changes its backend, its clients move on to other queues.
 cdef struct client_ports:
@@ -202,6 +186,7 @@ cdef struct client_ports:
     int fd
     # STEP_WORKED: something moved. STEP_DRAINED: over, and nothing under way.
     uint32_t (*step)(void *ctx, const client_host *host) noexcept nogil
+    # CLIENT_* (types.py, `Wish`).
     uint32_t (*wishes)(void *ctx) noexcept nogil
     void (*completed)(void *ctx, front_io *io) noexcept nogil
     # Submit again, in the same order, what an earlier queue has taken and not completed.

@@ -13,8 +13,8 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from posix.unistd cimport close, dup, read, write
 
-from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE,
-                                  ENGINE_WRITE, engine_io, engine_ports, wrap)
+from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE
+from xvd.dataplane.ports cimport ENGINE_SECURE, engine_io, engine_ports, wrap
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 import errno

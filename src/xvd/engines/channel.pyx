@@ -8,8 +8,8 @@ own, whoever asks, so that an engine never sees an impossible one.
 
 from libc.errno cimport EINVAL, EOPNOTSUPP, EROFS
 
-from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE,
-                                  engine_of, wrap)
+from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ
+from xvd.dataplane.ports cimport ENGINE_SECURE, engine_of, wrap
 
 
 cdef int32_t verdict(const checked *c, const engine_io *io) noexcept nogil:

@@ -13,8 +13,9 @@ from libc.string cimport strerror
 from posix.time cimport itimerspec
 from posix.unistd cimport close
 
+from xvd.dataplane.abi cimport ENGINE_DISCARD
 from xvd.dataplane.c cimport monotonic_ns
-from xvd.dataplane.ports cimport (ENGINE_DISCARD, engine_io, engine_of, engine_ports, wrap)
+from xvd.dataplane.ports cimport engine_io, engine_of, engine_ports, wrap
 cdef extern from "sys/timerfd.h" nogil:
     int timerfd_create(int clock, int flags)
     int timerfd_settime(int fd, int flags, const itimerspec *new, itimerspec *old)

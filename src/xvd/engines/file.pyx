@@ -24,15 +24,15 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memset, strerror
 from posix.uio cimport iovec
 
+from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE
 from xvd.dataplane.c cimport xvd_exchange32, xvd_load_acquire
 from xvd.dataplane.liburing cimport (
-    IORING_FSYNC_DATASYNC, io_uring, io_uring_get_sqe, io_uring_prep_fallocate,
-    io_uring_prep_fsync, io_uring_prep_read, io_uring_prep_readv, io_uring_prep_write,
-    io_uring_prep_writev, io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready,
-    io_uring_sqe, io_uring_sqe_set_data64, io_uring_submit)
-from xvd.dataplane.ports cimport (ENGINE_DATA, ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ,
-                                  ENGINE_WRITE, ENGINE_ZEROING, engine_io, engine_of,
-                                  engine_ports, wrap)
+    IORING_FSYNC_DATASYNC, io_uring, io_uring_get_sqe, io_uring_prep_fallocate, io_uring_prep_fsync,
+    io_uring_prep_read, io_uring_prep_readv, io_uring_prep_write, io_uring_prep_writev,
+    io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe,
+    io_uring_sqe_set_data64, io_uring_submit)
+from xvd.dataplane.ports cimport (
+    ENGINE_DATA, ENGINE_ZEROING, engine_io, engine_of, engine_ports, wrap)
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 cdef extern from "<sys/uio.h>" nogil:

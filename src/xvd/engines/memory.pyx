@@ -9,8 +9,8 @@ from libc.string cimport memcpy, memset
 from posix.mman cimport (MADV_DONTNEED, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ,
                          PROT_WRITE, madvise, mmap, munmap)
 
-from xvd.dataplane.ports cimport (ENGINE_DISCARD, ENGINE_READ, ENGINE_WRITE, engine_io,
-                                  engine_ports, wrap)
+from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_READ, ENGINE_WRITE
+from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 from xvd.errors import EngineError

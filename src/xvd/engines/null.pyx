@@ -10,7 +10,8 @@ name.
 from libc.stdint cimport int32_t, uint32_t
 from libc.string cimport memset
 
-from xvd.dataplane.ports cimport ENGINE_READ, engine_io, engine_ports, wrap
+from xvd.dataplane.abi cimport ENGINE_READ
+from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 from xvd.engines.interface import Engine, EngineInfo, Scheme, ThreadModel

@@ -17,14 +17,13 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 from posix.unistd cimport close
 
+from xvd.dataplane.abi cimport CLIENT_READS, CLIENT_WRITES, STEP_DRAINED, STEP_WORKED
 from xvd.dataplane.c cimport monotonic_ns, xvd_exchange32, xvd_load_acquire, xvd_store_release
-from xvd.dataplane.ports cimport (CLIENT_READS, CLIENT_WRITES, STEP_DRAINED, STEP_WORKED,
-                                  client_host, wrap)
+from xvd.dataplane.ports cimport client_host, wrap
 from xvd.export.transmission_ask cimport end_input, take_answers, tell
 from xvd.export.transmission_in cimport receive, relaunch
 from xvd.export.transmission_out cimport finish, send
-from xvd.export.transmission_slots cimport (drop_buffer, drop_idle, ensure_buffer, rounded,
-                                            unplace)
+from xvd.export.transmission_slots cimport drop_buffer, drop_idle, ensure_buffer, rounded, unplace
 
 import os
 

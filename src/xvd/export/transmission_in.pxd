@@ -11,14 +11,14 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memmove, memset
 from posix.uio cimport iovec
 
-from xvd.dataplane.abi cimport (BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE,
-                                BLKIF_SECTOR_SIZE)
+from xvd.dataplane.abi cimport (
+    BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_SECTOR_SIZE)
 from xvd.dataplane.c cimport xvd_get16, xvd_get32, xvd_get64
 from xvd.dataplane.ports cimport client_host
 from xvd.export.transmission cimport (
     COMMAND_DISC, COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, FLAG_DF, FLAG_FUA, HEADER_SIZE,
-    INPUT_SIZE, NEWS_EOF, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, REQUEST_MAGIC,
-    SLOT_FILLING, SLOT_ON_QUEUE, slot, transmission)
+    INPUT_SIZE, NEWS_EOF, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, REQUEST_MAGIC, SLOT_FILLING,
+    SLOT_ON_QUEUE, slot, transmission)
 from xvd.export.transmission_ask cimport ask, end_input
 from xvd.export.transmission_slots cimport copy_data, data_parts, has_room, take_slot
 

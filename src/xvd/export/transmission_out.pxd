@@ -12,8 +12,8 @@ from libc.string cimport memset
 from posix.uio cimport iovec
 
 from xvd.dataplane.c cimport xvd_put16, xvd_put32, xvd_put64
-from xvd.export.transmission cimport (COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, NEWS_GONE, slot,
-                                      take, transmission)
+from xvd.export.transmission cimport (
+    COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, NEWS_GONE, slot, take, transmission)
 from xvd.export.transmission_ask cimport ask, end_input
 from xvd.export.transmission_in cimport MSG_DONTWAIT, msghdr
 from xvd.export.transmission_slots cimport data_parts, free_slot, make_ready

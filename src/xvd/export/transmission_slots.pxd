@@ -20,7 +20,7 @@ from posix.uio cimport iovec
 
 from xvd.dataplane.c cimport xvd_load_acquire
 from xvd.export.memory cimport give_memory, has_memory, take_memory
-from xvd.export.transmission cimport (SLOT_FREE, SLOT_READY, put, slot, transmission)
+from xvd.export.transmission cimport SLOT_FREE, SLOT_READY, put, slot, transmission
 
 
 cdef enum:

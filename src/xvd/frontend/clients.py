@@ -14,12 +14,9 @@ from collections.abc import AsyncIterator, Sequence
 from xvd.blkif.nodes import BackendFeatures
 from xvd.dataplane.front.clients import Clients, Fence
 from xvd.dataplane.front.queue import FrontQueue
-from xvd.dataplane.types import HasPorts
+from xvd.dataplane.types import HasPorts, StepFlag, Wish
 from xvd.frontend.connection import Connection
 from xvd.types import RING_SECTOR_SIZE
-
-_WORKED = 1
-_READS, _WRITES = 1, 2
 
 
 class DiskClients:
@@ -116,7 +113,7 @@ class DiskClients:
     def _step(self) -> None:
         """Step one round; the event loop's other work runs before the next."""
         self._stepping = False
-        if self._room.step() & _WORKED:
+        if self._room.step() & StepFlag.WORKED:
             self._step_soon()
         self._watch()
 
@@ -126,13 +123,13 @@ class DiskClients:
         wished = dict(self._room.wishes())
         for fd in self._watched.keys() | wished.keys():
             before, now = self._watched.get(fd, 0), wished.get(fd, 0)
-            if before & ~now & _READS:
+            if before & ~now & Wish.READS:
                 events.remove_reader(fd)
-            if before & ~now & _WRITES:
+            if before & ~now & Wish.WRITES:
                 events.remove_writer(fd)
-            if now & ~before & _READS:
+            if now & ~before & Wish.READS:
                 events.add_reader(fd, self._step_soon)
-            if now & ~before & _WRITES:
+            if now & ~before & Wish.WRITES:
                 events.add_writer(fd, self._step_soon)
         self._watched = wished
 

@@ -14,6 +14,7 @@ from xvd.dataplane.back.journal import journal_fault
 from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.types import StepFlag
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.interface import EventChannel
 from xvd.sim.clock import Clock
@@ -21,7 +22,6 @@ from xvd.sim.storage import SimStorage
 from xvd.types import Domid
 from xvd.xenbus.link import BackLink, FrontLink
 
-WORKED, BROKEN, DRAINED = 1, 2, 4
 WATCHDOG_NS = 5_000_000_000
 
 
@@ -107,8 +107,8 @@ class SimLink:
         raise NotImplementedError
 
     def _rest(self, flags: int, may_sleep: bool) -> int:
-        self.drained = bool(flags & DRAINED)
-        self.awake = bool(flags & WORKED) or not may_sleep
+        self.drained = bool(flags & StepFlag.DRAINED)
+        self.awake = bool(flags & StepFlag.WORKED) or not may_sleep
         if not self.awake:
             self.deadline_ns = self._clock.now_ns + WATCHDOG_NS
         return flags

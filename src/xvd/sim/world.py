@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi
 from xvd.dataplane.back.journal import journal_size
+from xvd.dataplane.types import StepFlag
 from xvd.machine.emulated.grants import EmulatedForeignGrants
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
@@ -22,7 +23,7 @@ from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.sim.checkers import CheckFailed, ModelDisk, check_answered, check_balanced
 from xvd.sim.clock import Clock
-from xvd.sim.ends import BROKEN, Shape, SimBackend, SimFrontend, SimLink
+from xvd.sim.ends import Shape, SimBackend, SimFrontend, SimLink
 from xvd.sim.faults import Faults
 from xvd.sim.prng import Prng
 from xvd.sim.storage import SimStorage
@@ -271,7 +272,7 @@ class World:
     def _do_front(self) -> int:
         link = self._prng.choose(_awake(self._front.links))
         flags = link.step(self._prng.between(1, self.options.budget_max))
-        if flags & BROKEN:
+        if flags & StepFlag.BROKEN:
             raise CheckFailed(f"an honest backend was found lying: {link.queue.breach}")
         return self._workload.reap(self._front)
 
@@ -283,7 +284,7 @@ class World:
             assert isinstance(grants, EmulatedForeignGrants)
             grants.inject([0] * self._prng.below(8) + self._prng.choose(_GRANTS_FAIL))
         flags = link.step(self._prng.between(1, self.options.budget_max))
-        if flags & BROKEN:
+        if flags & StepFlag.BROKEN:
             raise CheckFailed("an honest frontend was found lying")
         if self._front_is_dead and self._back.drained:
             self._connect_anew()

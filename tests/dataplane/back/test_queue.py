@@ -11,6 +11,7 @@ from rig_queue import ALL, BROKEN, DRAINED, WORKED, QueueWorld, discard, rq
 
 from xvd.blkif.abi import Abi, Op, Status
 from xvd.blkif.messages import AnyRequest, Request, Segment
+from xvd.blkif.operations import OFFER_SECURE
 from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.back.queue import BackendQueue
 from xvd.engines.layers.error import Error
@@ -277,13 +278,13 @@ def test_what_is_withdrawn_is_refused_from_then_on() -> None:
         (rq(Op.FLUSH_DISKCACHE), 1 << Op.FLUSH_DISKCACHE),
         (rq(Op.WRITE_BARRIER), 1 << Op.WRITE_BARRIER),
         (discard(0, 8), 1 << Op.DISCARD),
-        (discard(0, 8, flag=1), 1 << 16),
+        (discard(0, 8, flag=1), OFFER_SECURE),
     ],
 )
 def test_what_the_storage_turns_out_not_to_do_is_withdrawn(request_: AnyRequest, bit: int) -> None:
     """As blkback does it: the first is answered EOPNOTSUPP, and those after it are not tried."""
     storage = Error(MemoryEngine(1 << 20), one_in=1, error=errno.EOPNOTSUPP)
-    offered = ALL | 1 << Op.WRITE_BARRIER | 1 << 16
+    offered = ALL | 1 << Op.WRITE_BARRIER | OFFER_SECURE
     with QueueWorld(storage, offered=offered) as world, world.running():
         for turn in (1, 2):
             world.send(request_)
@@ -310,7 +311,7 @@ def test_reading_and_writing_are_never_withdrawn(operation: Op) -> None:
 @pytest.mark.parametrize("flag", [0, 1])
 def test_the_storage_is_told_which_discards_are_to_erase(flag: int) -> None:
     engine = ByHand(1 << 20)
-    with QueueWorld(engine, offered=ALL | 1 << 16) as world:
+    with QueueWorld(engine, offered=ALL | OFFER_SECURE) as world:
         world.send(discard(8, 16, flag=flag))
         world.settle()
         [operation] = engine.channel.take()
@@ -338,7 +339,7 @@ def test_failing_storage_rings_the_alarm_once_until_it_is_asked() -> None:
 @pytest.mark.parametrize("flag", [0, 1])
 def test_the_id_of_a_discard_comes_back(abi: Abi, flag: int) -> None:
     """Linux 8c9ce606: it was not copied for every ABI."""
-    with QueueWorld(abi=abi, offered=ALL | 1 << 16) as world:
+    with QueueWorld(abi=abi, offered=ALL | OFFER_SECURE) as world:
         [answer] = world.ask(discard(8, 16, flag=flag, id=0xFEDC_BA98_7654_3210))
         assert (answer.id, answer.operation) == (0xFEDC_BA98_7654_3210, Op.DISCARD)
 

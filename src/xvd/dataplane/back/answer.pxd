@@ -5,11 +5,11 @@ from libc.stdint cimport int16_t
 
 from xvd.dataplane.abi cimport BLKIF_RSP_OKAY, blkif_refusal_status
 from xvd.dataplane.back.buffers cimport let_lie
-from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.back.journal cimport mark_answering, strike
 from xvd.dataplane.back.pending cimport backend_queue, pending
-from xvd.dataplane.ring.ring cimport back_push, back_respond
 from xvd.dataplane.back.space cimport give_space, space
+from xvd.dataplane.c cimport DEBUG_ASSERT
+from xvd.dataplane.ring.ring cimport back_push, back_respond
 
 
 cdef inline void use_space(pending *p, space *room) noexcept nogil:

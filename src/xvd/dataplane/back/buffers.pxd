@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that a queue keeps though nobody uses it: bounce pages of grant copy (Linux c6cc142d).
 
-In blkback these are the free pages that requests map grants to. Here mapping takes address space and
-gives it back with the mapping; what stays are the pages that data was copied through. Up to
+In blkback these are the free pages that requests map grants to. Here mapping takes address space
+and gives it back with the mapping; what stays are the pages that data was copied through. Up to
 `max_pages` of them are kept, because clearing a new page costs a fault; and none while memory is
-short (Linux cb9369bd), when somebody needs them more. The free lists are stacks, so that those given
-back first are the ones that were used last in time.
+short (Linux cb9369bd), when somebody needs them more. The free lists are stacks, so that those
+given back first are the ones that were used last in time.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
 from posix.mman cimport MADV_DONTNEED, madvise
 
-from xvd.dataplane.abi cimport BLKIF_PAGE_SIZE
+from xvd.dataplane.abi cimport XEN_PAGE_SIZE
 from xvd.dataplane.back.pending cimport backend_queue
 from xvd.dataplane.back.space cimport space
 
@@ -28,14 +28,14 @@ cdef inline void take_up(backend_queue *q, space *s) noexcept nogil:
 
 cdef inline void touch(space *s, uint64_t bytes_) noexcept nogil:
     """A request fills its pages so far."""
-    cdef uint32_t pages = <uint32_t>((bytes_ + BLKIF_PAGE_SIZE - 1) // BLKIF_PAGE_SIZE)
+    cdef uint32_t pages = <uint32_t>((bytes_ + XEN_PAGE_SIZE - 1) // XEN_PAGE_SIZE)
     if pages > s.touched:
         s.touched = pages
 
 
 cdef inline void drop(backend_queue *q, space *s) noexcept nogil:
     if s.touched:
-        madvise(s.bounce, <size_t>s.touched * BLKIF_PAGE_SIZE, MADV_DONTNEED)
+        madvise(s.bounce, <size_t>s.touched * XEN_PAGE_SIZE, MADV_DONTNEED)
         q.idle_pages -= s.touched
         q.count.buffer_pages_released += s.touched
         s.touched = 0

@@ -5,12 +5,12 @@ by one call; and giving back what was mapped."""
 from libc.stdint cimport uint8_t, uint32_t
 from posix.uio cimport iovec
 
-from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE,
-                                REFUSAL_BAD_GRANT)
+from xvd.dataplane.abi cimport BLKIF_SECTOR_SIZE, REFUSAL_BAD_GRANT, XEN_PAGE_SIZE
 from xvd.dataplane.back.answer cimport refuse
 from xvd.dataplane.back.buffers cimport touch
 from xvd.dataplane.back.pending cimport COPIES, PAUSE_NS, backend_queue, pending
 from xvd.dataplane.back.persistent cimport NOBODY, find, hold, keep, let_go, persistent_grant
+from xvd.dataplane.back.request cimport reads_disk
 from xvd.dataplane.ports cimport grant_copy, is_shortage
 
 
@@ -102,7 +102,7 @@ cdef inline void map_passing(backend_queue *q) noexcept nogil:
             continue
         q.sets[n].grefs = p.room.passing if q.persistent else p.rq.grefs
         q.sets[n].count = p.passing
-        q.sets[n].writable = p.rq.operation == BLKIF_OP_READ
+        q.sets[n].writable = reads_disk(&p.rq)
         q.owners[n] = p
         n += 1
     if n == 0:
@@ -130,7 +130,7 @@ cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
             if page == NULL:
                 p.starved |= is_shortage(q.kept.grants[p.room.held[j]].status)
         else:
-            page = p.mapping.base + passing * BLKIF_PAGE_SIZE
+            page = p.mapping.base + passing * XEN_PAGE_SIZE
             passing += 1
         if page == NULL:
             p.failed = 1
@@ -222,7 +222,8 @@ cdef inline grant_copy *next_copy(backend_queue *q, pending *p, uint32_t *n) noe
     return &q.copies[n[0] - 1]
 
 
-cdef inline void add_copies(backend_queue *q, pending *p, uint32_t *n, bint to_grant) noexcept nogil:
+cdef inline void add_copies(backend_queue *q, pending *p, uint32_t *n,
+                            bint to_grant) noexcept nogil:
     """Describe the copy between a request's segments and its bounce pages, packed."""
     cdef uint32_t j
     cdef uint8_t *at = p.room.bounce
@@ -247,7 +248,7 @@ cdef inline void copy_batch(backend_queue *q) noexcept nogil:
             continue
         touch(p.room, p.io.length)
         add_data(p, p.room.bounce, p.io.length)
-        if p.rq.operation != BLKIF_OP_READ:
+        if not reads_disk(&p.rq):
             add_copies(q, p, &n, False)
     run_copies(q, n)
 
@@ -257,7 +258,7 @@ cdef inline void copy_reads_out(backend_queue *q, uint32_t finished) noexcept no
     cdef pending *p
     for i in range(finished):
         p = q.batch[i]
-        if p.copying and p.rq.operation == BLKIF_OP_READ and p.io.result == 0:
+        if p.copying and reads_disk(&p.rq) and p.io.result == 0:
             add_copies(q, p, &n, True)
     run_copies(q, n)
 

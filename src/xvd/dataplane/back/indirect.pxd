@@ -9,15 +9,15 @@ they are read from those: the pages come from the same pool as the data's, as in
 
 from libc.stdint cimport uint8_t, uint32_t
 
-from xvd.dataplane.abi cimport (BLKIF_PAGE_SIZE, BLKIF_SEGMENTS_PER_INDIRECT_PAGE,
-                                REFUSAL_BAD_GRANT, REFUSAL_NONE)
+from xvd.dataplane.abi cimport (
+    BLKIF_SEGMENTS_PER_INDIRECT_PAGE, REFUSAL_BAD_GRANT, REFUSAL_NONE, XEN_PAGE_SIZE)
 from xvd.dataplane.back.answer cimport refuse
-from xvd.dataplane.c cimport xvd_copy_slot
 from xvd.dataplane.back.gather cimport hold_grant, map_fresh, next_copy, run_copies
 from xvd.dataplane.back.pending cimport backend_queue, pending
 from xvd.dataplane.back.persistent cimport NOBODY, let_go
-from xvd.dataplane.ports cimport grant_copy, is_shortage
 from xvd.dataplane.back.request cimport check_data, parse_segments, request
+from xvd.dataplane.c cimport xvd_copy_slot
+from xvd.dataplane.ports cimport grant_copy, is_shortage
 
 
 cdef inline uint32_t pages_of(const request *rq) noexcept nogil:
@@ -40,7 +40,7 @@ cdef inline bint read_kept(backend_queue *q, pending *p, uint32_t page,
     cdef uint8_t *at = q.kept.grants[number].page
     cdef bint may_copy = not q.grants.unmaps_at_once or is_shortage(q.kept.grants[number].status)
     if at != NULL:
-        xvd_copy_slot(p.room.descriptors + page * BLKIF_PAGE_SIZE, at, size)
+        xvd_copy_slot(p.room.descriptors + page * XEN_PAGE_SIZE, at, size)
     elif not may_copy:
         p.failed = 1
     let_go(&q.kept, number, q.now_ns)
@@ -52,12 +52,12 @@ cdef inline void read_descriptors(backend_queue *q, pending *p, uint32_t *n) noe
     cdef uint32_t page, size, left = p.rq.nr_segments * q.ring.layout.segment_size
     cdef grant_copy *op
     for page in range(pages_of(&p.rq)):
-        size = min(left, <uint32_t>BLKIF_PAGE_SIZE)
+        size = min(left, <uint32_t>XEN_PAGE_SIZE)
         left -= size
         if q.persistent and p.room.held[page] != NOBODY and read_kept(q, p, page, size):
             continue
         op = next_copy(q, p, n)
-        op.local = p.room.descriptors + page * BLKIF_PAGE_SIZE
+        op.local = p.room.descriptors + page * XEN_PAGE_SIZE
         op.gref = p.rq.indirect_grefs[page]
         op.offset = 0
         op.size = size

@@ -16,8 +16,8 @@ and each entry's first word is a seal over the rest of it. journal.pyx has the e
 
 from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from xvd.dataplane.abi cimport (BLKIF_MAX_ENTRY_SIZE, BLKIF_MAX_SEGMENTS_PER_REQUEST,
-                                BLKIF_OP_FLUSH_DISKCACHE)
+from xvd.dataplane.abi cimport (
+    BLKIF_MAX_ENTRY_SIZE, BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_FLUSH_DISKCACHE)
 from xvd.dataplane.c cimport xvd_store_release
 from xvd.dataplane.ring.ring cimport back_ring
 

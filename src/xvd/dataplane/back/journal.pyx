@@ -12,8 +12,8 @@ from libc.string cimport memset
 
 from xvd.dataplane.abi cimport blkif_layouts
 from xvd.dataplane.c cimport xvd_store_release
-from xvd.dataplane.ring.ring cimport (back_ring, check_ring, instance_of, requests_published,
-                                      responses_published, set_instance)
+from xvd.dataplane.ring.ring cimport (
+    back_ring, check_ring, instance_of, requests_published, responses_published, set_instance)
 
 
 cdef struct found_entries:

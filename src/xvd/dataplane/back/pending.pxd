@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one backend queue holds: requests between the ring and their responses, and its counters."""
 
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 from xvd.dataplane.abi cimport REFUSAL_COUNT
 from xvd.dataplane.back.journal cimport journal_entry, journal_header
-from xvd.dataplane.latency cimport latencies
 from xvd.dataplane.back.persistent cimport persistent_grants
-from xvd.dataplane.ports cimport (engine_io, engine_ports, event_ports, grant_copy, grant_mapping,
-                                  grant_ports)
 from xvd.dataplane.back.request cimport request, request_limits
-from xvd.dataplane.ring.ring cimport back_ring
 from xvd.dataplane.back.space cimport space, space_pool
+from xvd.dataplane.latency cimport kind_counts, latencies
+from xvd.dataplane.ports cimport (
+    engine_io, engine_ports, event_ports, grant_copy, grant_mapping, grant_ports)
+from xvd.dataplane.ring.ring cimport back_ring
 
 
 cdef enum:
@@ -28,8 +28,7 @@ cdef enum recovery:
 
 # Names as blkback's in sysfs where it has them.
 cdef struct queue_counters:
-    uint64_t rd_req, wr_req, f_req, ds_req, oo_req
-    uint64_t rd_sect, wr_sect, ds_sect
+    uint64_t oo_req
     uint64_t requests, responses, errors, storage_errors
     uint64_t mapped, unmapped, copied
     uint64_t map_calls, unmap_calls, copy_calls
@@ -38,17 +37,12 @@ cdef struct queue_counters:
     uint64_t notified, suppressed, steps, recovered, starved
     uint64_t refusals[REFUSAL_COUNT]
 
-# What a request still has to do at the storage, in this order.
-cdef enum pending_stage:
-    STAGE_WRITE = 1              # the data of a flush or a barrier, after what was written before
-    STAGE_FLUSH = 2              # a barrier's: its own data must be durable when it is answered
-
 # A request between the ring and its response.
 cdef struct pending:
     request rq
     journal_entry *entry
     uint32_t waiting             # 1: a predecessor's, not begun yet
-    uint32_t stages              # pending_stage: what follows the operation under way
+    uint8_t to_ask               # of what its operation asks of the storage, how much is left
     grant_mapping mapping        # what is mapped for this request only
     uint32_t mapped              # 1: `mapping` is to be unmapped
     uint32_t holding             # 1: the persistent grants in `room.held` are to be let go
@@ -103,4 +97,5 @@ cdef struct backend_queue:
     uint32_t alarmed
     int32_t last_error           # -errno
     queue_counters count
+    kind_counts kinds
     latencies latency            # from taking a request to answering it

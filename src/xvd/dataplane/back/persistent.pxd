@@ -56,7 +56,8 @@ cdef inline uint32_t hash_of(const persistent_grants *book, uint32_t gref) noexc
     return (h ^ (h >> 16)) & book.mask
 
 
-cdef inline bint open_book(persistent_grants *book, uint32_t capacity, uint32_t secret) noexcept nogil:
+cdef inline bint open_book(persistent_grants *book, uint32_t capacity,
+                           uint32_t secret) noexcept nogil:
     """Take the memory for at most `capacity` grants (above 0); False if there is none."""
     cdef uint32_t i, size = 16
     while size < 2 * capacity:

@@ -18,35 +18,34 @@ from libc.stdlib cimport calloc, free
 from posix.unistd cimport close, read
 
 from xvd.dataplane.abi cimport (
-    BLKIF_DISCARD_SECURE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_OP_DISCARD, BLKIF_OP_FLUSH_DISKCACHE,
-    BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE,
-    REFUSAL_COUNT, REFUSAL_NONE, blkif_layouts, blkif_refusal_names)
+    BLKIF_DISCARD_SECURE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_MAX_SEGMENTS_PER_REQUEST,
+    BLKIF_OP_INDIRECT, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE, REFUSAL_COUNT, REFUSAL_NONE,
+    STEP_BROKEN, STEP_DRAINED, STEP_WORKED, blkif_layouts, blkif_operation, blkif_operations,
+    blkif_refusal_names)
 from xvd.dataplane.back.answer cimport publish_responses, refuse, use_space
 from xvd.dataplane.back.buffers cimport shrink, take_up
-from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
 from xvd.dataplane.back.gather cimport gather, unmap
 from xvd.dataplane.back.indirect cimport fetch_indirect
 from xvd.dataplane.back.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of,
     journal_entry, journal_header, mark_taken, strike)
-from xvd.dataplane.latency cimport latency_lists
 from xvd.dataplane.back.pending cimport (
-    BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, STAGE_FLUSH, STAGE_WRITE, TAKING_OVER,
-    backend_queue, pending)
+    BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, TAKING_OVER, backend_queue, pending)
 from xvd.dataplane.back.persistent cimport (
     NOBODY, close_book, idle_too_long, open_book, persistent_grant)
-from xvd.dataplane.ports cimport (
-    PAGES_EACH, ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_SECURE, ENGINE_WRITE, STEP_BROKEN,
-    STEP_DRAINED, STEP_WORKED, engine_io, engine_of, events_of, grant_copy, grant_mapping,
-    grants_of, wrap)
 from xvd.dataplane.back.purge cimport purge, purge_all
-from xvd.dataplane.back.request cimport NR_SEGMENTS, parse, request, validate
+from xvd.dataplane.back.request cimport parse, request, validate
+from xvd.dataplane.back.space cimport (
+    LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space, take_space)
+from xvd.dataplane.back.storage cimport collect, start
+from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
+from xvd.dataplane.latency cimport count_kind, kind_figures, latency_lists
+from xvd.dataplane.ports cimport (
+    ENGINE_SECURE, PAGES_EACH, engine_io, engine_of, events_of, grant_copy, grant_mapping,
+    grants_of, wrap)
 from xvd.dataplane.ring.ring cimport (
     RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending,
     back_respond, back_resume, back_take, check_ring)
-from xvd.dataplane.back.space cimport (LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space,
-                                  take_space)
-from xvd.dataplane.back.storage cimport collect, start
 
 import os
 
@@ -59,7 +58,8 @@ def memory_of(uint32_t nr_ents, uint32_t indirect_max, uint32_t persistent_max):
     cdef uint32_t large = large_spaces(nr_ents, indirect_max), sets = max(nr_ents, <uint32_t>SETS)
     cdef size_t kept = max(persistent_max, GRANTS_PER_REQUEST * nr_ents) if persistent_max else 0
     kept *= sizeof(persistent_grant) + 5 * sizeof(uint32_t)
-    return (nr_ents * (sizeof(pending) + 4 * sizeof(void *) + NR_SEGMENTS * SEGMENT_BYTES)
+    return (nr_ents * (sizeof(pending) + 4 * sizeof(void *)
+                       + BLKIF_MAX_SEGMENTS_PER_REQUEST * SEGMENT_BYTES)
             + large * (sizeof(space) + indirect_max * SEGMENT_BYTES) + kept
             + sets * (sizeof(grant_mapping) + sizeof(uint32_t)) + COPIES * sizeof(grant_copy)
             + journal_size(nr_ents))
@@ -195,51 +195,27 @@ cdef void recover(backend_queue *q) noexcept nogil:
         begin(q, p, refusal)
 
 
-cdef void account(backend_queue *q, const request *rq) noexcept nogil:
-    if rq.operation == BLKIF_OP_READ:
-        q.count.rd_req += 1
-        q.count.rd_sect += rq.nr_sectors
-    elif rq.operation == BLKIF_OP_WRITE:
-        q.count.wr_req += 1
-        q.count.wr_sect += rq.nr_sectors
-    elif rq.operation == BLKIF_OP_DISCARD:
-        q.count.ds_req += 1
-        q.count.ds_sect += rq.nr_sectors
-    else:
-        q.count.f_req += 1
-        q.count.wr_sect += rq.nr_sectors
-
-
-cdef void prepare(backend_queue *q, pending *p) noexcept nogil:
+cdef void prepare(pending *p) noexcept nogil:
     """Fill in what the engine will be asked; where the data lies is known after `gather`."""
-    cdef uint32_t op = p.rq.operation
-    p.stages = 0
-    if p.rq.nr_segments and op == BLKIF_OP_FLUSH_DISKCACHE:
-        p.stages = STAGE_WRITE
-    elif p.rq.nr_segments and op == BLKIF_OP_WRITE_BARRIER:
-        p.stages = STAGE_WRITE | STAGE_FLUSH
+    cdef const blkif_operation *row = &blkif_operations[p.rq.operation]
+    p.to_ask = row.nr_asked - 1 if p.rq.nr_segments else 0
+    p.io.op = row.asked[0]
     p.io.flags = ENGINE_SECURE if p.rq.flag & BLKIF_DISCARD_SECURE else 0
     p.io.owner = p
     p.io.iov = p.room.iov
     p.io.iovcnt = 0
     p.io.offset = p.rq.sector_number * BLKIF_SECTOR_SIZE
     p.io.length = p.rq.nr_sectors * BLKIF_SECTOR_SIZE
-    if op == BLKIF_OP_READ:
-        p.io.op = ENGINE_READ
-    elif op == BLKIF_OP_WRITE:
-        p.io.op = ENGINE_WRITE
-    elif op == BLKIF_OP_DISCARD:
-        p.io.op = ENGINE_DISCARD
-    else:
-        p.io.op = ENGINE_FLUSH
 
 
 cdef void admit(backend_queue *q) noexcept nogil:
     """Count and prepare what has been judged for good."""
     cdef uint32_t i
+    cdef pending *p
     for i in range(q.nr_batch):
-        account(q, &q.batch[i].rq)
-        prepare(q, q.batch[i])
+        p = q.batch[i]
+        count_kind(&q.kinds, blkif_operations[p.rq.operation].kind, p.rq.nr_sectors)
+        prepare(p)
 
 
 # ---- The step --------------------------------------------------------------------------------
@@ -399,7 +375,8 @@ cdef class BackendQueue:
         q.copies = <grant_copy *>calloc(COPIES, sizeof(grant_copy))
         q.ios = <engine_io **>calloc(nr_ents, sizeof(void *))
         if not (q.pendings and q.free_list and q.batch and q.sets and q.fresh and q.owners
-                and q.copies and q.ios and (not q.persistent or self.open_kept()) and open_pool(&q.small, nr_ents, NR_SEGMENTS)
+                and q.copies and q.ios and (not q.persistent or self.open_kept())
+                and open_pool(&q.small, nr_ents, BLKIF_MAX_SEGMENTS_PER_REQUEST)
                 and open_pool(&q.large, large, indirect_max)):
             raise MemoryError(f"no memory for a queue of {nr_ents} requests")
         for i in range(nr_ents):
@@ -434,7 +411,7 @@ cdef class BackendQueue:
         return wrap(&self.table, "xvd.stepper_ports")
 
     def step(self, uint32_t budget=64):
-        """One bounded round, as the thread runs it; STEP_* flags (1 worked, 2 broken, 4 drained)."""
+        """One bounded round, as the thread runs it; its `StepFlag`s."""
         cdef uint32_t flags
         with nogil:
             flags = step(&self.q, budget)
@@ -511,13 +488,13 @@ cdef class BackendQueue:
 
     @property
     def due_ns(self):
-        """When to step again though nothing happens, as `set_time` counts; 0 if there is no need."""
+        """When to step again though nothing happens, as `set_time` counts; 0: not at all."""
         return self.q.resume_ns
 
     @property
     def overdue(self):
-        """Whether a thread that sleeps has missed something: requests that were not taken, or grants
-        unused for too long. Any thread. Of one that is awake it says nothing.
+        """Whether a thread that sleeps has missed something: requests that were not taken, or
+        grants unused for too long. Any thread. Of one that is awake it says nothing.
         """
         cdef backend_queue *q = &self.q
         cdef uint32_t oldest = q.kept.oldest
@@ -556,7 +533,7 @@ cdef class BackendQueue:
         ``latency``: for each kind of request a list of 40 counts; count i is of those answered
         after 2**i nanoseconds and before twice that, from when they were taken off the ring.
         """
-        counts = dict(self.q.count)
+        counts = kind_figures(&self.q.kinds) | dict(self.q.count)
         refusals = counts.pop("refusals")
         counts["in_flight"] = self.q.in_flight
         counts["latency"] = latency_lists(&self.q.latency)

@@ -12,8 +12,8 @@ from xvd.errors import LocalProtocolError
 
 
 def judge(const uint8_t[::1] slot, int abi, *, uint64_t capacity, uint32_t block_sectors=1,
-          uint32_t wire_sector=1,
-          bint read_only=False, uint32_t offered=0x3, uint32_t indirect_max=0,
+          uint32_t wire_sector=1, bint read_only=False, uint32_t offered=0x3,
+          uint32_t indirect_max=0,
           const uint8_t[::1] pages=None):
     """Parse a slot and judge it: (refusal, operation of the answer, id).
 
@@ -40,7 +40,8 @@ def judge(const uint8_t[::1] slot, int abi, *, uint64_t capacity, uint32_t block
     refusal = validate(&rq, &limits)
     if refusal == REFUSAL_NONE and rq.indirect and pages is not None:
         if pages.shape[0] < rq.nr_segments * blkif_layouts[abi].segment_size:
-            raise LocalProtocolError(f"{rq.nr_segments} segments do not fit in {pages.shape[0]} bytes")
+            raise LocalProtocolError(f"{rq.nr_segments} segments do not fit in {pages.shape[0]} "
+                                     "bytes")
         parse_segments(&pages[0], &blkif_layouts[abi], rq.nr_segments, &rq)
         refusal = check_data(&rq, &limits)
     return refusal, rq.operation, rq.id

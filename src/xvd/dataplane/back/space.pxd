@@ -13,7 +13,7 @@ from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT
                          munmap)
 from posix.uio cimport iovec
 
-from xvd.dataplane.abi cimport BLKIF_PAGE_SIZE
+from xvd.dataplane.abi cimport XEN_PAGE_SIZE
 
 cdef extern from "sys/mman.h" nogil:
     int MAP_NORESERVE
@@ -46,7 +46,7 @@ cdef struct space_pool:
 
 
 cdef inline size_t bounce_bytes(const space_pool *pool) noexcept nogil:
-    return <size_t>pool.count * pool.size * BLKIF_PAGE_SIZE
+    return <size_t>pool.count * pool.size * XEN_PAGE_SIZE
 
 
 cdef inline void carve(space_pool *pool, uint32_t number) noexcept nogil:
@@ -64,7 +64,7 @@ cdef inline void carve(space_pool *pool, uint32_t number) noexcept nogil:
     at += every * 12
     s.first_sect = at + first
     s.last_sect = at + every + first
-    s.bounce = pool.bounce + first * BLKIF_PAGE_SIZE
+    s.bounce = pool.bounce + first * XEN_PAGE_SIZE
     pool.free_list[number] = s
 
 

@@ -5,15 +5,15 @@ from libc.errno cimport EOPNOTSUPP
 from libc.stdint cimport uint32_t, uint64_t
 from posix.unistd cimport write
 
-from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_RSP_EOPNOTSUPP,
-                                BLKIF_RSP_ERROR, BLKIF_RSP_OKAY, REFUSAL_BAD_GRANT)
+from xvd.dataplane.abi cimport (
+    BLKIF_FLAG_OPTIONAL, BLKIF_OFFER_SECURE, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY,
+    REFUSAL_BAD_GRANT, blkif_operation, blkif_operations)
 from xvd.dataplane.back.answer cimport answer, refuse
-from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
 from xvd.dataplane.back.gather cimport give_back, pause
+from xvd.dataplane.back.pending cimport backend_queue, pending
+from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
 from xvd.dataplane.latency cimport count_latency
-from xvd.dataplane.back.pending cimport STAGE_WRITE, backend_queue, pending
-from xvd.dataplane.ports cimport ENGINE_FLUSH, ENGINE_SECURE, ENGINE_WRITE, engine_io
-from xvd.dataplane.back.request cimport OFFER_SECURE
+from xvd.dataplane.ports cimport ENGINE_SECURE, engine_io
 
 
 cdef inline void start(backend_queue *q) noexcept nogil:
@@ -47,8 +47,8 @@ cdef inline void fail(backend_queue *q, pending *p) noexcept nogil:
         answer(q, p, BLKIF_RSP_ERROR)
         return
     if p.io.flags & ENGINE_SECURE:
-        bit = OFFER_SECURE
-    if p.rq.operation != BLKIF_OP_READ and p.rq.operation != BLKIF_OP_WRITE:
+        bit = BLKIF_OFFER_SECURE
+    if blkif_operations[p.rq.operation].flags & BLKIF_FLAG_OPTIONAL:
         q.withdrawn |= bit
         xvd_clear_bits(&q.limits.offered, bit)
         ring_alarm(q)
@@ -56,16 +56,13 @@ cdef inline void fail(backend_queue *q, pending *p) noexcept nogil:
 
 
 cdef inline bint go_on(backend_queue *q, pending *p) noexcept nogil:
-    """Begin the next stage of a request; False if there is none."""
+    """Ask for what the request's operation asks for next; False if that was all."""
     cdef engine_io *io = &p.io
-    if io.result != 0 or p.stages == 0:
+    cdef const blkif_operation *row = &blkif_operations[p.rq.operation]
+    if io.result != 0 or p.to_ask == 0:
         return False
-    if p.stages & STAGE_WRITE:
-        p.stages &= ~<uint32_t>STAGE_WRITE
-        io.op = ENGINE_WRITE
-    else:
-        p.stages = 0
-        io.op = ENGINE_FLUSH
+    io.op = row.asked[row.nr_asked - p.to_ask]
+    p.to_ask -= 1
     q.engine.submit(q.engine.ctx, &io, 1)
     return True
 
@@ -86,7 +83,7 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
     give_back(q, finished)
     for i in range(finished):
         p = q.batch[i]
-        count_latency(&q.latency, p.rq.operation, q.now_ns - p.begun_ns)
+        count_latency(&q.latency, blkif_operations[p.rq.operation].kind, q.now_ns - p.begun_ns)
         if p.failed:
             if p.starved:
                 pause(q)

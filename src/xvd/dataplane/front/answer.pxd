@@ -12,13 +12,13 @@ from posix.unistd cimport write
 from xvd.dataplane.abi cimport (
     BLKIF_OP_INDIRECT, BLKIF_OP_READ, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_OKAY, BLKIF_SECTOR_SIZE,
     BREACH_GRANT_STILL_MAPPED, BREACH_NONE, BREACH_NOT_IN_FLIGHT, BREACH_RESPONSE_OVERFLOW,
-    BREACH_UNKNOWN_ID, BREACH_WRONG_OPERATION, blkif_layout)
+    BREACH_UNKNOWN_ID, BREACH_WRONG_OPERATION, blkif_layout, blkif_operations)
 from xvd.dataplane.c cimport xvd_get16, xvd_get64
+from xvd.dataplane.front.issue cimport move_data
+from xvd.dataplane.front.pool cimport give_pages
 from xvd.dataplane.front.queue cimport (
     SHADOW_FREE, SHADOW_IN_FLIGHT, append, front_queue, is_issued, pthread_mutex_lock,
     pthread_mutex_unlock, shadow)
-from xvd.dataplane.front.issue cimport move_data
-from xvd.dataplane.front.pool cimport give_pages
 from xvd.dataplane.latency cimport count_latency
 from xvd.dataplane.ports cimport PAGES_EACH, front_io
 from xvd.dataplane.ring.ring cimport RING_BROKEN, front_copy, front_pending
@@ -85,7 +85,7 @@ cdef inline int finish(front_queue *q, uint32_t id, int16_t status) noexcept nog
     if s.nr_indirect and not give_pages(&q.pool, s.first_indirect, s.nr_indirect):
         return BREACH_GRANT_STILL_MAPPED
     q.count.errors += error != 0
-    count_latency(&q.latency, s.operation, q.now_ns - s.begun_ns)
+    count_latency(&q.latency, blkif_operations[s.operation].kind, q.now_ns - s.begun_ns)
     end_parts(q, s, error)
     s.state = SHADOW_FREE
     s.io = NULL

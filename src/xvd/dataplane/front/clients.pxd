@@ -5,7 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from xvd.dataplane.front.queue cimport FrontQueue, front_queue, pthread_mutex_t
 from xvd.dataplane.liburing cimport io_uring
-from xvd.dataplane.ports cimport (client_host, client_ports, engine_ports, front_io, stepper_ports)
+from xvd.dataplane.ports cimport client_host, client_ports, engine_ports, front_io, stepper_ports
 
 
 # Sectors on which no client's write may begin.

@@ -21,16 +21,17 @@ from libc.stdlib cimport calloc, free
 from posix.uio cimport iovec
 from posix.unistd cimport close, write
 
-from xvd.dataplane.abi cimport BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE
+from xvd.dataplane.abi cimport (
+    BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE, CLIENT_READS, CLIENT_WRITES,
+    STEP_DRAINED, STEP_WORKED)
 from xvd.dataplane.c cimport xvd_exchange32, xvd_load_acquire, xvd_store_release
-from xvd.dataplane.front.queue cimport (append, front_may_sleep, front_step, let_go, pthread_mutex_lock,
-                                  pthread_mutex_unlock)
 from xvd.dataplane.front.place cimport displace, parts_of, place
+from xvd.dataplane.front.queue cimport (
+    append, front_may_sleep, front_step, let_go, pthread_mutex_lock, pthread_mutex_unlock)
 from xvd.dataplane.liburing cimport (
     io_uring_get_sqe, io_uring_prep_poll_add, io_uring_sqe, io_uring_sqe_set_data64,
     io_uring_submit)
-from xvd.dataplane.ports cimport (
-    CLIENT_READS, CLIENT_WRITES, STEP_DRAINED, STEP_WORKED, client_of, engine_io, wrap)
+from xvd.dataplane.ports cimport client_of, engine_io, wrap
 
 import os
 
@@ -438,7 +439,7 @@ cdef class Clients:
                 client = client.next
 
     def step(self, uint32_t budget=64):
-        """One round, as the thread runs it; its flags: 1 worked, 2 broken, 4 drained."""
+        """One round, as the thread runs it; its `StepFlag`s."""
         cdef uint32_t flags
         with nogil:
             flags = step(&self.c, budget)

@@ -16,17 +16,15 @@ from libc.string cimport memcpy, memset
 
 from xvd.dataplane.abi cimport (
     BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_DISCARD, BLKIF_OP_INDIRECT, BLKIF_OP_READ,
-    BLKIF_OP_WRITE, BLKIF_PAGE_SIZE, BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE, blkif_layout)
+    BLKIF_SECTORS_PER_PAGE, BLKIF_SECTOR_SIZE, BLKIF_SEGMENTS_PER_INDIRECT_PAGE, XEN_PAGE_SIZE,
+    blkif_layout, blkif_operations)
 from xvd.dataplane.c cimport DEBUG_ASSERT, xvd_put16, xvd_put32, xvd_put64
-from xvd.dataplane.front.queue cimport (SHADOW_FREE, SHADOW_IN_FLIGHT, front_queue, has_data, is_issued,
-                                  is_rw, shadow)
 from xvd.dataplane.front.pool cimport page_data, take_chain
+from xvd.dataplane.front.queue cimport (
+    SHADOW_FREE, SHADOW_IN_FLIGHT, front_queue, has_data, is_issued, is_rw, shadow)
+from xvd.dataplane.latency cimport count_kind
 from xvd.dataplane.ports cimport PAGES_EACH, front_io
 from xvd.dataplane.ring.ring cimport front_free, front_next_slot
-
-
-cdef enum:
-    SEGMENTS_PER_PAGE = 512      # descriptors in one indirect page
 
 
 cdef inline uint32_t pages_for(uint64_t sectors) noexcept nogil:
@@ -42,7 +40,7 @@ cdef inline uint32_t indirect_pages(uint32_t segments) noexcept nogil:
     """Pages of descriptors that so many segments need; none up to 11."""
     if segments <= BLKIF_MAX_SEGMENTS_PER_REQUEST:
         return 0
-    return (segments + SEGMENTS_PER_PAGE - 1) // SEGMENTS_PER_PAGE
+    return (segments + BLKIF_SEGMENTS_PER_INDIRECT_PAGE - 1) // BLKIF_SEGMENTS_PER_INDIRECT_PAGE
 
 
 cdef inline bint goes_on(const front_io *io, const front_io *following) noexcept nogil:
@@ -70,8 +68,8 @@ cdef inline void move_data(front_queue *q, const shadow *s, bint to_pages) noexc
     while left:
         data = page_data(&q.pool, page)
         within = 0
-        while within < BLKIF_PAGE_SIZE and left:
-            size = <uint32_t>min(<uint64_t>min(BLKIF_PAGE_SIZE - within, left),
+        while within < XEN_PAGE_SIZE and left:
+            size = <uint32_t>min(<uint64_t>min(XEN_PAGE_SIZE - within, left),
                                  io.nr_sectors * BLKIF_SECTOR_SIZE - at)
             if to_pages:
                 memcpy(data + within, io.buffer + at, size)
@@ -107,14 +105,14 @@ cdef inline void claim(front_queue *q, shadow *s, uint64_t sectors) noexcept nog
 
 
 cdef inline void wipe_page(front_queue *q, uint32_t page, uint32_t used) noexcept nogil:
-    memset(page_data(&q.pool, page) + used, 0, BLKIF_PAGE_SIZE - used)
+    memset(page_data(&q.pool, page) + used, 0, XEN_PAGE_SIZE - used)
 
 
 cdef inline void wipe_chain(front_queue *q, const shadow *s) noexcept nogil:
     """Clear what the data of a write will not cover, and all of what a read is to fill."""
     cdef uint32_t page = s.first_page, left = s.size, i, used
     for i in range(s.nr_pages):
-        used = min(left, <uint32_t>BLKIF_PAGE_SIZE)
+        used = min(left, <uint32_t>XEN_PAGE_SIZE)
         wipe_page(q, page, 0 if s.operation == BLKIF_OP_READ else used)
         left -= used
         page = q.pool.next[page]
@@ -160,7 +158,7 @@ cdef inline void put_indirect(front_queue *q, uint8_t *slot, uint32_t id, uint64
     xvd_put64(slot + at.indirect_id, id)
     xvd_put64(slot + at.indirect_sector_number, sector_number)
     for i in range(s.nr_indirect):
-        here = min(left, <uint32_t>SEGMENTS_PER_PAGE)
+        here = min(left, <uint32_t>BLKIF_SEGMENTS_PER_INDIRECT_PAGE)
         left -= here
         xvd_put32(slot + at.indirect_grefs + 4 * i, q.pool.ports.grefs[page])
         data = put_segments(q, page_data(&q.pool, page), data, here,
@@ -199,12 +197,8 @@ cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
         s.first_page = take_chain(&q.pool, s.nr_pages, writes)
     if q.wipe:
         wipe_chain(q, s)
-    if writes:
-        if not s.placed:
-            move_data(q, s, True)
-        q.count.wr_sect += sectors
-    else:
-        q.count.rd_sect += sectors
+    if writes and not s.placed:
+        move_data(q, s, True)
     if s.nr_indirect:
         put_indirect(q, slot, id, sector_number, last_sect)
     else:
@@ -227,19 +221,6 @@ cdef inline void put_bare(front_queue *q, uint8_t *slot, uint32_t id, front_io *
         xvd_put64(slot + at.rw_id, id)
 
 
-cdef inline void count_request(front_queue *q, uint8_t operation) noexcept nogil:
-    """By kind, under the names of Linux's backend; a barrier with data counts as a flush."""
-    q.count.requests += 1
-    if operation == BLKIF_OP_READ:
-        q.count.rd_req += 1
-    elif operation == BLKIF_OP_WRITE:
-        q.count.wr_req += 1
-    elif operation == BLKIF_OP_DISCARD:
-        q.count.ds_req += 1
-    else:
-        q.count.f_req += 1
-
-
 cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept nogil:
     """Put one request on the ring; there are a slot, a shadow, and pages for `sectors`."""
     cdef uint8_t *slot = front_next_slot(&q.ring)
@@ -259,7 +240,8 @@ cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept no
     else:
         put_bare(q, slot, id, io)
     q.in_flight += 1
-    count_request(q, io.operation)
+    q.count.requests += 1
+    count_kind(&q.kinds, blkif_operations[io.operation].kind, sectors)
 
 
 cdef inline uint32_t pages_of_unit(const front_queue *q, uint64_t sectors,
@@ -271,7 +253,7 @@ cdef inline uint32_t pages_of_unit(const front_queue *q, uint64_t sectors,
     return pages if placed else pages + requests * whole + rest
 
 
-cdef inline bint has_room(const front_queue *q, const front_io *io, uint64_t sectors) noexcept nogil:
+cdef inline bint has_room(front_queue *q, const front_io *io, uint64_t sectors) noexcept nogil:
     """Whether a unit of so many sectors can go out now, whole and with all of its pages."""
     cdef uint32_t requests = <uint32_t>((sectors + q.sectors_max - 1) // q.sectors_max)
     return (max(requests, <uint32_t>1) <= min(q.nr_free, front_free(&q.ring))

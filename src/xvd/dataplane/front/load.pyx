@@ -18,13 +18,14 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 
-from xvd.dataplane.abi cimport (BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_PAGE_SIZE,
-                                BLKIF_SECTOR_SIZE)
+from xvd.dataplane.abi cimport (
+    BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_SECTOR_SIZE, STEP_DRAINED, XEN_PAGE_SIZE)
 from xvd.dataplane.c cimport monotonic_ns
-from xvd.dataplane.front.queue cimport FrontQueue, append, front_may_sleep, front_peek, front_queue, front_step
 from xvd.dataplane.front.place cimport place
 from xvd.dataplane.front.pool cimport page_data
-from xvd.dataplane.ports cimport STEP_DRAINED, front_io, stepper_ports, wrap
+from xvd.dataplane.front.queue cimport (
+    FrontQueue, append, front_may_sleep, front_peek, front_queue, front_step)
+from xvd.dataplane.ports cimport front_io, stepper_ports, wrap
 
 from xvd.errors import LocalProtocolError
 
@@ -152,11 +153,12 @@ cdef class Load:
     """Run by a `Loop` in place of the queue: `Loop(Load(queue, ...)).run()` returns at the end.
 
     size: bytes of one operation, a multiple of 512. span: bytes of the disk it may touch.
-    write_percent: 0 to 100. sequential: one place after the other, from `first` (bytes, a multiple of
-    `size`) on, and round again. What it writes is drawn from the seed too, so that the checksum of
-    a later read tells that data moved; with verify (the number of a pattern, not 0) it is what the
-    pattern says of its place, and what is read and is not that counts as an error. in_place: nothing
-    is copied at this end; not with verify, and only with persistent grants and enough pages.
+    write_percent: 0 to 100. sequential: one place after the other, from `first` (bytes, a multiple
+    of `size`) on, and round again. What it writes is drawn from the seed too, so that the checksum
+    of a later read tells that data moved; with verify (the number of a pattern, not 0) it is what
+    the pattern says of its place, and what is read and is not that counts as an error. in_place:
+    nothing is copied at this end; not with verify, and only with persistent grants and enough
+    pages.
     """
 
     cdef load l
@@ -210,14 +212,15 @@ cdef class Load:
         cdef uint64_t size = io.nr_sectors * BLKIF_SECTOR_SIZE, at
         cdef uint32_t page
         if self.l.verify or not place(self.l.queue, io):
+            left = self.l.queue.pool.placed_max - self.l.queue.pool.placed
             raise LocalProtocolError(
-                f"{size} bytes have no place in granted pages, of which "
-                f"{self.l.queue.pool.placed_max - self.l.queue.pool.placed} are to be had: that needs "
-                "persistent grants, a larger pool (pool_pages) or a smaller depth, and no verifying")
+                f"{size} bytes have no place in granted pages, of which {left} are to be had: that "
+                "needs persistent grants, a larger pool (pool_pages) or a smaller depth, and no "
+                "verifying")
         page = io.first_page
-        for at in range(0, size, BLKIF_PAGE_SIZE):
+        for at in range(0, size, XEN_PAGE_SIZE):
             memcpy(page_data(&self.l.queue.pool, page), io.buffer + at,
-                   min(<uint64_t>BLKIF_PAGE_SIZE, size - at))
+                   min(<uint64_t>XEN_PAGE_SIZE, size - at))
             page = self.l.queue.pool.next[page]
 
     @property
@@ -226,7 +229,7 @@ cdef class Load:
         return wrap(&self.table, "xvd.stepper_ports")
 
     def step(self, uint32_t budget=64):
-        """One bounded round, as the thread runs it; its flags: 1 worked, 2 broken, 4 drained."""
+        """One bounded round, as the thread runs it; its `StepFlag`s."""
         cdef uint32_t flags
         with nogil:
             flags = step(&self.l, budget)

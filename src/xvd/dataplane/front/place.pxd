@@ -4,17 +4,17 @@
 The pages are the pool's and stay granted: only persistent grants can be used so. An operation takes
 them before it is submitted and keeps them after its end, until whoever has it gives them back. That
 may be long, so all placed operations together get half of the pool at most, and never what the
-largest request of the others needs. Where the backend is not trusted everything is copied, as a page
-may hold what is not data.
+largest request of the others needs. Where the backend is not trusted everything is copied, as a
+page may hold what is not data.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
-from xvd.dataplane.abi cimport BLKIF_PAGE_SIZE
-from xvd.dataplane.front.queue cimport front_queue
+from xvd.dataplane.abi cimport XEN_PAGE_SIZE
 from xvd.dataplane.front.issue cimport pages_for
 from xvd.dataplane.front.pool cimport give_pages, page_data, page_pool, take_chain
+from xvd.dataplane.front.queue cimport front_queue
 from xvd.dataplane.ports cimport front_io
 
 
@@ -47,14 +47,14 @@ cdef inline void displace(front_queue *q, front_io *io) noexcept nogil:
 cdef inline uint32_t parts_of(const page_pool *p, const front_io *io, uint64_t offset,
                               uint64_t size, iovec *parts, uint32_t room) noexcept nogil:
     """The bytes from `offset` on, `size` of them unless `room` ends before; neighbours are one."""
-    cdef uint32_t page = io.first_page, i, n = 0, within = offset % BLKIF_PAGE_SIZE
+    cdef uint32_t page = io.first_page, i, n = 0, within = offset % XEN_PAGE_SIZE
     cdef uint64_t here
     cdef uint8_t *at
-    for i in range(<uint32_t>(offset // BLKIF_PAGE_SIZE)):
+    for i in range(<uint32_t>(offset // XEN_PAGE_SIZE)):
         page = p.next[page]
     while size:
         at = page_data(p, page) + within
-        here = min(<uint64_t>BLKIF_PAGE_SIZE - within, size)
+        here = min(<uint64_t>XEN_PAGE_SIZE - within, size)
         if n and <uint8_t *>parts[n - 1].iov_base + parts[n - 1].iov_len == at:
             parts[n - 1].iov_len += here
         elif n == room:

@@ -3,9 +3,9 @@
 
 The free list and the pages of each request are chains through one array, so that a request of any
 size holds its pages in two numbers. The list is last in, first out: the hot pages stay hot, and the
-backend's mappings of the cold ones grow old and are dropped (Linux blkfront, 0a8704a5). A chain goes
-back in its order: pages that were neighbours in memory stay neighbours in requests, and a backend
-that maps them side by side transfers them as one.
+backend's mappings of the cold ones grow old and are dropped (Linux blkfront, 0a8704a5). A chain
+goes back in its order: pages that were neighbours in memory stay neighbours in requests, and a
+backend that maps them side by side transfers them as one.
 
 Without persistent grants a page is granted when it is taken and must be free of the peer when it
 is given back. With them it stays granted as long as the peer keeps it mapped: whether it does, only
@@ -15,6 +15,7 @@ the attempt to end the grant tells.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from xvd.dataplane.abi cimport XEN_PAGE_SIZE
 from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.ports cimport granter_ports
 
@@ -79,7 +80,7 @@ cdef inline void close_pool(page_pool *p) noexcept nogil:
 
 
 cdef inline uint8_t *page_data(const page_pool *p, uint32_t page) noexcept nogil:
-    return p.ports.base + <size_t>page * 4096
+    return p.ports.base + <size_t>page * XEN_PAGE_SIZE
 
 
 cdef inline uint32_t take_page(page_pool *p, bint readonly) noexcept nogil:

@@ -3,10 +3,10 @@
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from xvd.dataplane.abi cimport (BLKIF_MAX_ENTRY_SIZE, BLKIF_OP_READ, BLKIF_OP_WRITE,
-                                BLKIF_OP_WRITE_BARRIER)
+from xvd.dataplane.abi cimport (
+    BLKIF_MAX_ENTRY_SIZE, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER)
 from xvd.dataplane.front.pool cimport page_pool
-from xvd.dataplane.latency cimport latencies
+from xvd.dataplane.latency cimport kind_counts, latencies
 from xvd.dataplane.ports cimport event_ports, front_io, stepper_ports
 from xvd.dataplane.ring.ring cimport front_ring
 
@@ -41,8 +41,6 @@ cdef struct shadow:
 
 cdef struct front_counters:
     uint64_t requests, responses, errors
-    uint64_t rd_req, wr_req, f_req, ds_req
-    uint64_t rd_sect, wr_sect
     uint64_t indirect, merged, split
     uint64_t waits               # units that found no slot or no page
     uint64_t notified, suppressed, steps
@@ -73,6 +71,7 @@ cdef struct front_queue:
     uint8_t copy[BLKIF_MAX_ENTRY_SIZE]
     uint64_t now_ns              # as of the beginning of this step
     front_counters count
+    kind_counts kinds
     latencies latency
 
 

@@ -17,16 +17,16 @@ from libc.stdlib cimport calloc, free
 from posix.unistd cimport close
 
 from xvd.dataplane.abi cimport (
-    BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_OP_WRITE_BARRIER,
-    BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE, BREACH_NONE, blkif_breach_names, blkif_layouts)
+    BLKIF_FLAG_DIVISIBLE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_MAX_SEGMENTS_PER_REQUEST,
+    BLKIF_OP_READ, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTORS_PER_PAGE, BLKIF_SECTOR_SIZE, BREACH_NONE,
+    STEP_BROKEN, STEP_DRAINED, STEP_WORKED, blkif_breach_names, blkif_layouts, blkif_operations)
 from xvd.dataplane.c cimport monotonic_ns, xvd_load64
 from xvd.dataplane.front.answer cimport end_parts, take_responses
 from xvd.dataplane.front.issue cimport indirect_pages, issue, pages_of_unit
 from xvd.dataplane.front.place cimport placed_most
 from xvd.dataplane.front.pool cimport close_pool, end_idle_grants, open_pool
-from xvd.dataplane.latency cimport latency_lists
-from xvd.dataplane.ports cimport (STEP_BROKEN, STEP_DRAINED, STEP_WORKED, events_of, front_io,
-                                  granter_of, wrap)
+from xvd.dataplane.latency cimport kind_figures, latency_lists
+from xvd.dataplane.ports cimport events_of, front_io, granter_of, wrap
 from xvd.dataplane.ring.ring cimport check_ring, front_final_check, front_has_news, front_push
 
 import os
@@ -38,8 +38,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_destroy(pthread_mutex_t *mutex)
 
 cdef enum:
-    INDIRECT_SEGMENTS_MAX = 4096     # 8 pages of 512 (blkif.h)
-    BARRIER_SECTORS_MAX = 88         # 11 pages
+    BARRIER_SECTORS_MAX = BLKIF_MAX_SEGMENTS_PER_REQUEST * BLKIF_SECTORS_PER_PAGE
 
 
 cdef front_io *take_all(front_queue *q, io_list *ios) noexcept nogil:
@@ -155,8 +154,8 @@ cdef class FrontQueue:
         self.set_limits(granter_of(pages).count, options.segments_max, block_sectors,
                         options.page_grants)
         if wire_sector not in (1, block_sectors) or wire_sector > BLKIF_SECTORS_PER_PAGE:
-            raise LocalProtocolError(f"sectors on the ring are of 512 bytes or a block, and at most "
-                                     f"a page, not {wire_sector * 512} bytes")
+            raise LocalProtocolError("sectors on the ring are of 512 bytes or a block, and at "
+                                     f"most a page, not {wire_sector * BLKIF_SECTOR_SIZE} bytes")
         self.q.wire_sector = wire_sector
         self.q.events = events_of(events)
         self.q.handle = options.handle
@@ -197,14 +196,16 @@ cdef class FrontQueue:
         self.q.sectors_max = sectors // block_sectors * block_sectors
         self.q.unit_sectors = self.q.sectors_max
         if page_grants > 1:
-            self.q.unit_sectors = max(sectors, whole) // whole * whole // block_sectors * block_sectors
+            self.q.unit_sectors = max(sectors, whole) // whole * whole
+            self.q.unit_sectors -= self.q.unit_sectors % block_sectors
             self.q.sectors_max = min(self.q.sectors_max, self.q.unit_sectors)
 
     @staticmethod
     def pages_needed(uint32_t segments_max, uint32_t page_grants=1):
         """Pages that a queue of such requests needs to put anything on the ring, in whole ones."""
-        if not 1 <= segments_max <= INDIRECT_SEGMENTS_MAX:
-            raise LocalProtocolError(f"a request has 1 to 4096 segments, not {segments_max}")
+        if not 1 <= segments_max <= BLKIF_MAX_INDIRECT_SEGMENTS:
+            raise LocalProtocolError(f"a request has 1 to {BLKIF_MAX_INDIRECT_SEGMENTS} segments, "
+                                     f"not {segments_max}")
         if page_grants not in (1, 4, 16):
             raise LocalProtocolError(f"a page has 1, 4 or 16 grants, not {page_grants}")
         segments = max(segments_max, page_grants)
@@ -259,10 +260,10 @@ cdef class FrontQueue:
         return first
 
     cdef check(self, int operation, uint64_t nr_sectors):
-        if operation not in (0, 1, 2, 3, 5):
+        if not 0 <= operation < 256 or blkif_operations[operation].nr_asked == 0:
             raise LocalProtocolError(f"operation {operation} is none of read, write, barrier, flush"
                                      " and discard")
-        if operation <= BLKIF_OP_WRITE and nr_sectors == 0:
+        if blkif_operations[operation].flags & BLKIF_FLAG_DIVISIBLE and nr_sectors == 0:
             raise LocalProtocolError("a read or write has at least one sector")
         if operation == BLKIF_OP_WRITE_BARRIER and nr_sectors > self.barrier_sectors_max:
             raise LocalProtocolError(f"a barrier has at most {self.barrier_sectors_max} sectors, "
@@ -299,7 +300,7 @@ cdef class FrontQueue:
         return over
 
     def step(self, uint32_t budget=64):
-        """One bounded round, as the thread runs it; its flags: 1 worked, 2 broken, 4 drained."""
+        """One bounded round, as the thread runs it; its `StepFlag`s."""
         cdef uint32_t flags
         with nogil:
             flags = front_step(&self.q, budget)
@@ -346,7 +347,8 @@ cdef class FrontQueue:
         granted, revoked: grants made and ended; reused: persistent grants found in place. placed:
         pages that operations keep their data in, as of now.
         """
-        counts = dict(self.q.count)
+        counts = kind_figures(&self.q.kinds) | dict(self.q.count)
+        del counts["ds_sect"]  # of ours only: the backend's word
         counts["granted"] = self.q.pool.grants
         counts["revoked"] = self.q.pool.ended
         counts["reused"] = self.q.pool.reused

@@ -21,13 +21,14 @@ from libc.errno cimport EINTR, ETIME
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from posix.unistd cimport close, read, write
 
+from xvd.dataplane.abi cimport STEP_BROKEN, STEP_DRAINED, STEP_WORKED
 from xvd.dataplane.c cimport monotonic_ns, xvd_pause
 from xvd.dataplane.liburing cimport (
     IORING_CQE_F_MORE, IORING_SETUP_CLAMP, __kernel_timespec, io_uring_cq_ready, io_uring_cqe,
     io_uring_cqe_seen, io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_poll_multishot,
-    io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe, io_uring_sqe_set_data64, io_uring_submit,
-    io_uring_submit_and_wait_timeout)
-from xvd.dataplane.ports cimport STEP_BROKEN, STEP_DRAINED, STEP_WORKED, engine_io, stepper_of
+    io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe,
+    io_uring_sqe_set_data64, io_uring_submit, io_uring_submit_and_wait_timeout)
+from xvd.dataplane.ports cimport engine_io, stepper_of
 
 import errno
 import os
@@ -234,8 +235,8 @@ cdef class Loop:
 
     queue: an object with the stepper's capsule as ``ports``. budget: requests of one step; few, so
     that both ends work at once: one has the first while the other does the rest. watchdog_s:
-    longest sleep, seconds. poll_s: longest time that is spent looking before a sleep, seconds; 0: none, as
-    on a single CPU.
+    longest sleep, seconds. poll_s: longest time that is spent looking before a sleep, seconds; 0:
+    none, as on a single CPU.
     """
 
     def __init__(self, queue, *, int budget=8, double watchdog_s=5.0, double poll_s=0.0):

@@ -10,11 +10,12 @@ back, because the peer may have written something else there.
 
 from libc.stdint cimport int16_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from xvd.dataplane.abi cimport (BLKIF_RING_HEADER, SRING_REQ_EVENT, SRING_REQ_PROD,
-                                SRING_INSTANCE, SRING_RSP_EVENT, SRING_RSP_PROD, blkif_layout)
-from xvd.dataplane.c cimport (DEBUG_ASSERT, xvd_copy_slot, xvd_fence, xvd_load64, xvd_load_acquire,
-                              xvd_put16, xvd_put64, xvd_store64, xvd_store_relaxed,
-                              xvd_store_release)
+from xvd.dataplane.abi cimport (
+    BLKIF_MAX_ENTRY_SIZE, BLKIF_RING_HEADER, SRING_INSTANCE, SRING_REQ_EVENT, SRING_REQ_PROD,
+    SRING_RSP_EVENT, SRING_RSP_PROD, blkif_layout)
+from xvd.dataplane.c cimport (
+    DEBUG_ASSERT, xvd_copy_slot, xvd_fence, xvd_load64, xvd_load_acquire, xvd_put16, xvd_put64,
+    xvd_store64, xvd_store_relaxed, xvd_store_release)
 
 
 cdef enum ring_outcome:
@@ -228,9 +229,9 @@ cdef int check_ring(uint64_t size, uint32_t nr_ents, int abi) except -1
 cdef class BackRing:
     cdef back_ring r
     cdef object memory
-    cdef uint8_t copy[128]
+    cdef uint8_t copy[BLKIF_MAX_ENTRY_SIZE]
 
 cdef class FrontRing:
     cdef front_ring r
     cdef object memory
-    cdef uint8_t copy[128]
+    cdef uint8_t copy[BLKIF_MAX_ENTRY_SIZE]

@@ -16,12 +16,13 @@ from libc.string cimport memcpy
 from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
                          PROT_READ, PROT_WRITE, mmap, munmap)
 
+from xvd.dataplane.abi cimport (
+    GNTST_BAD_COPY_ARG, GNTST_GENERAL_ERROR, GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, GNTST_OKAY,
+    XEN_PAGE_SIZE)
 from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.ports cimport grant_copy, grant_mapping, grant_ports, granter_ports, wrap
-from xvd.machine.emulated.shared cimport (GNTST_BAD_COPY_ARG, GNTST_GENERAL_ERROR,
-                                          GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, GNTST_OKAY,
-                                          DomainState, claim_track, domain_state, free_track,
-                                          grant, maptrack, pin, revoke, unpin)
+from xvd.machine.emulated.shared cimport (
+    DomainState, claim_track, domain_state, free_track, grant, maptrack, pin, revoke, unpin)
 
 from xvd.errors import GrantError
 
@@ -70,8 +71,9 @@ cdef int32_t map_page(foreign *f, uint32_t gref, uint8_t *at, bint writable, uin
     if track == NULL:
         return GNTST_NO_SPACE
     status = pin(f.granter, gref, f.mapper.domid, writable, f.session, track, &frame)
-    if status == GNTST_OKAY and mmap(at, 4096, prot, MAP_SHARED | MAP_FIXED, f.granter.memory_fd,
-                                     <uint64_t>frame * 4096) == MAP_FAILED:
+    if status == GNTST_OKAY and mmap(
+            at, XEN_PAGE_SIZE, prot, MAP_SHARED | MAP_FIXED, f.granter.memory_fd,
+            <uint64_t>frame * XEN_PAGE_SIZE) == MAP_FAILED:
         unpin(f.granter, f.session, track)
         status = GNTST_NO_DEVICE_SPACE
     if status != GNTST_OKAY:
@@ -95,7 +97,7 @@ cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
     with them; they may be anybody's by now.
     """
     cdef uint32_t index = first, following, i
-    munmap(base, <size_t>count * 4096)
+    munmap(base, <size_t>count * XEN_PAGE_SIZE)
     for i in range(mapped):
         if f.mapper.tracks[index].claim >> 16 != f.session:
             return
@@ -109,8 +111,8 @@ cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
 cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *base) noexcept nogil:
     cdef uint32_t i, last = NO_TRACK, first = 0
     for i in range(wanted.count):
-        wanted.status = map_page(f, wanted.grefs[i], base + <size_t>i * 4096, wanted.writable,
-                                 &last, &first)
+        wanted.status = map_page(f, wanted.grefs[i], base + <size_t>i * XEN_PAGE_SIZE,
+                                 wanted.writable, &last, &first)
         if wanted.status != GNTST_OKAY:
             unmap_chain(f, base, wanted.count, first, i)
             return
@@ -127,12 +129,12 @@ cdef void map_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
     for i in range(n):
         pages += sets[i].count
         sets[i].status = GNTST_NO_DEVICE_SPACE
-    at = <uint8_t *>mmap(NULL, pages * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    at = <uint8_t *>mmap(NULL, pages * XEN_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if <void *>at == MAP_FAILED:
         return
     for i in range(n):
         map_set(<foreign *>ctx, &sets[i], at)
-        at += <size_t>sets[i].count * 4096
+        at += <size_t>sets[i].count * XEN_PAGE_SIZE
 
 
 cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
@@ -145,7 +147,7 @@ cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
 cdef void copy_one(foreign *f, grant_copy *op) noexcept nogil:
     cdef uint32_t frame = 0
     cdef uint8_t *page
-    if <uint32_t>op.offset + op.size > 4096:
+    if <uint32_t>op.offset + op.size > XEN_PAGE_SIZE:
         op.status = GNTST_BAD_COPY_ARG
         return
     op.status = injected(f)
@@ -154,7 +156,7 @@ cdef void copy_one(foreign *f, grant_copy *op) noexcept nogil:
                         &frame)
     if op.status != GNTST_OKAY:
         return
-    page = f.granter.memory + <uint64_t>frame * 4096 + op.offset
+    page = f.granter.memory + <uint64_t>frame * XEN_PAGE_SIZE + op.offset
     if op.to_grant:
         memcpy(page, op.local, op.size)
     else:
@@ -232,7 +234,7 @@ cdef class EmulatedForeignGrants:
 
     def read(self, uint32_t gref, uint32_t offset, uint32_t size):
         """Copy bytes out of a granted page."""
-        cdef bytearray data = bytearray(min(size, 4096))
+        cdef bytearray data = bytearray(min(size, XEN_PAGE_SIZE))
         self.transfer(gref, offset, size, <uint8_t *>data, False)
         return bytes(data)
 
@@ -251,11 +253,11 @@ cdef class EmulatedForeignGrants:
         self.check_open()
         op.local = local
         op.gref = gref
-        op.offset = min(offset, 4096)
-        op.size = min(size, 4096)
+        op.offset = min(offset, XEN_PAGE_SIZE)
+        op.size = min(size, XEN_PAGE_SIZE)
         op.to_grant = write
         op.status = GNTST_BAD_COPY_ARG
-        if size <= 4096 and offset <= 4096 - size:
+        if size <= XEN_PAGE_SIZE and offset <= XEN_PAGE_SIZE - size:
             copy_one(&self.f, &op)
         if op.status != GNTST_OKAY:
             raise self.error("copy", gref, op.status)
@@ -311,7 +313,8 @@ cdef class EmulatedMapping:
         """The pages as bytes; not to be used after `close`."""
         if self.m.base == NULL:
             raise ValueError("the pages were unmapped")
-        return PyMemoryView_FromMemory(<char *>self.m.base, <Py_ssize_t>self.m.count * 4096,
+        return PyMemoryView_FromMemory(<char *>self.m.base,
+                                       <Py_ssize_t>self.m.count * XEN_PAGE_SIZE,
                                        PyBUF_WRITE if self.writable else PyBUF_READ)
 
     def close(self):
@@ -364,7 +367,7 @@ cdef class EmulatedSharedPages:
             self.s.grefs[i] = grefs[i]
             grant_page(&self.s, i, False)
         self.table.ctx = &self.s
-        self.table.base = own.c.memory + <uint64_t>first_frame * 4096
+        self.table.base = own.c.memory + <uint64_t>first_frame * XEN_PAGE_SIZE
         self.table.grefs = self.s.grefs
         self.table.count = self.s.count
         self.table.grant = grant_page
@@ -382,7 +385,7 @@ cdef class EmulatedSharedPages:
     def view(self):
         """The pages as writable bytes."""
         return PyMemoryView_FromMemory(<char *>self.table.base,
-                                       <Py_ssize_t>self.s.count * 4096, PyBUF_WRITE)
+                                       <Py_ssize_t>self.s.count * XEN_PAGE_SIZE, PyBUF_WRITE)
 
     @property
     def ports(self):

@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 from xvd.errors import DiskInUse, EventChannelError, GrantError
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.shared import DomainState, clean_session, heap_bytes
-from xvd.types import PAGE_SIZE, Domid, Gref, Port
+from xvd.types import PAGE_SIZE, Domid, GrantStatus, Gref, Port
 
 RESERVED_GREFS = 8
 """References 0..7 are not handed out: 0 is the console's and 1 xenstore's (grant_table.h)."""
 
 _FREE, _UNBOUND, _INTERDOMAIN = 0, 1, 2
-_GNTST_GENERAL_ERROR, _GNTST_BAD_DOMAIN, _GNTST_NO_SPACE = -1, -2, -13
 
 
 @dataclass(slots=True)
@@ -160,12 +159,12 @@ class Host:
             self._last_session = self._last_session % 0xFFFF + 1
             if self._last_session not in self._sessions:
                 return self._last_session
-        raise GrantError("65535 processes hold this machine open", _GNTST_NO_SPACE)
+        raise GrantError("65535 processes hold this machine open", GrantStatus.NO_SPACE)
 
     def _domain(self, domid: Domid) -> _Domain:
         domain = self._domains.get(domid)
         if domain is None:
-            raise GrantError(f"there is no domain {domid} on this machine", _GNTST_BAD_DOMAIN)
+            raise GrantError(f"there is no domain {domid} on this machine", GrantStatus.BAD_DOMAIN)
         return domain
 
     def _take_frames(self, domain: _Domain, count: int) -> int:
@@ -177,7 +176,7 @@ class Host:
         raise GrantError(
             f"domain {domain.state.domid} has no {count} contiguous pages left of "
             f"{domain.limits.pages}; raise its memory limit",
-            _GNTST_NO_SPACE,
+            GrantStatus.NO_SPACE,
         )
 
     @staticmethod
@@ -256,12 +255,14 @@ class Session:
             self.host._reap_deferred()
             domain = self.host._domain(self.domid)
             if count < 1:
-                raise GrantError(f"at least one page is shared, not {count}", _GNTST_GENERAL_ERROR)
+                raise GrantError(
+                    f"at least one page is shared, not {count}", GrantStatus.GENERAL_ERROR
+                )
             if count > len(domain.free_grefs):
                 raise GrantError(
                     f"domain {self.domid} has {len(domain.free_grefs)} grant references left, "
                     f"{count} are needed; detach a disk or raise its limit",
-                    _GNTST_NO_SPACE,
+                    GrantStatus.NO_SPACE,
                 )
             frame = self.host._take_frames(domain, count)
             grefs = [domain.free_grefs.pop() for _ in range(count)]

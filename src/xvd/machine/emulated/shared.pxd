@@ -11,17 +11,6 @@ cdef enum:
     GTF_READING = 8
     GTF_WRITING = 16
 
-cdef enum:
-    GNTST_OKAY = 0
-    GNTST_GENERAL_ERROR = -1
-    GNTST_BAD_DOMAIN = -2
-    GNTST_BAD_GNTREF = -3
-    GNTST_NO_DEVICE_SPACE = -7
-    GNTST_PERMISSION_DENIED = -8
-    GNTST_BAD_PAGE = -9
-    GNTST_BAD_COPY_ARG = -10
-    GNTST_NO_SPACE = -13
-
 # Where a mapping stands; what each tells the cleaner of a dead session is in shared.pyx.
 cdef enum track_state:
     TRACK_FREE = 0

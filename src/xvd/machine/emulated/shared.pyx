@@ -22,9 +22,11 @@ from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, mun
 from posix.fcntl cimport F_DUPFD_CLOEXEC, fcntl
 from posix.unistd cimport close
 
-from xvd.dataplane.c cimport (DEBUG_ASSERT, xvd_cas32, xvd_cas64, xvd_exchange32, xvd_fence,
-                              xvd_load64, xvd_load_acquire, xvd_pause, xvd_store64,
-                              xvd_store_release)
+from xvd.dataplane.abi cimport (
+    GNTST_BAD_GNTREF, GNTST_BAD_PAGE, GNTST_GENERAL_ERROR, GNTST_OKAY, XEN_PAGE_SIZE)
+from xvd.dataplane.c cimport (
+    DEBUG_ASSERT, xvd_cas32, xvd_cas64, xvd_exchange32, xvd_fence, xvd_load64, xvd_load_acquire,
+    xvd_pause, xvd_store64, xvd_store_release)
 
 from xvd.errors import GrantError
 
@@ -104,7 +106,7 @@ cdef int32_t pin(domain_state *granter, uint32_t gref, uint32_t mapper, bint wri
     pins = lock(granter, gref, session)
     status = check_entry(entry, mapper, writable)
     frame[0] = entry.frame
-    if status == GNTST_OKAY and <uint64_t>frame[0] >= granter.memory_size >> 12:
+    if status == GNTST_OKAY and <uint64_t>frame[0] >= granter.memory_size // XEN_PAGE_SIZE:
         status = GNTST_BAD_PAGE
     if status != GNTST_OKAY:
         unlock(granter, gref, pins)
@@ -192,7 +194,7 @@ cdef class DomainState:
         self.c.nr_grefs = limits.grefs
         self.c.nr_tracks = limits.tracks
         self.c.nr_slots = limits.ports
-        self.c.memory_size = <uint64_t>limits.pages * 4096
+        self.c.memory_size = <uint64_t>limits.pages * XEN_PAGE_SIZE
         self.heap_size = heap_bytes(limits)
         self.c.memory_fd = fcntl(memory_fd, F_DUPFD_CLOEXEC, 0)
         self.c.memory = <uint8_t *>self.map_whole(memory_fd, self.c.memory_size)
@@ -236,7 +238,7 @@ cdef class DomainState:
         """Clear pages before they are handed out."""
         if <uint64_t>frame + count > self.c.memory_size >> 12:
             raise IndexError(f"frame {frame} + {count} is past domain {self.c.domid}'s memory")
-        memset(self.c.memory + <uint64_t>frame * 4096, 0, <size_t>count * 4096)
+        memset(self.c.memory + <uint64_t>frame * XEN_PAGE_SIZE, 0, <size_t>count * XEN_PAGE_SIZE)
 
     def pins(self) -> int:
         """How many pins others hold on this domain's grants: 0 when nothing is mapped."""

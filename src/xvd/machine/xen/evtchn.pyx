@@ -16,9 +16,9 @@ from xvd.dataplane.liburing cimport (
     IOSQE_CQE_SKIP_SUCCESS, io_uring, io_uring_get_sqe, io_uring_prep_read, io_uring_prep_write,
     io_uring_sq_space_left, io_uring_sqe, io_uring_sqe_set_data64, io_uring_sqe_set_flags)
 from xvd.dataplane.ports cimport event_ports, wrap
-from xvd.machine.xen.devices cimport (XVD_EVTCHN_BIND_INTERDOMAIN, XVD_EVTCHN_BIND_UNBOUND,
-                                      XVD_EVTCHN_NOTIFY, XVD_EVTCHN_RESTRICT, ioctl,
-                                      xvd_bind_interdomain)
+from xvd.machine.xen.devices cimport (
+    XVD_EVTCHN_BIND_INTERDOMAIN, XVD_EVTCHN_BIND_UNBOUND, XVD_EVTCHN_NOTIFY, XVD_EVTCHN_RESTRICT,
+    ioctl, xvd_bind_interdomain)
 
 import errno
 import os

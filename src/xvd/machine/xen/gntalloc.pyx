@@ -17,19 +17,16 @@ from libc.string cimport memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
+from xvd.dataplane.abi cimport GNTST_GENERAL_ERROR, GNTST_NO_SPACE, XEN_PAGE_SIZE
 from xvd.dataplane.ports cimport granter_ports, wrap
-from xvd.machine.xen.devices cimport (XVD_GNTALLOC_ALLOC, XVD_GNTALLOC_DEALLOC, ioctl,
-                                      xvd_alloc_grants, xvd_unmap_grants)
+from xvd.machine.xen.devices cimport (
+    XVD_GNTALLOC_ALLOC, XVD_GNTALLOC_DEALLOC, ioctl, xvd_alloc_grants, xvd_unmap_grants)
 
 import os
 
 from xvd.errors import GrantError
 
 DEVICE = "/dev/xen/gntalloc"
-
-cdef enum:
-    GNTST_GENERAL_ERROR = -1
-    GNTST_NO_SPACE = -13
 
 cdef uint32_t PAGES_MAX = 1 << 20
 
@@ -45,7 +42,7 @@ cdef int revoke(void *ctx, uint32_t page) noexcept nogil:
 cdef void give_back(xvd_alloc_grants *taken, uint8_t *base, int fd) noexcept nogil:
     cdef xvd_unmap_grants request
     if base != NULL:
-        munmap(base, <size_t>taken.count * 4096)
+        munmap(base, <size_t>taken.count * XEN_PAGE_SIZE)
         request.index = taken.index
         request.count = taken.count
         request.pad = 0
@@ -96,7 +93,7 @@ cdef class XenSharedPages:
         self.table.lasting = 1
 
     cdef allocate(self):
-        cdef size_t size = <size_t>self.request.count * 4096
+        cdef size_t size = <size_t>self.request.count * XEN_PAGE_SIZE
         cdef void *base
         self.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         if ioctl(self.fd, XVD_GNTALLOC_ALLOC, self.request) < 0:
@@ -122,7 +119,7 @@ cdef class XenSharedPages:
         if self.table.base == NULL:
             raise ValueError("the pages were given back")
         return PyMemoryView_FromMemory(<char *>self.table.base,
-                                       <Py_ssize_t>self.request.count * 4096, PyBUF_WRITE)
+                                       <Py_ssize_t>self.request.count * XEN_PAGE_SIZE, PyBUF_WRITE)
 
     @property
     def ports(self):

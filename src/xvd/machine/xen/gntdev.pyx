@@ -16,33 +16,34 @@ from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_
                          PROT_READ, PROT_WRITE, mmap, munmap)
 from posix.unistd cimport close
 
+from xvd.dataplane.abi cimport (
+    BLKIF_MAX_INDIRECT_SEGMENTS, GNTST_BAD_COPY_ARG, GNTST_EAGAIN, GNTST_GENERAL_ERROR,
+    GNTST_NO_SPACE, GNTST_OKAY, XEN_PAGE_SIZE)
 from xvd.dataplane.ports cimport grant_copy, grant_mapping, grant_ports, wrap
-from xvd.machine.xen.devices cimport (XVD_COPY_DEST_GREF, XVD_COPY_SOURCE_GREF, XVD_GNTDEV_COPY,
-                                      XVD_GNTDEV_MAP, XVD_GNTDEV_UNMAP, ioctl, xvd_copy_grants,
-                                      xvd_copy_segment, xvd_copy_side, xvd_grant_ref,
-                                      xvd_map_grants, xvd_unmap_grants)
+from xvd.machine.xen.devices cimport (
+    XVD_COPY_DEST_GREF, XVD_COPY_SOURCE_GREF, XVD_GNTDEV_COPY, XVD_GNTDEV_MAP, XVD_GNTDEV_UNMAP,
+    ioctl, xvd_copy_grants, xvd_copy_segment, xvd_copy_side, xvd_grant_ref, xvd_map_grants,
+    xvd_unmap_grants)
 
 import os
 
 from xvd.errors import GrantError
+from xvd.types import GrantStatus
 
 DEVICE = "/dev/xen/gntdev"
 
 STATUS_NAMES = {
-    0: "okay", -1: "general error", -2: "bad domain", -3: "bad grant reference", -4: "bad handle",
-    -5: "bad address", -7: "no space to map", -8: "permission denied", -9: "bad page",
-    -10: "bad copy argument", -12: "page is paged out", -13: "out of space",
+    GrantStatus.OKAY: "okay", GrantStatus.GENERAL_ERROR: "general error",
+    GrantStatus.BAD_DOMAIN: "bad domain", GrantStatus.BAD_GNTREF: "bad grant reference",
+    GrantStatus.BAD_HANDLE: "bad handle", GrantStatus.BAD_VIRT_ADDR: "bad address",
+    GrantStatus.NO_DEVICE_SPACE: "no space to map",
+    GrantStatus.PERMISSION_DENIED: "permission denied", GrantStatus.BAD_PAGE: "bad page",
+    GrantStatus.BAD_COPY_ARG: "bad copy argument", GrantStatus.EAGAIN: "page is paged out",
+    GrantStatus.NO_SPACE: "out of space",
 }
 
 cdef enum:
-    GNTST_OKAY = 0
-    GNTST_GENERAL_ERROR = -1
-    GNTST_BAD_COPY_ARG = -10
-    GNTST_EAGAIN = -12
-    GNTST_NO_SPACE = -13
-
-cdef enum:
-    SET_PAGES_MAX = 4096         # most pages of one mapping: an indirect request's, at the limit
+    SET_PAGES_MAX = BLKIF_MAX_INDIRECT_SEGMENTS  # most pages of one mapping: one request's
     COPY_BATCH = 64              # operations for one ioctl; the kernel takes 16 at a time itself
 
 
@@ -73,7 +74,7 @@ cdef void forget(foreign *f, uint64_t index, uint32_t count) noexcept nogil:
 cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *at) noexcept nogil:
     """Over the reserved pages at `at`."""
     cdef uint32_t i
-    cdef size_t size = <size_t>wanted.count * 4096
+    cdef size_t size = <size_t>wanted.count * XEN_PAGE_SIZE
     cdef int prot = PROT_READ | PROT_WRITE if wanted.writable else PROT_READ
     f.request.count = wanted.count
     for i in range(wanted.count):
@@ -102,15 +103,15 @@ cdef void map_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
     for i in range(n):
         pages += sets[i].count
         sets[i].status = GNTST_NO_SPACE
-    at = <uint8_t *>mmap(NULL, pages * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    at = <uint8_t *>mmap(NULL, pages * XEN_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if <void *>at == MAP_FAILED:
         return
     for i in range(n):
         if sets[i].count <= SET_PAGES_MAX and f.fd >= 0:
             map_set(f, &sets[i], at)
         if sets[i].status != GNTST_OKAY:
-            munmap(at, <size_t>sets[i].count * 4096)
-        at += <size_t>sets[i].count * 4096
+            munmap(at, <size_t>sets[i].count * XEN_PAGE_SIZE)
+        at += <size_t>sets[i].count * XEN_PAGE_SIZE
 
 
 cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
@@ -118,7 +119,7 @@ cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
     cdef foreign *f = <foreign *>ctx
     cdef uint32_t i
     for i in range(n):
-        munmap(sets[i].base, <size_t>sets[i].count * 4096)
+        munmap(sets[i].base, <size_t>sets[i].count * XEN_PAGE_SIZE)
         forget(f, sets[i].handle, sets[i].count)
         f.unmapped += sets[i].count
 
@@ -141,7 +142,7 @@ cdef void copy_batch(foreign *f, grant_copy *ops, uint32_t n) noexcept nogil:
     cdef uint32_t i, k = 0
     cdef int rc = 0
     for i in range(n):
-        if <uint32_t>ops[i].offset + ops[i].size <= 4096:
+        if <uint32_t>ops[i].offset + ops[i].size <= XEN_PAGE_SIZE:
             prepare(f, &ops[i], &f.segments[k])
             k += 1
     request.count = k
@@ -150,7 +151,7 @@ cdef void copy_batch(foreign *f, grant_copy *ops, uint32_t n) noexcept nogil:
         rc = ioctl(f.fd, XVD_GNTDEV_COPY, &request)
     k = 0
     for i in range(n):
-        if <uint32_t>ops[i].offset + ops[i].size > 4096:
+        if <uint32_t>ops[i].offset + ops[i].size > XEN_PAGE_SIZE:
             ops[i].status = GNTST_BAD_COPY_ARG
             continue
         ops[i].status = f.segments[k].status if rc == 0 else GNTST_GENERAL_ERROR
@@ -218,7 +219,7 @@ cdef class XenForeignGrants:
 
     def read(self, uint32_t gref, uint32_t offset, uint32_t size):
         """Copy bytes out of a granted page."""
-        cdef bytearray data = bytearray(min(size, 4096))
+        cdef bytearray data = bytearray(min(size, XEN_PAGE_SIZE))
         self.transfer(gref, offset, size, <uint8_t *>data, False)
         return bytes(data)
 
@@ -237,11 +238,11 @@ cdef class XenForeignGrants:
         cdef grant_copy op
         op.local = local
         op.gref = gref
-        op.offset = min(offset, 4096)
-        op.size = min(size, 4096)
+        op.offset = min(offset, XEN_PAGE_SIZE)
+        op.size = min(size, XEN_PAGE_SIZE)
         op.to_grant = write
         op.status = GNTST_BAD_COPY_ARG
-        if size <= 4096 and offset <= 4096 - size:
+        if size <= XEN_PAGE_SIZE and offset <= XEN_PAGE_SIZE - size:
             copy_all(&self.f, &op, 1)
         return op.status
 
@@ -311,7 +312,8 @@ cdef class XenMapping:
         """The pages as bytes; not to be used after `close`."""
         if self.m.base == NULL:
             raise ValueError("the pages were unmapped")
-        return PyMemoryView_FromMemory(<char *>self.m.base, <Py_ssize_t>self.m.count * 4096,
+        return PyMemoryView_FromMemory(<char *>self.m.base,
+                                       <Py_ssize_t>self.m.count * XEN_PAGE_SIZE,
                                        PyBUF_WRITE if self.writable else PyBUF_READ)
 
     def close(self):
