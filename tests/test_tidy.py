@@ -42,7 +42,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "export": ("frontend", "dataplane.ports", "dataplane.abi", "dataplane.c"),
     "backend": ENDS,
     "frontend": ENDS,
-    "toolstack": ("blkif", "engines.text", "machine.xs"),
+    "toolstack": ("blkif", "engines", "machine.xs"),
     "engines": ("blkif.assignment", *TABLES),
     "xenbus": ("blkif", "dataplane", "machine.interface", "machine.xs"),
     "machine.emulated": ("machine.interface", "machine.xs", *TABLES),

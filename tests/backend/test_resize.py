@@ -193,7 +193,7 @@ def test_requests_under_way_while_the_size_changes_are_all_answered(image: Path)
 
 
 def test_many_who_resize_and_look_at_once_leave_one_size(image: Path) -> None:
-    """A look that came between a smaller size and the cut would have let writes in behind it."""
+    """A poll that came between a smaller size and the cut would have let writes in behind it."""
 
     async def work() -> None:
         async with disk_world() as world, await world.disk(str(image)) as disk:

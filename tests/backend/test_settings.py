@@ -135,9 +135,9 @@ def test_figures_are_logged_from_when_that_is_set(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="nobody polls on a single CPU")
-@pytest.mark.parametrize(("set_to", "looks"), [(None, True), (0, False)])
+@pytest.mark.parametrize(("set_to", "polls"), [(None, True), (0, False)])
 def test_how_long_to_look_is_the_machines_affair_unless_it_is_set(
-    set_to: int | None, looks: bool, monkeypatch: pytest.MonkeyPatch
+    set_to: int | None, polls: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(EmulatedMachine, "poll_us", 10_000)
 
@@ -146,7 +146,7 @@ def test_how_long_to_look_is_the_machines_affair_unless_it_is_set(
             assert world.server is not None
             connection = world.server.device("1/51712").disk.connection
             assert connection is not None
-            assert (connection.loop_counters()["poll_ns"] > 0) is looks
+            assert (connection.loop_counters()["poll_ns"] > 0) is polls
 
     run(work())
 

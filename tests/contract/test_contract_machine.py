@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stake in a domain: it gives everything back, closed or killed, and others go on."""
+"""A connection to a domain: it gives everything back, closed or killed, and others go on."""
 
 import asyncio
 import contextlib

@@ -52,7 +52,7 @@ def test_an_engines_read_is_an_error_and_says_where_it_ends(image: Path) -> None
         engine.read(memoryview(bytearray(8192)), 0)
 
     assert caught.value.errno == errno.EIO
-    assert engine.trouble == ""  # nobody has looked yet
+    assert engine.trouble == ""  # nobody has measured it yet
     assert engine.measure() == 4096
     assert "4096 of its 4194304 bytes are left" in engine.trouble
     engine.close()
@@ -76,7 +76,7 @@ def size_of(image: Path) -> int:
 
 
 async def cut(world: World, image: Path, size: int) -> None:
-    """Cut it, and let the daemon have looked."""
+    """Cut it, and let the daemon have measured it."""
     assert world.server is not None
     engine = world.server.device("1/51712").disk.engine
     assert engine is not None

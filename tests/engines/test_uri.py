@@ -14,7 +14,7 @@ from xvd.engines.interface import Engine, EngineInfo, Scheme
 from xvd.engines.layers.base import LayerKind
 from xvd.engines.layers.stats import Stats
 from xvd.engines.memory import MemoryEngine
-from xvd.engines.uri import LAYERS, SCHEMES, open_engine
+from xvd.engines.uri import LAYERS, PATH_SCHEMES, SCHEMES, open_engine
 from xvd.errors import ConfigError, EngineError
 
 
@@ -99,6 +99,10 @@ def test_layers_do_what_their_options_say() -> None:
     with pytest.raises(EngineError) as caught:
         engine.write(memoryview(bytes(512)), 0)
     assert caught.value.errno == errno.ENOSPC
+
+
+def test_which_schemes_name_a_path() -> None:
+    assert {"file", "raw"} == PATH_SCHEMES
 
 
 def test_read_only_is_asked_for_by_whoever_opens(tmp_path: Path) -> None:

@@ -321,5 +321,5 @@ def test_a_directory_filled_with_nodes_costs_no_more_than_an_honest_one(
             frontend.close()
 
     run(work())
-    looked = [path for path in asked if path.startswith("/local/domain/1/device/vbd/51712")]
-    assert len(looked) < 200
+    read = [path for path in asked if path.startswith("/local/domain/1/device/vbd/51712")]
+    assert len(read) < 200

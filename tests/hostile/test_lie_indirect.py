@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Indirect requests that lie: in their slot, in their pages, and while we look."""
+"""Indirect requests that lie: in their slot, in their pages, and while we read."""
 
 import threading
 

@@ -37,7 +37,7 @@ class Caller:
         self.dropped = True
 
     def events(self) -> list[tuple[str, str]]:
-        """Events since the last look: (path, token)."""
+        """Events since the last call: (path, token)."""
         unread, self.unread = self.unread, []
         return unread
 

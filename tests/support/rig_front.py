@@ -153,12 +153,12 @@ class FrontWorld:
         self.ring.put_response(Response(RequestId(id), operation, status))
 
     def push(self) -> int:
-        """Publish the answers and let the queue look; its flags."""
+        """Publish the answers and step the queue; its flags."""
         self.ring.push()
         return self.queue.step()
 
     def reply(self, *requests: AnyRequest, status: int = 0) -> int:
-        """Answer these, in this order, and let the queue look; its flags."""
+        """Answer these, in this order, and step the queue; its flags."""
         for request in requests:
             self.answer(request.id, operation_of(request), status)
         return self.push()

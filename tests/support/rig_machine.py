@@ -31,7 +31,7 @@ GRANTER, MAPPER, OTHER = (Domid(0),) * 3 if ON_XEN else (Domid(1), Domid(0), Dom
 
 @dataclass
 class Pair:
-    """Two domains, and a way to get further stakes in either of them or in a third."""
+    """Two domains, and a way to get further connections to either of them or to a third."""
 
     granter: EmulatedMachine
     mapper: EmulatedMachine

@@ -30,7 +30,7 @@ FIGURES = Path(os.environ.get("XVD_FIGURES", "/tmp/figures.jsonl"))
 ROUNDS, BUDGET_S = 5, 210
 """Rounds for either frontend, and how long they may take: fewer on a slower machine."""
 POLL_US = int(os.environ.get("XVD_POLL_US", "0"))
-"""For how long xvd's backend looks before it sleeps; on Xen, by itself, not at all."""
+"""For how long xvd's backend polls before it sleeps; on Xen, by itself, not at all."""
 SECONDS = 2
 NULL = "null:1G,read-zeroes=off"
 TRIED = 500

@@ -22,13 +22,13 @@ def test_a_life_cycles_looks_wait_for_nothing() -> None:
 def test_a_storm_is_looked_at_so_often_in_a_second() -> None:
     clock = Clock()
     pace = Pace(clock)
-    looks, end = 0, clock.now + 10
+    reads, end = 0, clock.now + 10
 
     while clock.now < end:
         clock.now += pace.wait_s()
-        looks += 1
+        reads += 1
 
-    assert looks == pytest.approx(READS_FREE + 10 * READS_PER_SECOND, abs=2)
+    assert reads == pytest.approx(READS_FREE + 10 * READS_PER_SECOND, abs=2)
 
 
 def test_after_a_quiet_second_looks_are_free_again() -> None:

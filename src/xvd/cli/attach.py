@@ -11,7 +11,7 @@ import typer
 
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.vdev import format_vdev
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.cli.daemons import Answer, ask_one, complain
 from xvd.errors import ConfigError
 from xvd.machine.emulated.link import LinkClient
@@ -64,7 +64,7 @@ def attach(
 
     if description.backend and not description.backend.isdigit():
         raise ConfigError(f"backend={description.backend}: give the domain's number")
-    return common.run(main())
+    return running.run(main())
 
 
 def detach(
@@ -92,7 +92,7 @@ def detach(
             await toolstack.detach(store, disk, force=force, timeout_s=timeout)
         return 0
 
-    return common.run(main())
+    return running.run(main())
 
 
 def _state(text: str) -> str:
@@ -110,7 +110,7 @@ def list_disks(host: common.HostDir = common.DEFAULT_HOST, json: common.Json = F
     The states are what both ends have written; whether the backend's daemon lives is asked of it.
     Fails if one does not: its disks are not served, whatever is written.
     """
-    return common.run(_list(host, json))
+    return running.run(_list(host, json))
 
 
 async def _list(host: Path, json: bool) -> int:

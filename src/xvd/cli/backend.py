@@ -15,7 +15,7 @@ from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings, parse_settings
 from xvd.blkif.assignment import BackendAssignment
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
 from xvd.cli.report import disk_figures
 from xvd.engines.assigned import open_assigned
@@ -67,7 +67,7 @@ def backend(
     number = None if domid is None else Domid(domid)
     texts, overrides = common.split_settings(setting)
     settings = Settings(copying=copy).changed(parse_settings(texts))
-    return common.run(_backend(host, number, kind, settings, overrides, layer))
+    return running.run(_backend(host, number, kind, settings, overrides, layer))
 
 
 def _kinds(wanted: list[str], real: bool) -> list[str]:
@@ -91,7 +91,7 @@ async def _backend(
     overrides: dict[str, list[str]],
     layers: list[str],
 ) -> int:
-    stop = common.Stop()
+    stop = running.Stop()
     machine, directory = await common.open_machine(host, domid)
     os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
     name = f"backend-{machine.domid}"
@@ -127,8 +127,8 @@ async def _backend(
         await server.start()
         stack.push_async_callback(server.close)
         output.tell("ready\n")
-        common.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
+        running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
         if not await stop.wait_or(server.wait()):
             raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")
-        common.tell_service_manager("STOPPING=1")
+        running.tell_service_manager("STOPPING=1")
     return 0

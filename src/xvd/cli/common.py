@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verbs share: where the host is, logging, signals, the captive command, JSON."""
+"""What the verbs share: their options, which host and disk they mean, and logging."""
 
-import asyncio
 import contextlib
 import ipaddress
 import logging
 import os
 import resource
-import signal
 import socket
 import sys
-import tempfile
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from xvd.backend.budget import XEN_MAPTRACK, Budget, descriptor_limits, limits_of_host
 from xvd.blkif.vdev import disk_name, parse_vdev
-from xvd.cli import signals
 from xvd.engines.uri import LAYERS
 from xvd.errors import ConfigError, describe
 from xvd.machine.emulated.limits import Limits
@@ -74,10 +70,6 @@ Vdev = Annotated[str, typer.Argument(help="The disk's name or number: xvda, 5171
 DEFAULT_HOST = (
     XEN_DIRECTORY if xen.available() else Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
 )
-
-
-GRACE_S = 4.5
-"""What a verb has from a signal to its end, where nothing of a user's is waited for."""
 
 
 def vdev_number(text: str) -> int:
@@ -152,14 +144,6 @@ def _budget(tracks: int) -> Budget:
     return Budget(limits_of_host(tracks))
 
 
-def tell_service_manager(state: str) -> None:
-    """Say `state` ("READY=1") to systemd, if it started us with Type=notify (sd_notify(3))."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
-            out.sendto(state.encode(), address.replace("@", "\0", 1))
-
-
 def start_logging(verbose: int) -> None:
     """Log to stderr: warnings, with -v what happens, with -vv everything."""
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
@@ -169,120 +153,9 @@ def start_logging(verbose: int) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
-def run(main: Coroutine[Any, Any, int]) -> int:
-    """Run a verb's coroutine; its result is the exit status.
-
-    A signal cancels it, unless a `Stop` is made in it, and ends us in `GRACE_S` whatever it does.
-    """
-    try:
-        return asyncio.run(_cancelled_by_signals(main))
-    finally:
-        signals.heed(signals.leave)
-
-
-async def _cancelled_by_signals(main: Coroutine[Any, Any, int]) -> int:
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None
-    came: list[int] = []
-    deadline = signals.Deadline()
-
-    def end(number: int) -> None:
-        if came:
-            signals.die_by(number)
-        came.append(number)
-        deadline.arm(GRACE_S)
-        loop.call_soon_threadsafe(task.cancel)
-
-    signals.heed(end)
-    try:
-        return await main
-    except asyncio.CancelledError:
-        if came:
-            raise signals.Signalled(came[0]) from None
-        raise
-    finally:
-        deadline.disarm()
-
-
 def stderr() -> Console:
     """Return the console of progress bars: not with the data, and not off a terminal."""
     return Console(stderr=True, quiet=not sys.stderr.isatty())
-
-
-class Stop:
-    """SIGTERM, SIGINT and SIGHUP ask for a clean end; a second one ends at once.
-
-    grace_s: what is not over so many seconds after the first one is cut off; None: nothing is.
-    """
-
-    def __init__(self, grace_s: float | None = None) -> None:
-        self.asked = asyncio.Event()
-        self._came = False
-        self._grace_s = grace_s
-        self._deadline = signals.Deadline()
-        self._loop = asyncio.get_running_loop()
-        signals.heed(self._ask, signal.SIGTERM, signal.SIGINT)
-
-    def _ask(self, _number: int) -> None:
-        if self._came:
-            signals.exit_now()
-        self._came = True
-        self.hurry()
-        self._loop.call_soon_threadsafe(self.asked.set)
-
-    def hurry(self) -> None:
-        """Start the time to end in, if a limit was given."""
-        if self._grace_s is not None:
-            self._deadline.arm(self._grace_s)
-
-    def take_time(self) -> None:
-        """Stop that time: something is waited for that may take long, as a user's command."""
-        self._deadline.disarm()
-
-    async def wait(self) -> None:
-        """Wait until the first signal."""
-        await self.asked.wait()
-
-    async def wait_or(self, other: Awaitable[object]) -> bool:
-        """Wait until the first signal or the end of `other`; return whether it was the signal."""
-        waits = asyncio.ensure_future(other), asyncio.ensure_future(self.wait())
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
-        return self.asked.is_set()
-
-
-async def run_captive(command: str, stop: Stop, **environment: str) -> int:
-    """Run a shell command with this environment too; its exit status, 128+n if a signal ended it.
-
-    A signal to us is passed on to it, as SIGTERM.
-    """
-    process = await asyncio.create_subprocess_shell(
-        command, env={**os.environ, **environment}, start_new_session=True
-    )
-    try:
-        await stop.wait_or(process.wait())
-    finally:
-        if process.returncode is None:
-            stop.take_time()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
-    status = await process.wait()
-    stop.hurry()
-    return status if status >= 0 else 128 - status
-
-
-def variables(uris: Sequence[str], socket: Path) -> dict[str, str]:
-    """Return the environment of a captive command: ``$uri``, on TCP if that was asked for, and
-    ``$unixsocket``."""
-    return {"uri": uris[-1], "unixsocket": str(socket)}
-
-
-@contextlib.contextmanager
-def private_directory() -> Iterator[Path]:
-    """A directory for sockets that only this user may enter, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="xvd-") as path, signals.removed_at_once(Path(path)):
-        yield Path(path)
 
 
 def parse_tcp(text: str, *, allow_remote: bool) -> tuple[str, int] | None:

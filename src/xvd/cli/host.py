@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.errors import ConfigError
 from xvd.files import own_directory
 from xvd.machine.emulated.service import MACHINE_SOCKET, XENSTORE_SOCKET, EmulatedHost
@@ -32,11 +32,11 @@ def host(
     for name in (XENSTORE_SOCKET, MACHINE_SOCKET):
         if len(os.fsencode(directory / name)) > PATH_MAX:
             raise ConfigError(f"{directory}: too long for a socket's path; choose a shorter one")
-    return common.run(_host(directory))
+    return running.run(_host(directory))
 
 
 async def _host(directory: Path) -> int:
-    stop = common.Stop()
+    stop = running.Stop()
     async with EmulatedHost() as emulated:
         await emulated.listen(directory)
         output.tell(f"{directory}\n")

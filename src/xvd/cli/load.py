@@ -13,7 +13,7 @@ from xvd.bench.report import machine as describe_machine
 from xvd.bench.ring import COPYING, MAPPING, PERSISTENT, Setup, filling, measure, sample_of
 from xvd.bench.sample import Sample, median
 from xvd.blkif.vdev import disk_name
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.engines.text import parse_size
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job, run_load
@@ -93,7 +93,7 @@ def _measured(once: Callable[[], Awaitable[Sample]], runs: int) -> list[Sample]:
             samples.append(await once())
         return 0
 
-    common.run(repeat())
+    running.run(repeat())
     return samples
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from xvd.blkif.vdev import disk_name
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
 from xvd.errors import PeerClosed
 from xvd.export.nbd import NbdServer
@@ -55,10 +55,10 @@ def nbd(
     number = common.vdev_number(vdev)
     address = common.parse_tcp(tcp, allow_remote=allow_remote)
     settings = parse_settings(setting)
-    with common.private_directory() as directory:
+    with running.private_directory() as directory:
         where = socket or directory / "nbd.sock"
         work = _nbd(host, Domid(guest), number, settings, socket=where, tcp=address, command=run)
-        return common.run(work)
+        return running.run(work)
 
 
 async def _nbd(
@@ -91,10 +91,12 @@ async def _nbd(
         )
         await control.listen(directory / "control" / f"nbd-{guest}-{vdev}")
         stack.push_async_callback(control.close)
-        stop = common.Stop(common.GRACE_S)
+        stop = running.Stop(running.GRACE_S)
         stack.callback(stop.hurry)
         if command:
-            return await common.run_captive(command, stop, **common.variables(export.uris, socket))
+            return await running.run_captive(
+                command, stop, **running.variables(export.uris, socket)
+            )
         output.tell("".join(f"{uri}\n" for uri in export.uris))
         if not await stop.wait_or(disk.gone.wait()):
             raise PeerClosed(f"{name}: the disk was removed from its guest")

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 
 import typer
 
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.cli.control import ask
 from xvd.cli.daemons import server_of
 from xvd.engines.text import parse_size
@@ -34,7 +34,7 @@ def resize(
 ) -> int:
     """Give a disk another size, and tell its guest; prints the bytes that it has then."""
     wanted = parse_size(size) if size else None
-    return common.run(_resize(host, guest, common.vdev_number(vdev), wanted, shrink))
+    return running.run(_resize(host, guest, common.vdev_number(vdev), wanted, shrink))
 
 
 async def _resize(host: Path, guest: int, vdev: int, size: int | None, shrink: bool) -> int:

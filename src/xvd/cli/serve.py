@@ -13,7 +13,7 @@ import typer
 
 from xvd import embed
 from xvd.backend.settings import RANGES, Settings, parse_settings
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
 from xvd.cli.report import account, disk_figures
 from xvd.engines.interface import Engine
@@ -95,10 +95,10 @@ def serve(
     engine = open_engine(image, read_only=read_only, layers=layer, user=f"{embed.GUEST}/{vdev}")
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
-        directory = stack.enter_context(common.private_directory())
+        directory = stack.enter_context(running.private_directory())
         where = socket or directory / "nbd.sock"
         job = _Job(disk, engine, directory, run, where, address, settings, front_settings, report)
-        return common.run(_serve(job))
+        return running.run(_serve(job))
 
 
 def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -125,7 +125,7 @@ def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 async def _serve(job: _Job) -> int:
-    stop = common.Stop()
+    stop = running.Stop()
     async with (
         embed.served(
             job.engine, job.disk, settings=job.settings, front=job.front,
@@ -150,10 +150,10 @@ async def _serve(job: _Job) -> int:
     return status
 
 
-async def _use(job: _Job, stop: common.Stop, export: NbdServer) -> int:
+async def _use(job: _Job, stop: running.Stop, export: NbdServer) -> int:
     if job.command:
-        return await common.run_captive(
-            job.command, stop, **common.variables(export.uris, job.socket)
+        return await running.run_captive(
+            job.command, stop, **running.variables(export.uris, job.socket)
         )
     output.tell("".join(f"{uri}\n" for uri in export.uris))
     await stop.wait()

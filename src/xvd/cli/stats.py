@@ -4,7 +4,7 @@
 from pathlib import Path
 from typing import Final
 
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.cli.daemons import ALIVE, Answer, ask_all, complain
 
 _COLUMNS: Final = ("rd_req", "wr_req", "f_req", "ds_req", "oo_req", "rd_sect", "wr_sect", "errors")
@@ -17,7 +17,7 @@ def stats(host: common.HostDir = common.DEFAULT_HOST, json: common.Json = False)
     Asks every daemon of the host, and fails if there is none, or one is dead or hangs: in JSON it
     has null for its disks.
     """
-    return common.run(_stats(host, json))
+    return running.run(_stats(host, json))
 
 
 async def _stats(host: Path, json: bool) -> int:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.cli.daemons import ALIVE, Answer, ask_all
 from xvd.errors import PeerClosed
 from xvd.frontend.statistics import percentile
@@ -161,12 +161,12 @@ def top(
     Off a terminal each poll is some lines of text. A backend that dies is shown as dead, and its
     successor when it comes; the status is 1 if one was missing at the last poll.
     """
-    return common.run(_top(host, interval, count, json))
+    return running.run(_top(host, interval, count, json))
 
 
 async def _polls(host: Path, interval: float, count: int) -> AsyncIterator[tuple[Poll, Poll]]:
     """Yield each poll with the one before it, until there were so many or a signal came."""
-    stop = common.Stop(common.GRACE_S)
+    stop = running.Stop(running.GRACE_S)
     before = polled(None, await ask_all(host, _BACKENDS, "stats"), time.monotonic())
     shown = 0
     while count == 0 or shown < count:

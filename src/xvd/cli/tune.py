@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from xvd.backend.settings import LIVE, parse_settings
-from xvd.cli import common, output
+from xvd.cli import common, output, running
 from xvd.cli.control import DaemonError
 from xvd.cli.daemons import ALIVE, ask_all, complain
 from xvd.errors import ConfigError
@@ -31,7 +31,7 @@ def tune(
     """
     parse_settings(setting)
     name = common.disk_key(disk) if disk else ""
-    return common.run(_tune(host, setting, name, json))
+    return running.run(_tune(host, setting, name, json))
 
 
 async def _tune(host: Path, texts: list[str], disk: str, json: bool) -> int:

@@ -20,6 +20,11 @@ from xvd.errors import ConfigError
 SCHEMES: Final[dict[str, Scheme]] = {
     scheme.name: scheme for module in (image, memory, null) for scheme in module.SCHEMES
 }
+PATH_SCHEMES: Final = frozenset(
+    name for name, scheme in SCHEMES.items() if scheme.form == f"{name}:PATH"
+)
+"""The schemes behind which a path stands, which may be a relative one."""
+
 LAYERS: Final[dict[str, LayerKind]] = {
     module.LAYER.name: module.LAYER for module in (delay, error, readonly, stats, log)
 }

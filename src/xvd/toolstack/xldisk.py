@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from xvd.blkif.vdev import parse_vdev
+from xvd.engines.formats import FORMATS as KNOWN_FORMATS
 from xvd.engines.text import in_format, split_scheme
+from xvd.engines.uri import PATH_SCHEMES
 from xvd.errors import ConfigError
 
 FORMATS = ("raw", "qcow", "qcow2", "vhd", "qed")
 BACKEND_TYPES = ("phy", "tap", "qdisk", "standalone")
 _ACCESS = {"r": False, "ro": False, "w": True, "rw": True}
-_BEFORE_A_PATH = (*FORMATS, "file", "aio", "phy", "tap", "tap2", "vhdx", "vmdk", "vdi", "luks")
+_BEFORE_A_PATH = {*FORMATS, *KNOWN_FORMATS, *PATH_SCHEMES, "aio", "phy", "tap", "tap2"}
 """What may stand before a path, with a colon."""
 _POSITIONAL = ("target", "format", "vdev", "access")
 

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a verb runs and ends: its event loop, the signals that end it, and the captive command."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from xvd.cli import signals
+
+GRACE_S = 4.5
+"""What a verb has from a signal to its end, where nothing of a user's is waited for."""
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Run a verb's coroutine; its result is the exit status.
+
+    A signal cancels it, unless a `Stop` is made in it, and ends us in `GRACE_S` whatever it does.
+    """
+    try:
+        return asyncio.run(_cancelled_by_signals(main))
+    finally:
+        signals.heed(signals.leave)
+
+
+async def _cancelled_by_signals(main: Coroutine[Any, Any, int]) -> int:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    came: list[int] = []
+    deadline = signals.Deadline()
+
+    def end(number: int) -> None:
+        if came:
+            signals.die_by(number)
+        came.append(number)
+        deadline.arm(GRACE_S)
+        loop.call_soon_threadsafe(task.cancel)
+
+    signals.heed(end)
+    try:
+        return await main
+    except asyncio.CancelledError:
+        if came:
+            raise signals.Signalled(came[0]) from None
+        raise
+    finally:
+        deadline.disarm()
+
+
+class Stop:
+    """SIGTERM, SIGINT and SIGHUP ask for a clean end; a second one ends at once.
+
+    grace_s: what is not over so many seconds after the first one is cut off; None: nothing is.
+    """
+
+    def __init__(self, grace_s: float | None = None) -> None:
+        self.asked = asyncio.Event()
+        self._came = False
+        self._grace_s = grace_s
+        self._deadline = signals.Deadline()
+        self._loop = asyncio.get_running_loop()
+        signals.heed(self._ask, signal.SIGTERM, signal.SIGINT)
+
+    def _ask(self, _number: int) -> None:
+        if self._came:
+            signals.exit_now()
+        self._came = True
+        self.hurry()
+        self._loop.call_soon_threadsafe(self.asked.set)
+
+    def hurry(self) -> None:
+        """Start the time to end in, if a limit was given."""
+        if self._grace_s is not None:
+            self._deadline.arm(self._grace_s)
+
+    def take_time(self) -> None:
+        """Stop that time: something is waited for that may take long, as a user's command."""
+        self._deadline.disarm()
+
+    async def wait(self) -> None:
+        """Wait until the first signal."""
+        await self.asked.wait()
+
+    async def wait_or(self, other: Awaitable[object]) -> bool:
+        """Wait until the first signal or the end of `other`; return whether it was the signal."""
+        waits = asyncio.ensure_future(other), asyncio.ensure_future(self.wait())
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return self.asked.is_set()
+
+
+async def run_captive(command: str, stop: Stop, **environment: str) -> int:
+    """Run a shell command with this environment too; its exit status, 128+n if a signal ended it.
+
+    A signal to us is passed on to it, as SIGTERM.
+    """
+    process = await asyncio.create_subprocess_shell(
+        command, env={**os.environ, **environment}, start_new_session=True
+    )
+    try:
+        await stop.wait_or(process.wait())
+    finally:
+        if process.returncode is None:
+            stop.take_time()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+    status = await process.wait()
+    stop.hurry()
+    return status if status >= 0 else 128 - status
+
+
+def variables(uris: Sequence[str], socket: Path) -> dict[str, str]:
+    """Return the environment of a captive command: ``$uri``, on TCP if that was asked for, and
+    ``$unixsocket``."""
+    return {"uri": uris[-1], "unixsocket": str(socket)}
+
+
+@contextlib.contextmanager
+def private_directory() -> Iterator[Path]:
+    """A directory for sockets that only this user may enter, gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="xvd-") as path, signals.removed_at_once(Path(path)):
+        yield Path(path)
+
+
+def tell_service_manager(state: str) -> None:
+    """Say `state` ("READY=1") to systemd, if it started us with Type=notify (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+            out.sendto(state.encode(), address.replace("@", "\0", 1))
