@@ -83,7 +83,7 @@ cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
 
 
 cdef void pass_on(delayed *d) noexcept nogil:
-    """What is due."""
+    """Hand on what is due."""
     cdef uint64_t now = monotonic_ns()
     cdef uint32_t kind, n
     cdef line *l

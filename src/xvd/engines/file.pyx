@@ -237,7 +237,7 @@ cdef void advance(engine_io *io, uint64_t size) noexcept nogil:
 
 
 cdef int32_t flushed(file_state *f, int32_t res) noexcept nogil:
-    """What to say of a flush: the first failure is remembered, and every later flush is one too."""
+    """Judge a flush: the first failure is remembered, and every later flush is one too."""
     if res < 0 and res != -EOPNOTSUPP and xvd_load_acquire(f.flush_error) == 0:
         xvd_exchange32(f.flush_error, <uint32_t>-res)
     return -<int32_t>xvd_load_acquire(f.flush_error) if res == 0 else res
@@ -282,7 +282,7 @@ cdef bint is_in_memory(int fd) noexcept nogil:
 
 
 cdef class Health:
-    """What all channels of an image know of it: whether a flush has failed."""
+    """Shared by all channels of an image: whether a flush of it has failed."""
 
     cdef uint32_t failed
 

@@ -143,7 +143,7 @@ class MemoryEngine(Engine):
 
     @property
     def info(self):
-        """What this engine is."""
+        """Its size, block sizes and abilities."""
         return self._info
 
     @property

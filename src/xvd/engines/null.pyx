@@ -79,7 +79,7 @@ class NullEngine(Engine):
 
     @property
     def info(self):
-        """What this engine is."""
+        """Its size, block sizes and abilities."""
         return self._info
 
     def read(self, buffer, offset):

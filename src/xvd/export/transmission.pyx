@@ -83,7 +83,7 @@ cdef void resume(void *ctx, const client_host *host) noexcept nogil:
 
 
 cdef void displaced(void *ctx) noexcept nogil:
-    """What has come of payloads, and what is to be sent of replies, stays."""
+    """Keep what has come of payloads, and what is to be sent of replies."""
     cdef transmission *t = <transmission *>ctx
     cdef slot *s
     cdef uint32_t i
@@ -187,7 +187,7 @@ cdef class Transmission:
         return self.t.bell
 
     def take(self):
-        """What has happened, as (flags: OVER and the others, requests).
+        """Take what has happened, as (flags: OVER and the others, requests).
 
         A request is (slot, errno, flags, command, cookie, offset, length, payload): errno is what
         the disk has failed with, or 0 if nothing was tried; payload is of a write that was not.
@@ -259,7 +259,7 @@ cdef class Transmission:
         xvd_exchange32(&self.t.finishing, 1)
 
     def cut(self):
-        """Nobody is to read replies any more; the stepping thread is to be woken."""
+        """Send no more replies; the stepping thread is to be woken."""
         xvd_exchange32(&self.t.cut, 1)
 
     @property

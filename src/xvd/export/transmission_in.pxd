@@ -60,7 +60,7 @@ cdef inline uint8_t operation_of(uint16_t command) noexcept nogil:
 
 
 cdef inline void prepare(transmission *t, slot *s, const client_host *host) noexcept nogil:
-    """What a queue may take becomes an operation, and its data gets a place."""
+    """Make what a queue may take an operation, and give its data a place."""
     s.plain = is_plain(s)
     if not s.plain:
         return
@@ -83,7 +83,7 @@ cdef inline void launch(transmission *t, slot *s, const client_host *host) noexc
 
 
 cdef inline void relaunch(transmission *t, slot *s, const client_host *host) noexcept nogil:
-    """What one queue has taken and not completed goes to another, or to Python."""
+    """Send what one queue has taken and not completed to another, or to Python."""
     if not host.submit(host.ctx, &s.io):
         ask(t, s)
 

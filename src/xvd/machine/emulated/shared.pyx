@@ -82,7 +82,7 @@ cdef void change_flags(grant_entry *entry, uint16_t set_bits, uint16_t clear_bit
 
 
 cdef int32_t check_entry(grant_entry *entry, uint32_t mapper, bint writable) noexcept nogil:
-    """What the hypervisor asks of an entry; one load, so that flags and domain belong together."""
+    """Check an entry as the hypervisor does; one load, so that flags and domain belong together."""
     cdef uint32_t word = xvd_load_acquire(entry)
     cdef uint32_t flags = word & 0xFFFF
     if (flags & GTF_TYPE_MASK) != GTF_PERMIT_ACCESS or word >> 16 != mapper:
