@@ -153,6 +153,16 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert {module: sorted(imports & graph.keys()) for module, imports in graph.items()} == {}
 
 
+def test_only_the_list_names_engines_and_layers() -> None:
+    """Another one is its own file and a word in `engines/uri.py`."""
+    graph = import_graph()
+    layers = {m for m in graph if m.startswith("engines.layers.")} - {"engines.layers.base"}
+    named = {"engines.image", "engines.null", *layers}
+    importers = {module: {m for m, found in graph.items() if module in found} for module in named}
+    assert {"engines.image", "engines.layers.delay"} <= importers.keys()
+    assert importers == {module: {"engines.uri"} for module in named}
+
+
 @pytest.mark.parametrize("path", EVERY, ids=name_of)
 def test_a_file_is_short_enough_and_begins_with_its_licence(path: Path) -> None:
     lines = path.read_text().splitlines()
