@@ -6,14 +6,29 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from xvd.engines.interface import Engine, EngineInfo
+from xvd.types import EngineOp
 
-OPERATIONS = ("read", "write", "flush", "discard")
+OPERATIONS = tuple(op.name.lower() for op in EngineOp)
 """The kinds of operations that layers tell apart, under the names of their options."""
 
 
+class Asked(NamedTuple):
+    """An operation that reaches a layer: bytes. A secure discard erases."""
+
+    op: EngineOp
+    offset: int = 0
+    length: int = 0
+    secure: bool = False
+
+    @property
+    def kind(self) -> str:
+        """One of `OPERATIONS`."""
+        return OPERATIONS[self.op]
+
+
 class Layer(Engine):
-    """Passes everything to `lower`. A layer is called in Python, whatever is behind it,
-    unless it has a compiled channel of its own.
+    """Passes everything to `lower`, operations by way of `perform`. A layer is called in Python,
+    whatever is behind it, unless it has a compiled channel of its own.
     """
 
     def __init__(self, lower: Engine) -> None:
@@ -34,25 +49,36 @@ class Layer(Engine):
         """Which storage is behind."""
         return self.lower.identity
 
+    def perform(self, asked: Asked, do: Callable[[], None]) -> None:
+        """Do one operation; what stands before it, behind it or in its place overrides this.
+
+        do: the operation on the engine behind.
+        """
+        do()
+
     def read(self, buffer: memoryview, offset: int) -> None:
-        """Pass on."""
-        self.lower.read(buffer, offset)
+        """Read by way of `perform`, as everything below."""
+        asked = Asked(EngineOp.READ, offset, len(buffer))
+        self.perform(asked, lambda: self.lower.read(buffer, offset))
 
     def write(self, buffer: memoryview, offset: int) -> None:
-        """Pass on."""
-        self.lower.write(buffer, offset)
+        """Write."""
+        asked = Asked(EngineOp.WRITE, offset, len(buffer))
+        self.perform(asked, lambda: self.lower.write(buffer, offset))
 
     def flush(self) -> None:
-        """Pass on."""
-        self.lower.flush()
+        """Flush."""
+        self.perform(Asked(EngineOp.FLUSH), self.lower.flush)
 
     def discard(self, offset: int, length: int) -> None:
-        """Pass on."""
-        self.lower.discard(offset, length)
+        """Discard."""
+        asked = Asked(EngineOp.DISCARD, offset, length)
+        self.perform(asked, lambda: self.lower.discard(offset, length))
 
     def secure_discard(self, offset: int, length: int) -> None:
-        """Pass on."""
-        self.lower.secure_discard(offset, length)
+        """Erase."""
+        asked = Asked(EngineOp.DISCARD, offset, length, secure=True)
+        self.perform(asked, lambda: self.lower.secure_discard(offset, length))
 
     def measure(self) -> int:
         """Pass on."""

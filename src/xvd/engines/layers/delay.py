@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from xvd.engines.delayed import DelayedChannel, can_delay
 from xvd.engines.interface import Channel, Engine
-from xvd.engines.layers.base import OPERATIONS, Layer, LayerKind
+from xvd.engines.layers.base import OPERATIONS, Asked, Layer, LayerKind
 from xvd.engines.text import parse_time
 
 
@@ -28,42 +28,20 @@ class Delay(Layer):
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         super().__init__(lower)
-        self._read_s, self._write_s = read_s, write_s
-        self._flush_s, self._discard_s = flush_s, discard_s
+        self._times_s = (read_s, write_s, flush_s, discard_s)  # by EngineOp
         self._sleep = sleep
 
-    def read(self, buffer: memoryview, offset: int) -> None:
-        """Wait, then read."""
-        self._sleep(self._read_s)
-        self.lower.read(buffer, offset)
-
-    def write(self, buffer: memoryview, offset: int) -> None:
-        """Wait, then write."""
-        self._sleep(self._write_s)
-        self.lower.write(buffer, offset)
-
-    def flush(self) -> None:
-        """Wait, then flush."""
-        self._sleep(self._flush_s)
-        self.lower.flush()
-
-    def discard(self, offset: int, length: int) -> None:
-        """Wait, then discard."""
-        self._sleep(self._discard_s)
-        self.lower.discard(offset, length)
-
-    def secure_discard(self, offset: int, length: int) -> None:
-        """Wait, then erase."""
-        self._sleep(self._discard_s)
-        self.lower.secure_discard(offset, length)
+    def perform(self, asked: Asked, do: Callable[[], None]) -> None:
+        """Wait, then do it."""
+        self._sleep(self._times_s[asked.op])
+        do()
 
     def open_channel(self) -> Channel:
         """A compiled channel where the engine behind has one."""
         if self._sleep is time.sleep:
             channel = self.lower.open_channel()
             if can_delay(channel):
-                times = (self._read_s, self._write_s, self._flush_s, self._discard_s)
-                return DelayedChannel(channel, times)
+                return DelayedChannel(channel, self._times_s)
             channel.close()
         return super().open_channel()
 

@@ -3,10 +3,10 @@
 
 import errno as errno_names
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from xvd.engines.interface import Engine
-from xvd.engines.layers.base import OPERATIONS, Layer, LayerKind
+from xvd.engines.layers.base import OPERATIONS, Asked, Layer, LayerKind
 from xvd.errors import ConfigError, EngineError
 
 
@@ -32,35 +32,12 @@ class Error(Layer):
         self._operations = frozenset(operations)
         self._error = error
 
-    def _draw(self, operation: str) -> None:
-        if operation in self._operations and self._random.randrange(self._one_in) == 0:
+    def perform(self, asked: Asked, do: Callable[[], None]) -> None:
+        """Fail, or do it."""
+        if asked.kind in self._operations and self._random.randrange(self._one_in) == 0:
             self.failed += 1
-            raise EngineError(self._error, f"{operation} failed on request of the error layer")
-
-    def read(self, buffer: memoryview, offset: int) -> None:
-        """Fail, or read."""
-        self._draw("read")
-        self.lower.read(buffer, offset)
-
-    def write(self, buffer: memoryview, offset: int) -> None:
-        """Fail, or write."""
-        self._draw("write")
-        self.lower.write(buffer, offset)
-
-    def flush(self) -> None:
-        """Fail, or flush."""
-        self._draw("flush")
-        self.lower.flush()
-
-    def discard(self, offset: int, length: int) -> None:
-        """Fail, or discard."""
-        self._draw("discard")
-        self.lower.discard(offset, length)
-
-    def secure_discard(self, offset: int, length: int) -> None:
-        """Fail, or erase."""
-        self._draw("discard")
-        self.lower.secure_discard(offset, length)
+            raise EngineError(self._error, f"{asked.kind} failed on request of the error layer")
+        do()
 
 
 def _positive(options: Mapping[str, str], key: str, least: int) -> int:

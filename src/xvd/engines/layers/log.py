@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 
 from xvd.engines.interface import Engine
-from xvd.engines.layers.base import Layer, LayerKind
+from xvd.engines.layers.base import Asked, Layer, LayerKind
 from xvd.errors import describe
 
 logger = logging.getLogger(__name__)
@@ -18,33 +18,16 @@ class Log(Layer):
         super().__init__(lower)
         self._emit = emit
 
-    def read(self, buffer: memoryview, offset: int) -> None:
-        """Log and read."""
-        self._run("read", offset, len(buffer), lambda: self.lower.read(buffer, offset))
-
-    def write(self, buffer: memoryview, offset: int) -> None:
-        """Log and write."""
-        self._run("write", offset, len(buffer), lambda: self.lower.write(buffer, offset))
-
-    def flush(self) -> None:
-        """Log and flush."""
-        self._run("flush", 0, 0, self.lower.flush)
-
-    def discard(self, offset: int, length: int) -> None:
-        """Log and discard."""
-        self._run("discard", offset, length, lambda: self.lower.discard(offset, length))
-
-    def secure_discard(self, offset: int, length: int) -> None:
-        """Log and erase."""
-        self._run("erase", offset, length, lambda: self.lower.secure_discard(offset, length))
-
-    def _run(self, operation: str, offset: int, length: int, call: Callable[[], None]) -> None:
+    def perform(self, asked: Asked, do: Callable[[], None]) -> None:
+        """Do it and log it."""
+        word = "erase" if asked.secure else asked.kind
+        line = f"{word} offset={asked.offset} length={asked.length}"
         try:
-            call()
+            do()
         except OSError as e:
-            self._emit(f"{operation} offset={offset} length={length} failed: {describe(e)}")
+            self._emit(f"{line} failed: {describe(e)}")
             raise
-        self._emit(f"{operation} offset={offset} length={length} ok")
+        self._emit(f"{line} ok")
 
 
 LAYER = LayerKind("log", "logs a line for each operation", "log", lambda lower, _: Log(lower))

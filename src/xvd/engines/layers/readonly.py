@@ -3,10 +3,12 @@
 
 import dataclasses
 import errno
+from collections.abc import Callable
 
 from xvd.engines.interface import EngineInfo
-from xvd.engines.layers.base import Layer, LayerKind
+from xvd.engines.layers.base import Asked, Layer, LayerKind
 from xvd.errors import EngineError
+from xvd.types import EngineOp
 
 
 class ReadOnly(Layer):
@@ -19,21 +21,19 @@ class ReadOnly(Layer):
             super().info, read_only=True, can_discard=False, can_secure_discard=False
         )
 
-    def write(self, buffer: memoryview, offset: int) -> None:
-        """Refuse."""
-        raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
+    def perform(self, asked: Asked, do: Callable[[], None]) -> None:
+        """Refuse what changes anything."""
+        if asked.op in (EngineOp.WRITE, EngineOp.DISCARD):
+            raise self._refusal()
+        do()
 
-    def discard(self, offset: int, length: int) -> None:
+    def resize(self, _size: int) -> None:
         """Refuse."""
-        raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
+        raise self._refusal()
 
-    def secure_discard(self, offset: int, length: int) -> None:
-        """Refuse."""
-        raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
-
-    def resize(self, size: int) -> None:
-        """Refuse."""
-        raise EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
+    @staticmethod
+    def _refusal() -> EngineError:
+        return EngineError(errno.EROFS, "the disk is read-only by its readonly layer")
 
 
 LAYER = LayerKind(
