@@ -14,6 +14,7 @@ from xvd_process import Daemon, FourProcesses, run_xvd
 
 from xvd.cli.app import VERBS
 from xvd.cli.serve import split_ends
+from xvd.engines.uri import LAYERS, SCHEMES
 
 pytestmark = pytest.mark.slow
 
@@ -213,6 +214,16 @@ def test_sim_prints_seed_and_options_first() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_help(verb: str) -> None:
     assert run_xvd(verb, "--help").returncode == 0
+
+
+def test_help_says_what_there_is_to_serve_and_to_put_in_front() -> None:
+    words = run_xvd("serve", "--help").stdout.replace("│", " ").split()
+    text = " ".join(words)
+
+    for scheme in SCHEMES.values():
+        assert f"{scheme.form} ({scheme.help})" in text
+    for layer in LAYERS.values():
+        assert f"{layer.example} ({layer.help})" in text
 
 
 def test_serve_and_compare(image: Path, tmp_path: Path, requires_tool) -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from xvd.backend.budget import XEN_MAPTRACK, Budget, descriptor_limits, limits_of_host
 from xvd.blkif.vdev import disk_name, parse_vdev
-from xvd.engines.uri import LAYERS
+from xvd.engines.uri import LAYERS, SCHEMES
 from xvd.errors import ConfigError, describe
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.service import connect
@@ -57,8 +57,16 @@ Layers = Annotated[
     typer.Option(
         "--layer",
         help="A layer in front of the storage: "
-        + ", ".join(layer.example for layer in LAYERS.values())
+        + "; ".join(f"{layer.example} ({layer.help})" for layer in LAYERS.values())
         + ". May be given several times; the first is nearest to the guest.",
+    ),
+]
+Image = Annotated[
+    str,
+    typer.Argument(
+        help="Image file, block device, or engine URI: "
+        + "; ".join(f"{scheme.form} ({scheme.help})" for scheme in SCHEMES.values())
+        + "."
     ),
 ]
 XEN_DIRECTORY = Path("/run/xvd")

@@ -43,7 +43,7 @@ class _Job:
 
 
 def serve(
-    image: Annotated[str, typer.Argument(help="Image file, block device, or engine URI.")],
+    image: common.Image,
     run: Annotated[
         str, typer.Option("--run", help="Shell command to run with $uri set; its status is ours.")
     ] = "",
