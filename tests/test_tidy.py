@@ -353,6 +353,30 @@ def test_only_the_protocol_and_the_toolstack_name_nodes(path: Path) -> None:
 NODES_TABLE = (PACKAGE / "blkif" / "nodes.py").read_text()
 
 
+OUR_OWN_WORDS = {
+    "rooms": "modules",
+    "books": "accounting",
+    "stake": "connection, session",
+    "uring": "loop",
+    "logical_sectors": "block_sectors",
+}
+"""Words that this project alone used, and the field's words for the same things."""
+
+
+WITH_WORDS = [
+    path
+    for path in (*EVERY, *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
+    if path != Path(__file__) and path.name != "CHANGELOG.md"
+]
+"""Every source and page, but this list, and the page that tells what was."""
+
+
+@pytest.mark.parametrize("path", WITH_WORDS, ids=name_of)
+def test_the_words_are_those_of_the_field(path: Path) -> None:
+    words = set(re.findall(r"\w+", path.read_text()))
+    assert sorted(words & OUR_OWN_WORDS.keys()) == []
+
+
 RIDDLE = re.compile(
     r"(What|Who|Whom|Whose|Whoever|Whatever|Nobody|Somebody|Something|Those|Until|From now)\b"
     r"|(There will|The same|As [`A-Z])"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled book of persistent grants against a readable one: an ordered dict by last use."""
+"""The compiled table of persistent grants against a readable one: an ordered dict by last use."""
 
 from collections import OrderedDict
 
@@ -15,8 +15,8 @@ IDLE = 3 * INTERVAL
 GREFS = st.integers(0, 30) | st.sampled_from([2**31, 2**32 - 2, 2**32 - 1])
 
 
-class Books(RuleBasedStateMachine):
-    """Two books, the same entries."""
+class Tables(RuleBasedStateMachine):
+    """Two tables, the same entries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ class Books(RuleBasedStateMachine):
         assert all(gref in self.book for gref in (*self.used, *self.idle))
 
 
-TestBooks = Books.TestCase
-TestBooks.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
+TestTables = Tables.TestCase
+TestTables.settings = settings(max_examples=300, stateful_step_count=60, deadline=None)
 
 
 @given(st.lists(st.integers(0, 2**32 - 1), unique=True, max_size=200), st.integers(0, 2**32 - 1))
