@@ -213,6 +213,49 @@ def cython_functions(path: Path) -> list[tuple[str, int]]:
     return found
 
 
+HEADERS = [path for path in CYTHON if path.suffix == ".pxd"]
+
+
+def bodies(path: Path) -> list[str]:
+    """The first lines of the functions that a .pxd does not only declare."""
+    found: list[str] = []
+    head = ""
+    for line in path.read_text().splitlines():
+        if head or re.match(r"cdef (?!class|struct|enum|union|extern|packed).*\(", line):
+            head += line
+            if head.count("(") == head.count(")"):
+                found += [head] if head.rstrip().endswith(":") else []
+                head = ""
+    return found
+
+
+def inline_header(path: Path) -> list[str]:
+    """The room whose inline header a .pxd says it is, and those that it is for besides."""
+    second = path.read_text().splitlines()[1]
+    match = re.fullmatch(r"# Inline header of (\S+)/(?:, for (\S+)/(?: and (\S+)/)?)?\.", second)
+    return [room for room in match.groups() if room] if match else []
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=name_of)
+def test_a_pxd_has_bodies_only_where_it_says_that_it_is_an_inline_header(path: Path) -> None:
+    """A call into another extension goes through a pointer: what a request passes is inlined."""
+    assert bool(bodies(path)) == bool(inline_header(path))
+
+
+def test_an_inline_header_belongs_to_one_room() -> None:
+    """Its own folder; whoever includes it from elsewhere is named in it."""
+    for path in HEADERS:
+        rooms = [PACKAGE / room for room in inline_header(path)]
+        assert not rooms or rooms[0] == path.parent
+        name = module_of(path).removesuffix(".pxd")
+        users = {
+            user.parent
+            for user in CYTHON
+            if re.search(rf"^from xvd\.{name} cimport", user.read_text(), re.M)
+        }
+        assert not rooms or users <= set(rooms), name_of(path)
+
+
 @pytest.mark.parametrize("path", EVERY, ids=name_of)
 def test_functions_are_short_enough(path: Path) -> None:
     functions = cython_functions(path) if path in CYTHON else python_functions(path)

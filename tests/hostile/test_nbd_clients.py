@@ -19,7 +19,9 @@ from rig_client import (
     waiting_client,
 )
 
-from xvd.dataplane.front.clients import Clients, Fence
+from xvd.dataplane.front.clients import Clients
+from xvd.dataplane.front.range_lock import RangeLock
+from xvd.dataplane.front.waiting_room import WaitingRoom
 from xvd.export import nbd_protocol as nbd
 from xvd.export.transmission import Transmission
 
@@ -217,7 +219,7 @@ def test_random_bytes(seed: int) -> None:
 
 def test_one_that_never_joins_gives_everything_back() -> None:
     client = new_client()
-    room = Clients(Fence())
+    room = WaitingRoom(RangeLock())
     room.join(client.transmission)
     assert room.take_back() == [client.transmission]
     client.socket.close()

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from rig_front import FrontWorld
 
 from xvd.blkif.messages import AnyRequest
-from xvd.dataplane.front.clients import Clients, Fence
+from xvd.dataplane.front.clients import Clients
 from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.front.range_lock import RangeLock
+from xvd.dataplane.front.waiting_room import WaitingRoom
 from xvd.dataplane.types import StepFlag
 from xvd.export import nbd_protocol as nbd
 from xvd.export.memory import ExportMemory
@@ -115,24 +117,24 @@ def end(clients: Clients, client: Client, serve: Callable[[], object] = lambda: 
     client.transmission.close()
 
 
-def open_fence(*, sectors: int = SECTORS, block: int = 1, flushes: bool = True) -> Fence:
-    fence = Fence()
-    fence.allow(sectors=sectors, block_sectors=block, writable=True, flushes=flushes)
-    return fence
+def open_lock(*, sectors: int = SECTORS, block: int = 1, flushes: bool = True) -> RangeLock:
+    lock = RangeLock()
+    lock.allow(sectors=sectors, block_sectors=block, writable=True, flushes=flushes)
+    return lock
 
 
 class ClientWorld(FrontWorld):
     """A frontend's queue with clients, and the raw ring behind it."""
 
-    fence: Fence
+    lock: RangeLock
     front: FrontQueue
     clients: Clients
 
-    def serve_clients(self, fence: Fence | None = None) -> Clients:
+    def serve_clients(self, lock: RangeLock | None = None) -> Clients:
         """From here on the queue is stepped with its clients."""
-        self.fence = fence or open_fence()
+        self.lock = lock or open_lock()
         self.front = self.queue
-        self.clients = Clients(self.fence, self.queue)
+        self.clients = Clients(self.lock, self.queue)
         self.queue = self.clients  # type: ignore[assignment]
         return self.clients
 
@@ -159,7 +161,7 @@ def client_world(
 @contextlib.contextmanager
 def waiting_client(*, bytes_max: int = 1 << 20) -> Iterator[tuple[Clients, Client]]:
     """One client where there is no queue."""
-    room = Clients(open_fence())
+    room = WaitingRoom(open_lock())
     client = new_client(bytes_max=bytes_max)
     room.join(client.transmission)
     yield room, client

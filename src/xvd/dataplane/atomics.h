@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* An index published by the peer: what it wrote before the index is visible after this load. */
 static inline uint32_t xvd_load_acquire(const void *p)
@@ -101,6 +102,15 @@ static inline uint64_t xvd_get64(const void *p) { uint64_t v; memcpy(&v, p, 8); 
 static inline void xvd_put16(void *p, uint16_t v) { memcpy(p, &v, 2); }
 static inline void xvd_put32(void *p, uint32_t v) { memcpy(p, &v, 4); }
 static inline void xvd_put64(void *p, uint64_t v) { memcpy(p, &v, 8); }
+
+/* The system's clock that never goes back. */
+static inline uint64_t xvd_monotonic_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
 
 /* For our own mistakes only; never for what a peer can cause. */
 #if XVD_DEBUG

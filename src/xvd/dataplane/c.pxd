@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Declarations of our C header, and the clock; see the header for what each means."""
+"""Declarations of our C header; see there for what each means."""
 
 from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 
 cdef extern from "atomics.h" nogil:
@@ -25,12 +24,6 @@ cdef extern from "atomics.h" nogil:
     void xvd_put16(void *p, uint16_t v)
     void xvd_put32(void *p, uint32_t v)
     void xvd_put64(void *p, uint64_t v)
+    uint64_t monotonic_ns "xvd_monotonic_ns"()
     void DEBUG_ASSERT(bint condition)
     const bint XVD_DEBUG
-
-
-cdef inline uint64_t monotonic_ns() noexcept nogil:
-    """The system's clock that never goes back."""
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <uint64_t>now.tv_sec * 1000000000 + now.tv_nsec

@@ -8,19 +8,11 @@ block for longer than the work it is asked for.
 """
 
 from cpython.buffer cimport Py_buffer
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
-from xvd.dataplane.abi cimport GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE
-
 
 # ---- Grants of one peer, as the mapping side sees them ---------------------------------------
-
-cdef inline bint is_shortage(int32_t status) noexcept nogil:
-    """Whether a machine has no room, or no memory, for one more mapping or copy."""
-    return status == GNTST_NO_SPACE or status == GNTST_NO_DEVICE_SPACE
-
 
 cdef struct grant_mapping:
     const uint32_t *grefs        # in: `count` references of the peer
@@ -203,23 +195,10 @@ cdef struct client_ports:
 
 # ---- Capsules: how a table travels through Python --------------------------------------------
 
-cdef inline object wrap(void *table, const char *name):
-    return PyCapsule_New(table, name, NULL)
-
-cdef inline grant_ports *grants_of(object owner) except NULL:
-    return <grant_ports *>PyCapsule_GetPointer(owner.ports, "xvd.grant_ports")
-
-cdef inline granter_ports *granter_of(object owner) except NULL:
-    return <granter_ports *>PyCapsule_GetPointer(owner.ports, "xvd.granter_ports")
-
-cdef inline event_ports *events_of(object owner) except NULL:
-    return <event_ports *>PyCapsule_GetPointer(owner.ports, "xvd.event_ports")
-
-cdef inline engine_ports *engine_of(object owner) except NULL:
-    return <engine_ports *>PyCapsule_GetPointer(owner.ports, "xvd.engine_ports")
-
-cdef inline stepper_ports *stepper_of(object owner) except NULL:
-    return <stepper_ports *>PyCapsule_GetPointer(owner.ports, "xvd.stepper_ports")
-
-cdef inline client_ports *client_of(object owner) except NULL:
-    return <client_ports *>PyCapsule_GetPointer(owner.ports, "xvd.client_ports")
+cdef object wrap(void *table, const char *name)
+cdef grant_ports *grants_of(object owner) except NULL
+cdef granter_ports *granter_of(object owner) except NULL
+cdef event_ports *events_of(object owner) except NULL
+cdef engine_ports *engine_of(object owner) except NULL
+cdef stepper_ports *stepper_of(object owner) except NULL
+cdef client_ports *client_of(object owner) except NULL

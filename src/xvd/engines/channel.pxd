@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of engines/.
 """What compiled channels share: the list of finished operations, and the checking channel."""
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of export/.
 """The buffers of all clients of an export together, whichever threads step them.
 
 A buffer counts from when it is made until it is given back, also while a free request keeps it: so

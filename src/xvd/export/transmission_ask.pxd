@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of export/.
 """What Python is asked and told; the bell rings once for many.
 
 Python's thread is the only other one that touches a transmission: the two lists, the tidings and a

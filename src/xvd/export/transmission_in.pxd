@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of export/.
 """From a client's bytes to requests: headers as many as one call brings, payloads to their places.
 
 Nothing of the client's is believed: a header is copied into its slot field by field, and judged

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of export/.
 """From finished requests to bytes: as many replies as one call takes.
 
 Replies leave whole and in the order in which they became ready; data goes from where the backend

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of export/.
 """Room for requests: a fixed number of slots, and buffers that stay with them.
 
 Every byte of data counts against its client from the header of its request to the end of the reply.

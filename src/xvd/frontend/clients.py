@@ -12,8 +12,10 @@ import os
 from collections.abc import AsyncIterator, Sequence
 
 from xvd.blkif.nodes import BackendFeatures
-from xvd.dataplane.front.clients import Clients, Fence
+from xvd.dataplane.front.clients import Clients, ClientSet
 from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.front.range_lock import RangeLock
+from xvd.dataplane.front.waiting_room import WaitingRoom
 from xvd.dataplane.types import HasPorts, StepFlag, Wish
 from xvd.frontend.connection import Connection
 from xvd.types import RING_SECTOR_SIZE
@@ -23,11 +25,11 @@ class DiskClients:
     """The clients of one disk. Everything in the event loop's thread."""
 
     def __init__(self) -> None:
-        self._fence = Fence()
-        self._room = Clients(self._fence)
+        self._lock = RangeLock()
+        self._room = WaitingRoom(self._lock)
         self._queues: list[Clients] = []
         self._connection: Connection | None = None
-        self._where: dict[HasPorts, Clients] = {}
+        self._where: dict[HasPorts, ClientSet] = {}
         self._watched: dict[int, int] = {}
         self._stepping = False
         self._holds = 0
@@ -37,7 +39,7 @@ class DiskClients:
 
     def steppers(self, queues: Sequence[FrontQueue]) -> Sequence[Clients]:
         """Return what steps each of these queues from now on."""
-        self._queues = [Clients(self._fence, queue) for queue in queues]
+        self._queues = [Clients(self._lock, queue) for queue in queues]
         return self._queues
 
     def connected(self, connection: Connection) -> None:
@@ -64,7 +66,7 @@ class DiskClients:
 
     def allow(self, features: BackendFeatures, *, writable: bool, flushes: bool) -> None:
         """Set what clients may ask a queue for."""
-        self._fence.allow(
+        self._lock.allow(
             sectors=features.sectors,
             block_sectors=features.sector_size // RING_SECTOR_SIZE,
             writable=writable,
@@ -141,29 +143,29 @@ class DiskClients:
 
         Those that come go the long way, by the disk, and wait there.
         """
-        token = self._fence.hold(first, end)
+        token = self._lock.hold(first, end)
         self._holds += 1
         try:
-            while self._fence.busy(token):
+            while self._lock.busy(token):
                 await self._until_a_write_ends()
             yield
         finally:
             self._holds -= 1
             if self._holds == 0 and self._write_ended is not None:
                 self._rung()  # whoever listened has gone, and the bell goes too
-            self._fence.release(token)
+            self._lock.release(token)
 
     async def _until_a_write_ends(self) -> None:
         events = asyncio.get_running_loop()
         if self._write_ended is None:
             self._write_ended = events.create_future()
-            events.add_reader(self._fence.fd, self._rung)
+            events.add_reader(self._lock.fd, self._rung)
         await asyncio.shield(self._write_ended)
 
     def _rung(self) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fence.fd)
-        asyncio.get_running_loop().remove_reader(self._fence.fd)
+            os.eventfd_read(self._lock.fd)
+        asyncio.get_running_loop().remove_reader(self._lock.fd)
         assert self._write_ended is not None
         if not self._write_ended.done():
             self._write_ended.set_result(None)

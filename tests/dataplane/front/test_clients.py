@@ -15,7 +15,7 @@ from rig_client import (
     client_world,
     end,
     new_client,
-    open_fence,
+    open_lock,
     settle,
     waiting_client,
 )
@@ -23,9 +23,11 @@ from rig_front import operation_of
 from rig_queue import QueueWorld
 
 from xvd.blkif.abi import Op
-from xvd.dataplane.front.clients import Clients, Fence
+from xvd.dataplane.front.clients import Clients
 from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.front.range_lock import RangeLock
+from xvd.dataplane.front.waiting_room import WaitingRoom
 from xvd.dataplane.loop.loop import Loop
 from xvd.errors import LocalProtocolError
 from xvd.export import nbd_protocol as nbd
@@ -190,12 +192,12 @@ def test_what_came_too_early_is_not_lost() -> None:
         end(clients, client)
 
 
-# ---- The fence ----
+# ---- The range lock ----
 
 
 def test_a_write_on_sectors_that_are_held_goes_the_long_way() -> None:
     with client_world() as (world, client):
-        token = world.fence.hold(8, 16)
+        token = world.lock.hold(8, 16)
         client.send(WRITE, 15 * 512, 512, payload=bytes(512))
         client.send(WRITE, 16 * 512, 512, payload=bytes(512))
         client.send(READ, 8 * 512, 512)
@@ -203,30 +205,30 @@ def test_a_write_on_sectors_that_are_held_goes_the_long_way() -> None:
         assert len(requests) == 2
         assert [asked.offset for asked in client.listen()] == [15 * 512]
         world.reply(*requests)
-        world.fence.release(token)
+        world.lock.release(token)
 
 
 def test_holding_is_to_wait_for_the_writes_that_were_there_before() -> None:
     with client_world() as (world, client):
         client.send(WRITE, 8 * 512, 512, payload=bytes(512))
         [request] = world.on_ring()
-        token, beside = world.fence.hold(8, 9), world.fence.hold(9, 10)
-        assert [world.fence.busy(token), world.fence.busy(beside)] == [True, False]
+        token, beside = world.lock.hold(8, 9), world.lock.hold(9, 10)
+        assert [world.lock.busy(token), world.lock.busy(beside)] == [True, False]
         world.reply(request)
-        assert not world.fence.busy(token)
-        world.fence.release(token)
-        world.fence.release(beside)
-        assert world.fence.fd == -1
+        assert not world.lock.busy(token)
+        world.lock.release(token)
+        world.lock.release(beside)
+        assert world.lock.fd == -1
 
 
-def test_a_fence_with_a_hold_may_go() -> None:
-    Fence().hold(0, 1)
+def test_a_range_lock_that_is_held_may_go() -> None:
+    RangeLock().hold(0, 1)
     gc.collect()
 
 
-def test_a_fence_allows_nothing_at_first() -> None:
+def test_a_range_lock_allows_nothing_at_first() -> None:
     with ClientWorld() as world:
-        clients = world.serve_clients(Fence())
+        clients = world.serve_clients(RangeLock())
         client = new_client()
         clients.join(client.transmission)
         client.send(READ, 0, 512)
@@ -238,15 +240,15 @@ def test_a_fence_allows_nothing_at_first() -> None:
 
 def test_blocks_have_at_least_a_sector() -> None:
     with pytest.raises(LocalProtocolError):
-        Fence().allow(sectors=1, block_sectors=0, writable=True, flushes=True)
+        RangeLock().allow(sectors=1, block_sectors=0, writable=True, flushes=True)
 
 
 # ---- From one queue to the next ----
 
 
-def moved(first: ClientWorld, second: ClientWorld, fence: Fence) -> None:
+def moved(first: ClientWorld, second: ClientWorld, lock: RangeLock) -> None:
     """All clients of one world go to another, as when a disk's backend comes back."""
-    clients = second.serve_clients(fence)
+    clients = second.serve_clients(lock)
     for transmission in first.clients.take_back():
         clients.join(transmission)
 
@@ -260,7 +262,7 @@ def test_what_is_under_way_goes_to_the_next_queue_in_order() -> None:
             client.send(WRITE, n * 8192, 512, cookie=n, payload=bytes([n]) * 512)
         requests = first.on_ring()
         first.reply(requests[3], requests[5])
-        moved(first, second, first.fence)
+        moved(first, second, first.lock)
         again = second.on_ring()
         assert [second.data(request)[0] for request in again] == [0, 1, 2, 4, 6, 7]
         second.reply(*again)
@@ -280,16 +282,16 @@ def test_what_the_next_queue_does_not_take_goes_the_long_way() -> None:
         client.send(FLUSH)
         client.send(WRITE, 4096, 4096, payload=bytes(4096))
         assert len(first.on_ring()) == 3
-        first.fence.allow(sectors=2048, block_sectors=8, writable=True, flushes=False)
-        token = first.fence.hold(1, 2)
-        moved(first, second, first.fence)
+        first.lock.allow(sectors=2048, block_sectors=8, writable=True, flushes=False)
+        token = first.lock.hold(1, 2)
+        moved(first, second, first.lock)
         requests = second.on_ring()
         assert len(requests) == 1
         second.reply(*requests)
         asked = client.listen()
         assert [(one.command, one.payload) for one in asked] == [(WRITE, b"w" * 512), (FLUSH, None)]
-        assert not first.fence.busy(token)
-        first.fence.release(token)
+        assert not first.lock.busy(token)
+        first.lock.release(token)
         end(second.clients, client)
 
 
@@ -302,7 +304,7 @@ def test_a_queue_that_ends_forgets_what_its_clients_have_under_way() -> None:
         client.send(READ, 0, 4096)
         client.send(READ, 4096, 4096)
         assert len(world.on_ring()) == 1  # neighbours are one request
-        room = Clients(world.fence)
+        room = WaitingRoom(world.lock)
         for transmission in clients.take_back():
             room.join(transmission)
         world.drop_queue()
@@ -336,11 +338,6 @@ def test_where_there_is_no_queue_everything_is_asked() -> None:
         assert [asked.payload for asked in client.listen()] == [None, b"p" * 512]
 
 
-def test_a_waiting_room_has_no_loop() -> None:
-    with pytest.raises(LocalProtocolError):
-        _ = Clients(Fence()).ports
-
-
 # ---- In a thread ----
 
 
@@ -348,7 +345,7 @@ def test_a_socket_wakes_the_thread_of_the_queue() -> None:
     with QueueWorld() as world, world.running():
         pages = world.guest.grants.share(world.backend.domid, 32 * 11)
         front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port, FrontOptions())
-        clients = Clients(open_fence(), front)
+        clients = Clients(open_lock(), front)
         thread = threading.Thread(target=(loop := Loop(clients)).run)
         thread.start()
         several = [new_client() for _ in range(3)]

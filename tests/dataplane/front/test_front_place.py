@@ -19,10 +19,10 @@ from rig_client import (
 from rig_front import FrontWorld
 from rig_queue import QueueWorld
 
-from xvd.dataplane.front.clients import Clients
 from xvd.dataplane.front.load import Load
 from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
+from xvd.dataplane.front.waiting_room import WaitingRoom
 from xvd.dataplane.loop.loop import Loop
 from xvd.errors import LocalProtocolError
 from xvd.export import nbd_protocol as nbd
@@ -119,12 +119,12 @@ def test_where_nothing_can_be_placed_it_is_copied(without: dict[str, bool]) -> N
 
 def test_a_payload_that_the_queue_does_not_take_goes_the_long_way() -> None:
     with client_world(**KEPT) as (world, client):
-        token = world.fence.hold(0, 8)
+        token = world.lock.hold(0, 8)
         client.send(WRITE, 0, 4096, payload=b"held" * 1024)
         assert world.on_ring() == []
         assert [asked.payload for asked in client.listen()] == [b"held" * 1024]
         assert placed(world) == 0
-        world.fence.release(token)
+        world.lock.release(token)
 
 
 def test_what_the_backend_fails_gives_its_pages_back(served: tuple[ClientWorld, Client]) -> None:
@@ -157,7 +157,7 @@ def test_a_payload_goes_to_the_next_queue_whole_or_in_part() -> None:
         client.send(WRITE, 0, 8192, cookie=1, payload=b"whole..." * 1024)
         client.send(WRITE, 65536, 65536, cookie=2, payload=b"part" * 4096)
         assert len(first.on_ring()) == 1
-        clients = second.serve_clients(first.fence)
+        clients = second.serve_clients(first.lock)
         for transmission in first.clients.take_back():
             clients.join(transmission)
         client.socket.sendall(b"rest" * 12288)
@@ -181,7 +181,7 @@ def test_a_reply_that_is_half_sent_is_sent_to_its_end() -> None:
         world.serve(b"12345678")
         settle(clients)
         assert placed(world) > 0
-        room = Clients(world.fence)
+        room = WaitingRoom(world.lock)
         for transmission in clients.take_back():
             room.join(transmission)
         world.drop_queue()

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """The last stage of a request: its one response, and making responses visible together."""
 
 from libc.stdint cimport int16_t

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """Memory that a queue keeps though nobody uses it: bounce pages of grant copy (Linux c6cc142d).
 
 In blkback these are the free pages that requests map grants to. Here mapping takes address space

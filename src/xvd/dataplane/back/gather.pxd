@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """Where a request's data lies: its grants mapped, or its data copied, for a whole step's requests
 by one call; and giving back what was mapped."""
 
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t
 from posix.uio cimport iovec
 
-from xvd.dataplane.abi cimport BLKIF_SECTOR_SIZE, REFUSAL_BAD_GRANT, XEN_PAGE_SIZE
+from xvd.dataplane.abi cimport (
+    BLKIF_SECTOR_SIZE, GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, REFUSAL_BAD_GRANT, XEN_PAGE_SIZE)
 from xvd.dataplane.back.answer cimport refuse
 from xvd.dataplane.back.buffers cimport touch
 from xvd.dataplane.back.pending cimport COPIES, PAUSE_NS, backend_queue, pending
 from xvd.dataplane.back.persistent cimport NOBODY, find, hold, keep, let_go, persistent_grant
 from xvd.dataplane.back.request cimport reads_disk
-from xvd.dataplane.ports cimport grant_copy, is_shortage
+from xvd.dataplane.ports cimport grant_copy
+
+
+cdef inline bint is_shortage(int32_t status) noexcept nogil:
+    """Whether a machine has no room, or no memory, for one more mapping or copy."""
+    return status == GNTST_NO_SPACE or status == GNTST_NO_DEVICE_SPACE
 
 
 cdef inline void add_data(pending *p, uint8_t *at, size_t size) noexcept nogil:

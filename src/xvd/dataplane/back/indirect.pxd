@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """Indirect requests: their segments are fetched from granted pages, once, and judged as a copy.
 
 The pages are the frontend's and may change while we look (XSA-155), so their bytes are copied to
@@ -12,12 +13,12 @@ from libc.stdint cimport uint8_t, uint32_t
 from xvd.dataplane.abi cimport (
     BLKIF_SEGMENTS_PER_INDIRECT_PAGE, REFUSAL_BAD_GRANT, REFUSAL_NONE, XEN_PAGE_SIZE)
 from xvd.dataplane.back.answer cimport refuse
-from xvd.dataplane.back.gather cimport hold_grant, map_fresh, next_copy, run_copies
+from xvd.dataplane.back.gather cimport hold_grant, is_shortage, map_fresh, next_copy, run_copies
 from xvd.dataplane.back.pending cimport backend_queue, pending
 from xvd.dataplane.back.persistent cimport NOBODY, let_go
 from xvd.dataplane.back.request cimport check_data, parse_segments, request
 from xvd.dataplane.c cimport xvd_copy_slot
-from xvd.dataplane.ports cimport grant_copy, is_shortage
+from xvd.dataplane.ports cimport grant_copy
 
 
 cdef inline uint32_t pages_of(const request *rq) noexcept nogil:

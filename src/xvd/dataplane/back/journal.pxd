@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """The requests in flight, in memory that may outlive the process that serves them.
 
 A response goes into the next slot, whoever's request lay there: once requests are

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """Persistent grants: which pages of the frontend's stay mapped between requests (Linux 0a8704a5).
 
 Unmapping a page takes it from every CPU that may know of it, which costs more than most requests. A
@@ -12,7 +13,6 @@ larger book, and none allocates.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 
 from xvd.dataplane.c cimport DEBUG_ASSERT
 
@@ -56,32 +56,11 @@ cdef inline uint32_t hash_of(const persistent_grants *book, uint32_t gref) noexc
     return (h ^ (h >> 16)) & book.mask
 
 
-cdef inline bint open_book(persistent_grants *book, uint32_t capacity,
-                           uint32_t secret) noexcept nogil:
-    """Take the memory for at most `capacity` grants (above 0); False if there is none."""
-    cdef uint32_t i, size = 16
-    while size < 2 * capacity:
-        size *= 2
-    book.grants = <persistent_grant *>calloc(capacity, sizeof(persistent_grant))
-    book.free_list = <uint32_t *>calloc(capacity, sizeof(uint32_t))
-    book.table = <uint32_t *>calloc(size, sizeof(uint32_t))
-    if not (book.grants and book.free_list and book.table):
-        return False
-    book.capacity, book.mask, book.secret = capacity, size - 1, secret
-    book.oldest = book.newest = NOBODY
-    for i in range(size):
-        book.table[i] = NOBODY
-    for i in range(capacity):
-        book.free_list[i] = capacity - 1 - i
-    book.nr_free = capacity
-    return True
+cdef bint open_book(persistent_grants *book, uint32_t capacity,
+                    uint32_t secret) noexcept nogil
 
 
-cdef inline void close_book(persistent_grants *book) noexcept nogil:
-    """Give the memory back; also what `open_book` took before it failed."""
-    free(book.grants)
-    free(book.free_list)
-    free(book.table)
+cdef void close_book(persistent_grants *book) noexcept nogil
 
 
 cdef inline uint32_t find(const persistent_grants *book, uint32_t gref) noexcept nogil:

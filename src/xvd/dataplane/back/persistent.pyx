@@ -1,8 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
-"""The book of persistent grants as a Python object, for its differential test."""
+"""The book of persistent grants: its memory, and as a Python object for its differential test."""
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+
+cdef bint open_book(persistent_grants *book, uint32_t capacity,
+                    uint32_t secret) noexcept nogil:
+    """Take the memory for at most `capacity` grants (above 0); False if there is none."""
+    cdef uint32_t i, size = 16
+    while size < 2 * capacity:
+        size *= 2
+    book.grants = <persistent_grant *>calloc(capacity, sizeof(persistent_grant))
+    book.free_list = <uint32_t *>calloc(capacity, sizeof(uint32_t))
+    book.table = <uint32_t *>calloc(size, sizeof(uint32_t))
+    if not (book.grants and book.free_list and book.table):
+        return False
+    book.capacity, book.mask, book.secret = capacity, size - 1, secret
+    book.oldest = book.newest = NOBODY
+    for i in range(size):
+        book.table[i] = NOBODY
+    for i in range(capacity):
+        book.free_list[i] = capacity - 1 - i
+    book.nr_free = capacity
+    return True
+
+
+cdef void close_book(persistent_grants *book) noexcept nogil:
+    """Give the memory back; also what `open_book` took before it failed."""
+    free(book.grants)
+    free(book.free_list)
+    free(book.table)
 
 
 cdef class PersistentGrants:

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """Unmapping persistent grants that are not worth keeping, a bounded number in each step."""
 
 from libc.stdint cimport uint32_t

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """One request taken off the ring: parsed from its private copy, and judged.
 
 The order of the checks is that of blkif/validate.py, and a differential test holds it there. A

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/back/.
 """A request at the storage: handing it over, and taking what is finished to its response."""
 
 from libc.errno cimport EOPNOTSUPP

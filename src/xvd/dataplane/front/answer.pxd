@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/front/.
 """From responses back to operations: each is checked against the shadow before it is believed.
 
 A response names a request by its id and says how it ended; nothing else of it is used. Whatever is

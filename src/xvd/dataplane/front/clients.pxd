@@ -1,31 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clients of a disk in the threads of its queues (clients.pyx)."""
+"""Clients of a disk, stepped together (clients.pyx)."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
 from xvd.dataplane.front.queue cimport FrontQueue, front_queue, pthread_mutex_t
+from xvd.dataplane.front.range_lock cimport RangeLock, range_lock
 from xvd.dataplane.liburing cimport io_uring
 from xvd.dataplane.ports cimport client_host, client_ports, engine_ports, front_io, stepper_ports
 
 
-# Sectors on which no client's write may begin.
-cdef struct hold:
-    uint64_t first, end
-    uint64_t token
-    hold *next
-
-cdef struct fence_state:
-    pthread_mutex_t mutex        # guards all of it
-    uint64_t sectors             # of the disk
-    uint32_t block_sectors
-    uint32_t writable
-    uint32_t flushes             # the backend takes a flush
-    hold *holds
-    front_io *writes             # of all clients, under way
-    int fd                       # while something is held: rung when one of them ends
-
 cdef struct client_set:
-    fence_state *fence
+    range_lock *lock
     front_queue *queue           # NULL: every operation goes the long way
     client_host host
     client_ports *first          # the stepping thread's
@@ -35,15 +20,18 @@ cdef struct client_set:
     uint32_t news                # somebody is joining
 
 
-cdef class Fence:
-    cdef fence_state f
-    cdef uint64_t last
+cdef uint32_t step_clients(client_set *c) noexcept nogil
+cdef void welcome(client_set *c) noexcept nogil
+cdef void welcome_nobody(client_set *c) noexcept nogil
 
 
-cdef class Clients:
+cdef class ClientSet:
     cdef client_set c
+    cdef RangeLock lock
+    cdef dict members
+
+
+cdef class Clients(ClientSet):
     cdef stepper_ports table
     cdef engine_ports poller
-    cdef Fence fence
     cdef FrontQueue queue
-    cdef dict members

@@ -10,16 +10,11 @@ for a sleep: a thread that is at work looks by itself.
 
 Operations outlive the queue. When it is over, `take_back` hands out the clients with what they have
 under way; whoever they join next has it submitted again.
-
-`Fence` is what all clients of one disk respect, on whichever queue: the disk's limits, and the
-sectors on which somebody reads, changes and writes parts of blocks.
 """
 
 from cython cimport no_gc_clear
 from libc.stdint cimport int32_t, uint32_t, uint64_t, uintptr_t
-from libc.stdlib cimport calloc, free
 from posix.uio cimport iovec
-from posix.unistd cimport close, write
 
 from xvd.dataplane.abi cimport (
     BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE, CLIENT_READS, CLIENT_WRITES,
@@ -27,13 +22,13 @@ from xvd.dataplane.abi cimport (
 from xvd.dataplane.c cimport xvd_exchange32, xvd_load_acquire, xvd_store_release
 from xvd.dataplane.front.place cimport displace, parts_of, place
 from xvd.dataplane.front.queue cimport (
-    append, front_may_sleep, front_step, let_go, pthread_mutex_lock, pthread_mutex_unlock)
+    append, forget_operations, front_may_sleep, front_step, pthread_mutex_lock,
+    pthread_mutex_unlock)
+from xvd.dataplane.front.range_lock cimport RangeLock, enter_lock, leave_lock
 from xvd.dataplane.liburing cimport (
     io_uring_get_sqe, io_uring_prep_poll_add, io_uring_sqe, io_uring_sqe_set_data64,
     io_uring_submit)
 from xvd.dataplane.ports cimport client_of, engine_io, wrap
-
-import os
 
 from xvd.errors import LocalProtocolError
 
@@ -50,172 +45,10 @@ cdef enum:
     WISHES = CLIENT_READS | CLIENT_WRITES    # the low bits of a poll's tag; the rest is the client
 
 
-# ---- The fence -------------------------------------------------------------------------------
-
-cdef bint is_held(const fence_state *f, const front_io *io) noexcept nogil:
-    cdef const hold *h = f.holds
-    while h != NULL:
-        if io.sector_number < h.end and h.first < io.sector_number + io.nr_sectors:
-            return True
-        h = h.next
-    return False
-
-
-cdef bint is_plain(const fence_state *f, const front_io *io) noexcept nogil:
-    """Whether it is whole blocks of the disk."""
-    return (io.nr_sectors > 0 and io.nr_sectors <= f.sectors
-            and io.sector_number <= f.sectors - io.nr_sectors
-            and io.sector_number % f.block_sectors == 0 and io.nr_sectors % f.block_sectors == 0)
-
-
-cdef bint may_begin(const fence_state *f, const front_io *io) noexcept nogil:
-    if io.operation == BLKIF_OP_FLUSH_DISKCACHE:
-        return f.flushes
-    if io.operation == BLKIF_OP_READ:
-        return is_plain(f, io)
-    if io.operation != BLKIF_OP_WRITE:
-        return False
-    # One that began before its sectors were held is waited for, wherever it goes on.
-    return f.writable and is_plain(f, io) and (io.guarded or not is_held(f, io))
-
-
-cdef void guard(fence_state *f, front_io *io) noexcept nogil:
-    io.guarded = 1
-    io.before = NULL
-    io.after = f.writes
-    if f.writes != NULL:
-        f.writes.before = io
-    f.writes = io
-
-
-cdef void unguard(fence_state *f, front_io *io) noexcept nogil:
-    cdef uint64_t one = 1
-    if io.after != NULL:
-        io.after.before = io.before
-    if io.before != NULL:
-        io.before.after = io.after
-    else:
-        f.writes = io.after
-    io.guarded = 0
-    if f.holds != NULL:
-        write(f.fd, &one, 8)
-
-
-cdef bint enter(fence_state *f, front_io *io) noexcept nogil:
-    """Whether an operation may begin; a write is remembered until `leave`."""
-    cdef bint allowed
-    pthread_mutex_lock(&f.mutex)
-    allowed = may_begin(f, io)
-    if allowed and io.operation == BLKIF_OP_WRITE and not io.guarded:
-        guard(f, io)
-    pthread_mutex_unlock(&f.mutex)
-    return allowed
-
-
-cdef void leave(fence_state *f, front_io *io) noexcept nogil:
-    if io.guarded:
-        pthread_mutex_lock(&f.mutex)
-        unguard(f, io)
-        pthread_mutex_unlock(&f.mutex)
-
-
-@no_gc_clear
-cdef class Fence:
-    """What every client of a disk respects. The methods by one thread; nothing is allowed yet."""
-
-    def __init__(self):
-        if self.f.block_sectors:
-            raise LocalProtocolError("a fence is made once")
-        self.f.block_sectors = 1
-        pthread_mutex_init(&self.f.mutex, NULL)
-        self.f.fd = -1
-
-    def __dealloc__(self):
-        cdef hold *h
-        if self.f.block_sectors == 0:
-            return
-        while self.f.holds != NULL:
-            h = self.f.holds
-            self.f.holds = h.next
-            free(h)
-        if self.f.fd >= 0:
-            close(self.f.fd)
-        pthread_mutex_destroy(&self.f.mutex)
-
-    def allow(self, *, uint64_t sectors, uint32_t block_sectors, bint writable, bint flushes):
-        """What the disk is from now on: its size and its block, in sectors of 512 bytes; whether it
-        takes writes, and flushes."""
-        if block_sectors == 0:
-            raise LocalProtocolError("a block has at least one sector")
-        pthread_mutex_lock(&self.f.mutex)
-        self.f.sectors = sectors
-        self.f.block_sectors = block_sectors
-        self.f.writable = writable
-        self.f.flushes = flushes
-        pthread_mutex_unlock(&self.f.mutex)
-
-    def hold(self, uint64_t first, uint64_t end):
-        """Let no client's write begin on the sectors from `first` to before `end`; a token."""
-        cdef hold *h
-        if self.f.fd < 0:
-            self.f.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        h = <hold *>calloc(1, sizeof(hold))
-        if h == NULL:
-            raise MemoryError("no memory for a hold")
-        self.last += 1
-        h.first, h.end, h.token = first, end, self.last
-        pthread_mutex_lock(&self.f.mutex)
-        h.next = self.f.holds
-        self.f.holds = h
-        pthread_mutex_unlock(&self.f.mutex)
-        return self.last
-
-    def busy(self, uint64_t token):
-        """Whether a write that began before is still under way on the sectors held."""
-        cdef const hold *h
-        cdef const front_io *io
-        cdef bint found = False
-        pthread_mutex_lock(&self.f.mutex)
-        h = self.f.holds
-        while h != NULL and h.token != token:
-            h = h.next
-        io = self.f.writes if h != NULL else NULL
-        while io != NULL and not found:
-            found = io.sector_number < h.end and h.first < io.sector_number + io.nr_sectors
-            io = io.after
-        pthread_mutex_unlock(&self.f.mutex)
-        return found
-
-    def release(self, uint64_t token):
-        """Let clients write there again. With the last one `fd` is closed."""
-        cdef hold *found = NULL
-        cdef hold **at = &self.f.holds
-        pthread_mutex_lock(&self.f.mutex)
-        while at[0] != NULL:
-            if at[0].token == token:
-                found = at[0]
-                at[0] = found.next
-                break
-            at = &at[0].next
-        if self.f.holds == NULL and self.f.fd >= 0:
-            close(self.f.fd)
-            self.f.fd = -1
-        pthread_mutex_unlock(&self.f.mutex)
-        free(found)
-
-    @property
-    def fd(self):
-        """Readable (8 bytes) when a write has ended since something was held; -1 while nothing
-        is."""
-        return self.f.fd
-
-
-# ---- The clients of one queue ----------------------------------------------------------------
-
 cdef int submit(void *ctx, front_io *io) noexcept nogil:
     cdef client_set *c = <client_set *>ctx
-    if c.queue == NULL or not enter(c.fence, io):
-        leave(c.fence, io)
+    if c.queue == NULL or not enter_lock(c.lock, io):
+        leave_lock(c.lock, io)
         return 0
     io.borrowed = 1
     io.started = 0
@@ -287,7 +120,7 @@ cdef void hand_back(client_set *c) noexcept nogil:
     c.queue.returned.first = c.queue.returned.last = NULL
     while io != NULL:
         following = io.next
-        leave(c.fence, io)
+        leave_lock(c.lock, io)
         io.client.completed(io.client.ctx, io)
         io = following
 
@@ -342,52 +175,36 @@ cdef void polled(void *ctx, engine_io *tag, int32_t res) noexcept nogil:
     (<client_ports *>(value & ~<uintptr_t>WISHES)).waiting &= ~<uint32_t>(value & WISHES)
 
 
+cdef void welcome_nobody(client_set *c) noexcept nogil:
+    """Take in who has joined, and leave what they have under way as it is."""
+    cdef front_queue *queue = c.queue
+    c.queue = NULL
+    welcome(c)
+    c.queue = queue
+
+
 @no_gc_clear  # the queue's lists lead into the clients' memory
-cdef class Clients:
-    """Run by a `Loop` in place of the queue. `step` by one thread; the rest by one other.
+cdef class ClientSet:
+    """Whoever is stepped together. `step` by one thread; the rest by one other."""
 
-    queue: None makes a waiting room, for as long as there is no queue: its clients are served, and
-    each of their operations goes the long way.
-    """
-
-    def __init__(self, Fence fence not None, FrontQueue queue=None):
+    def __init__(self, RangeLock lock not None):
         if self.members is not None:
             raise LocalProtocolError("a set of clients is made once")
         self.members = {}
-        self.fence = fence
-        self.queue = queue
-        self.c.fence = &fence.f
+        self.lock = lock
+        self.c.lock = &lock.l
         self.c.host.ctx = &self.c
         self.c.host.submit = submit
         self.c.host.place = place_on
         self.c.host.displace = displace_from
         self.c.host.parts = parts_on
         pthread_mutex_init(&self.c.mutex, NULL)
-        if queue is None:
-            return
-        self.c.queue = &queue.q
-        self.poller.ctx = &self.c
-        self.poller.fd = -1
-        self.poller.attach = attach
-        self.poller.complete = polled
-        self.table.ctx = &self.c
-        self.table.step = step
-        self.table.may_sleep = may_sleep
-        self.table.events = queue.table.events
-        self.table.engine = &self.poller
 
     def __dealloc__(self):
         if self.members is not None:
             if self.c.queue != NULL:
-                let_go(self.c.queue)
+                forget_operations(self.c.queue)
             pthread_mutex_destroy(&self.c.mutex)
-
-    @property
-    def ports(self):
-        """Capsule ``xvd.stepper_ports``, for a `Loop`; only with a queue."""
-        if self.queue is None:
-            raise LocalProtocolError("a waiting room has no loop")
-        return wrap(&self.table, "xvd.stepper_ports")
 
     def __len__(self):
         return len(self.members)
@@ -415,7 +232,7 @@ cdef class Clients:
         the queue any more, and nothing will."""
         cdef client_ports *client
         if self.c.queue != NULL:
-            let_go(self.c.queue)
+            forget_operations(self.c.queue)
         with nogil:
             welcome_nobody(&self.c)
         found = []
@@ -427,16 +244,6 @@ cdef class Clients:
         self.c.first = NULL
         self.members.clear()
         return found
-
-    def give_up(self):
-        """There will be no queue again: what is under way goes the long way. A waiting room's."""
-        cdef client_ports *client
-        with nogil:
-            welcome_nobody(&self.c)
-            client = self.c.first
-            while client != NULL:
-                client.resume(client.ctx, &self.c.host)
-                client = client.next
 
     def step(self, uint32_t budget=64):
         """One round, as the thread runs it; its `StepFlag`s."""
@@ -454,14 +261,30 @@ cdef class Clients:
             client = client.next
         return found
 
+
+@no_gc_clear
+cdef class Clients(ClientSet):
+    """The clients of a queue, and the queue: run by a `Loop` in its place."""
+
+    def __init__(self, RangeLock lock not None, FrontQueue queue not None):
+        super().__init__(lock)
+        self.queue = queue
+        self.c.queue = &queue.q
+        self.poller.ctx = &self.c
+        self.poller.fd = -1
+        self.poller.attach = attach
+        self.poller.complete = polled
+        self.table.ctx = &self.c
+        self.table.step = step
+        self.table.may_sleep = may_sleep
+        self.table.events = queue.table.events
+        self.table.engine = &self.poller
+
+    @property
+    def ports(self):
+        """Capsule ``xvd.stepper_ports``, for a `Loop`."""
+        return wrap(&self.table, "xvd.stepper_ports")
+
     def stop(self):
         """Put nothing more on the ring; what is on it is waited for by further steps."""
         self.queue.stop()
-
-
-cdef void welcome_nobody(client_set *c) noexcept nogil:
-    """Take in who has joined, and leave what they have under way as it is."""
-    cdef front_queue *queue = c.queue
-    c.queue = NULL
-    welcome(c)
-    c.queue = queue

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/front/.
 """From operations to ring requests: how they are cut, joined, and laid into granted pages.
 
 Sectors of consecutive operations are packed without gaps, eight to a page, so that a request has

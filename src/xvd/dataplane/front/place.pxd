@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/front/.
 """Operations whose data lies in granted pages from beginning to end, so that nothing copies it.
 
 The pages are the pool's and stay granted: only persistent grants can be used so. An operation takes

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/front/.
 """A frontend queue's data pages: one list of free ones, and what each is granted as.
 
 The free list and the pages of each request are chains through one array, so that a request of any
@@ -13,7 +14,6 @@ the attempt to end the grant tells.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 
 from xvd.dataplane.abi cimport XEN_PAGE_SIZE
 from xvd.dataplane.c cimport DEBUG_ASSERT
@@ -55,28 +55,10 @@ cdef inline void put_last(page_pool *p, uint32_t page) noexcept nogil:
     p.nr_free += 1
 
 
-cdef inline bint open_pool(page_pool *p, granter_ports *ports, bint persistent) noexcept nogil:
-    """Take over all pages of `ports`, none of them granted; False without memory."""
-    cdef uint32_t page
-    p.ports = ports
-    p.persistent = persistent
-    p.first = p.last = NO_PAGE
-    p.next = <uint32_t *>calloc(ports.count, sizeof(uint32_t))
-    p.granted = <uint8_t *>calloc(ports.count, 1)
-    if p.next == NULL or p.granted == NULL:
-        return False
-    for page in range(ports.count):
-        # A peer that is in such haste that it has one mapped already is found out at its first use.
-        p.granted[page] = ports.lasting or ports.revoke(ports.ctx, page) != 0
-        put_last(p, page)
-    return True
+cdef bint open_pool(page_pool *p, granter_ports *ports, bint persistent) noexcept nogil
 
 
-cdef inline void close_pool(page_pool *p) noexcept nogil:
-    free(p.next)
-    free(p.granted)
-    p.next = NULL
-    p.granted = NULL
+cdef void close_pool(page_pool *p) noexcept nogil
 
 
 cdef inline uint8_t *page_data(const page_pool *p, uint32_t page) noexcept nogil:
@@ -149,15 +131,4 @@ cdef inline bint give_pages(page_pool *p, uint32_t first, uint32_t count) noexce
     return True
 
 
-cdef inline void end_idle_grants(page_pool *p) noexcept nogil:
-    """End the grants of free pages that the peer has let go of meanwhile (Linux 4b422cb9).
-
-    A backend drops what it has not used for long, and would otherwise leave us with references that
-    nobody maps and that nobody else may have.
-    """
-    cdef uint32_t page = p.first
-    while page != NO_PAGE:
-        if p.granted[page] and not p.ports.lasting and p.ports.revoke(p.ports.ctx, page) == 0:
-            p.granted[page] = 0
-            p.ended += 1
-        page = p.next[page]
+cdef void end_idle_grants(page_pool *p) noexcept nogil

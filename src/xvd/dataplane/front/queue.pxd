@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/front/.
 """One frontend queue: what it holds (queue.pyx)."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
@@ -98,7 +99,7 @@ cdef inline bint is_issued(const front_io *io) noexcept nogil:
     return io.issued == io.nr_sectors if has_data(io) else io.started
 
 
-cdef void let_go(front_queue *q) noexcept nogil
+cdef void forget_operations(front_queue *q) noexcept nogil
 cdef uint32_t front_step(void *ctx, uint32_t budget) noexcept nogil
 cdef int front_may_sleep(void *ctx) noexcept nogil
 cdef int front_peek(void *ctx) noexcept nogil

@@ -113,7 +113,7 @@ cdef void drop(front_io *io) noexcept with gil:
         io = following
 
 
-cdef void let_go(front_queue *q) noexcept nogil:
+cdef void forget_operations(front_queue *q) noexcept nogil:
     """Forget every operation, when nothing steps the queue any more and nothing will.
 
     The backend may still fill our pages; nothing is copied out of them again.
@@ -215,7 +215,7 @@ cdef class FrontQueue:
     def __dealloc__(self):
         if self.q.shadows == NULL:
             return
-        let_go(&self.q)
+        forget_operations(&self.q)
         close(self.q.done_fd)
         pthread_mutex_destroy(&self.q.mutex)
         close_pool(&self.q.pool)

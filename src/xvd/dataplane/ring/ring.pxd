@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of dataplane/ring/, for dataplane/back/ and dataplane/front/.
 """The shared ring: private indices of each side, and every access to the shared page.
 
 All index arithmetic is unsigned and 32 bits wide; an index is reduced modulo the ring's size only
