@@ -42,7 +42,7 @@ class Tables(RuleBasedStateMachine):
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
         gref = data.draw(st.sampled_from(sorted(self.used)))
-        self.book.let_go(gref, self.now)
+        self.book.release(gref, self.now)
         self.used[gref] -= 1
         if not self.used[gref]:
             del self.used[gref]
@@ -89,6 +89,6 @@ def test_any_references_are_found_and_struck_out_in_order(grefs: list[int], secr
         assert book.use(gref)
     assert all(gref in book for gref in grefs)
     for gref in grefs:
-        book.let_go(gref, 0)
+        book.release(gref, 0)
     assert book.purge(0, everything=True) == grefs
     assert not any(gref in book for gref in grefs)

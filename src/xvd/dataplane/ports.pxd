@@ -127,34 +127,42 @@ cdef struct stepper_ports:
 cdef struct client_ports
 cdef struct client_host
 
+cdef struct front_io
+
+# How far a queue is with an operation.
+cdef struct queue_part:
+    uint32_t started             # some of it has been put on the ring
+    uint32_t outstanding         # parts on the ring
+    uint64_t issued              # sectors put on the ring so far
+    uint32_t next_page           # of its pages, the first that is not on the ring yet
+    front_io *follow             # which one the request with our last sector goes on with
+
+# What the host of a client knows of its operation.
+cdef struct client_part:
+    client_ports *ports          # whose it is
+    const client_host *host      # of one in place: whose pages it has
+    uint32_t guarded             # a write that unaligned ones on its sectors wait for
+    front_io *before             # in the list of those
+    front_io *after
+
 # What a caller asked for: any length, split into ring requests as slots become free. One request
 # may carry the end of one operation and the beginning of the next.
 cdef struct front_io:
     uint8_t operation            # in: BLKIF_OP_*, no indirect one
     uint8_t flag                 # in: of a discard
-    uint8_t started              # the queue's: some of it has been put on the ring
     uint8_t borrowed             # in: its memory is not the queue's to free
     int32_t error                # out: 0 or -errno, the worst of the parts
-    uint32_t outstanding         # the queue's: parts on the ring
     uint64_t sector_number       # in: of 512 bytes
     uint64_t nr_sectors          # in
-    uint64_t issued              # the queue's: sectors put on the ring so far
-    uint8_t *buffer              # in: untouched until the operation is over; unused while `placed`
-    uint32_t placed              # granted pages that its data lies in; 0: none (front/place.pxd)
+    uint8_t *buffer              # in: untouched until the operation is over; unused while in place
+    uint32_t in_place            # granted pages that its data lies in; 0: none (front/place.pxd)
     uint32_t first_page          # of those, a chain
-    uint32_t next_page           # the queue's: of the chain, the first that is not on the ring yet
     uint64_t token               # in: the caller's
     front_io *next               # in whichever list it is
-    front_io *follow             # the queue's: which one the request with our last sector goes on
-                                 # with
+    queue_part queue
+    client_part client
     Py_buffer view
     uint32_t has_view
-    # Of a client's operation (front/clients.pyx), the host's:
-    client_ports *client
-    const client_host *host      # of a placed one: whose pages it has
-    uint32_t guarded             # a write that unaligned ones on its sectors wait for
-    front_io *before             # in the list of those
-    front_io *after
 
 # A queue, as what shares its thread sees it.
 cdef struct client_host:
@@ -167,7 +175,7 @@ cdef struct client_host:
     # until `displace`, or until the host is over (`client_ports.displaced`).
     int (*place)(void *ctx, front_io *io) noexcept nogil
     void (*displace)(void *ctx, front_io *io) noexcept nogil
-    # The bytes of a placed operation's data from `offset` on, as at most `room` parts; how many.
+    # The bytes of such an operation's data from `offset` on, as at most `room` parts; how many.
     uint32_t (*parts)(void *ctx, const front_io *io, uint64_t offset, uint64_t size, iovec *parts,
                       uint32_t room) noexcept nogil
 

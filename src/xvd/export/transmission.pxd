@@ -57,7 +57,7 @@ cdef struct slot:
     int32_t error                # of the disk: Python has the words for it
     uint64_t cookie, offset
     uint64_t number              # in the order of arrival
-    uint8_t *buffer              # payload, data read, or a long reply, unless `io` is placed
+    uint8_t *buffer              # payload, data read, or a long reply, unless `io` is in place
     size_t capacity
     size_t charge                # bytes of it that count against the client
     uint8_t head[HEAD_MAX]

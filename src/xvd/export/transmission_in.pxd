@@ -67,7 +67,7 @@ cdef inline void prepare(transmission *t, slot *s, const client_host *host) noex
         return
     memset(&s.io, 0, sizeof(s.io))
     s.io.operation = operation_of(s.command)
-    s.io.client = &t.ports
+    s.io.client.ports = &t.ports
     if s.command != COMMAND_FLUSH:
         s.io.sector_number = s.offset // BLKIF_SECTOR_SIZE
         s.io.nr_sectors = s.length // BLKIF_SECTOR_SIZE

@@ -72,8 +72,8 @@ cdef inline uint32_t data_parts(const slot *s, size_t offset, size_t size, iovec
                                 uint32_t room) noexcept nogil:
     """`size` bytes of a request's data from `offset` on, or the first of them that `room` parts
     hold; how many parts."""
-    if s.io.placed:
-        return s.io.host.parts(s.io.host.ctx, &s.io, offset, size, parts, room)
+    if s.io.in_place:
+        return s.io.client.host.parts(s.io.client.host.ctx, &s.io, offset, size, parts, room)
     parts[0].iov_base = s.buffer + offset
     parts[0].iov_len = size
     return 1
@@ -97,9 +97,9 @@ cdef inline void copy_data(const slot *s, size_t offset, uint8_t *other, size_t 
 
 cdef inline void unplace(slot *s, size_t wanted) noexcept nogil:
     """Its data into the slot's buffer, the first `wanted` bytes of it; the pages go back."""
-    if s.io.placed:
+    if s.io.in_place:
         copy_data(s, 0, s.buffer, wanted, False)
-        s.io.host.displace(s.io.host.ctx, &s.io)
+        s.io.client.host.displace(s.io.client.host.ctx, &s.io)
 
 
 # ---- Slots -----------------------------------------------------------------------------------

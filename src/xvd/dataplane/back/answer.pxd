@@ -5,7 +5,7 @@
 from libc.stdint cimport int16_t
 
 from xvd.dataplane.abi cimport BLKIF_RSP_OKAY, blkif_refusal_status
-from xvd.dataplane.back.buffers cimport let_lie
+from xvd.dataplane.back.buffers cimport set_idle
 from xvd.dataplane.back.journal cimport mark_answering, strike
 from xvd.dataplane.back.pending cimport backend_queue, pending
 from xvd.dataplane.back.space cimport give_space, space
@@ -38,7 +38,7 @@ cdef inline void answer(backend_queue *q, pending *p, int16_t status) noexcept n
     if q.barrier == p:
         q.barrier = NULL
     q.unpushed += 1
-    let_lie(q, p.room)
+    set_idle(q, p.room)
     if p.room != p.own:
         give_space(&q.large, p.room)
         use_space(p, p.own)

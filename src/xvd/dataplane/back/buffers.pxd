@@ -17,12 +17,12 @@ from xvd.dataplane.back.pending cimport backend_queue
 from xvd.dataplane.back.space cimport space
 
 
-cdef inline void let_lie(backend_queue *q, space *s) noexcept nogil:
+cdef inline void set_idle(backend_queue *q, space *s) noexcept nogil:
     """A request is done with its pages; they stay where they are."""
     q.idle_pages += s.touched
 
 
-cdef inline void take_up(backend_queue *q, space *s) noexcept nogil:
+cdef inline void reuse(backend_queue *q, space *s) noexcept nogil:
     """A request begins to use a space's pages again."""
     q.idle_pages -= s.touched
 

@@ -13,9 +13,9 @@ from libc.stdint cimport uint8_t, uint32_t
 from xvd.dataplane.abi cimport (
     BLKIF_SEGMENTS_PER_INDIRECT_PAGE, REFUSAL_BAD_GRANT, REFUSAL_NONE, XEN_PAGE_SIZE)
 from xvd.dataplane.back.answer cimport refuse
-from xvd.dataplane.back.gather cimport hold_grant, is_shortage, map_fresh, next_copy, run_copies
+from xvd.dataplane.back.grants cimport hold_grant, is_shortage, map_fresh, next_copy, run_copies
 from xvd.dataplane.back.pending cimport backend_queue, pending
-from xvd.dataplane.back.persistent cimport NOBODY, let_go
+from xvd.dataplane.back.persistent cimport NOBODY, release_grant
 from xvd.dataplane.back.request cimport check_data, parse_segments, request
 from xvd.dataplane.c cimport xvd_copy_slot
 from xvd.dataplane.ports cimport grant_copy
@@ -44,7 +44,7 @@ cdef inline bint read_kept(backend_queue *q, pending *p, uint32_t page,
         xvd_copy_slot(p.room.descriptors + page * XEN_PAGE_SIZE, at, size)
     elif not may_copy:
         p.failed = 1
-    let_go(&q.kept, number, q.now_ns)
+    release_grant(&q.kept, number, q.now_ns)
     return at != NULL or p.failed
 
 

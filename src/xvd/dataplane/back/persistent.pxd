@@ -86,7 +86,7 @@ cdef inline void unlink(persistent_grants *book, persistent_grant *g) noexcept n
 
 
 cdef inline void hold(persistent_grants *book, uint32_t number) noexcept nogil:
-    """One more user: it is not purged before `let_go`."""
+    """One more user: it is not purged before `release_grant`."""
     cdef persistent_grant *g = &book.grants[number]
     if g.users == 0:
         unlink(book, g)
@@ -138,7 +138,8 @@ cdef inline void strike_out(persistent_grants *book, uint32_t number) noexcept n
     book.count -= 1
 
 
-cdef inline void let_go(persistent_grants *book, uint32_t number, uint64_t now_ns) noexcept nogil:
+cdef inline void release_grant(persistent_grants *book, uint32_t number,
+                               uint64_t now_ns) noexcept nogil:
     """One user less. Without any it is the last to be purged; one never mapped is forgotten."""
     cdef persistent_grant *g = &book.grants[number]
     DEBUG_ASSERT(g.users > 0)

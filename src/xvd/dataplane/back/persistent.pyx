@@ -59,9 +59,9 @@ cdef class PersistentGrants:
         self.book.grants[number].page = <uint8_t *>1
         return True
 
-    def let_go(self, uint32_t gref, uint64_t now_ns):
+    def release(self, uint32_t gref, uint64_t now_ns):
         """A segment is done with a grant that it uses."""
-        let_go(&self.book, find(&self.book, gref), now_ns)
+        release_grant(&self.book, find(&self.book, gref), now_ns)
 
     def set_limit(self, uint32_t limit):
         """Change how many may be kept."""

@@ -2,7 +2,7 @@
 # cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
 """The backend's queue: a state machine with one step.
 
-A request's way: `take` copies its slot once and judges the copy; `gather` maps its grants, or
+A request's way: `take` copies its slot once and judges the copy; `resolve` maps its grants, or
 copies the data of a write in; `start` hands it to the engine; `collect` takes what the engine has
 finished, copies the data of a read out, unmaps; `answer` writes the response; `publish_responses`
 makes them visible, together. Nothing here sleeps, allocates or touches a Python object.
@@ -23,8 +23,8 @@ from xvd.dataplane.abi cimport (
     STEP_BROKEN, STEP_DRAINED, STEP_WORKED, blkif_layouts, blkif_operation, blkif_operations,
     blkif_refusal_names)
 from xvd.dataplane.back.answer cimport publish_responses, refuse, use_space
-from xvd.dataplane.back.buffers cimport shrink, take_up
-from xvd.dataplane.back.gather cimport gather, unmap
+from xvd.dataplane.back.buffers cimport reuse, shrink
+from xvd.dataplane.back.grants cimport resolve, unmap
 from xvd.dataplane.back.indirect cimport fetch_indirect
 from xvd.dataplane.back.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of,
@@ -134,7 +134,7 @@ cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
     p.copying = q.copying
     if p.rq.indirect and refusal == REFUSAL_NONE:
         use_space(p, take_space(&q.large))
-    take_up(q, p.room)
+    reuse(q, p.room)
     if refusal != REFUSAL_NONE:
         refuse(q, p, refusal)
         return
@@ -196,7 +196,7 @@ cdef void recover(backend_queue *q) noexcept nogil:
 
 
 cdef void prepare(pending *p) noexcept nogil:
-    """Fill in what the engine will be asked; where the data lies is known after `gather`."""
+    """Fill in what the engine will be asked; where the data lies is known after `resolve`."""
     cdef const blkif_operation *row = &blkif_operations[p.rq.operation]
     p.to_ask = row.nr_asked - 1 if p.rq.nr_segments else 0
     p.io.op = row.asked[0]
@@ -243,7 +243,7 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
             moved = take_new(q, budget)
         fetch_indirect(q)
         admit(q)
-        gather(q)
+        resolve(q)
         start(q)
     moved += collect(q)
     publish_responses(q)

@@ -10,7 +10,7 @@ from xvd.dataplane.abi cimport (
     BLKIF_FLAG_OPTIONAL, BLKIF_OFFER_SECURE, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY,
     REFUSAL_BAD_GRANT, blkif_operation, blkif_operations)
 from xvd.dataplane.back.answer cimport answer, refuse
-from xvd.dataplane.back.gather cimport give_back, pause
+from xvd.dataplane.back.grants cimport give_back, pause
 from xvd.dataplane.back.pending cimport backend_queue, pending
 from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
 from xvd.dataplane.latency cimport count_latency

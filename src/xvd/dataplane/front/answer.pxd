@@ -63,11 +63,11 @@ cdef inline void end_parts(front_queue *q, const shadow *s, int32_t error) noexc
     cdef front_io *following
     cdef uint64_t end = s.at + s.size, size
     while True:
-        following = io.follow
+        following = io.queue.follow
         size = io.nr_sectors * BLKIF_SECTOR_SIZE
         io.error = worse(io.error, error)
-        io.outstanding -= 1
-        if io.outstanding == 0 and is_issued(io):
+        io.queue.outstanding -= 1
+        if io.queue.outstanding == 0 and is_issued(io):
             hand_over(q, io)
         if s.size == 0 or end <= size:
             return
@@ -79,9 +79,9 @@ cdef inline int finish(front_queue *q, uint32_t id, int16_t status) noexcept nog
     """A checked response: the request is over."""
     cdef shadow *s = &q.shadows[id]
     cdef int32_t error = outcome(status)
-    if error == 0 and s.operation == BLKIF_OP_READ and not s.placed:
+    if error == 0 and s.operation == BLKIF_OP_READ and not s.in_place:
         move_data(q, s, False)
-    if not s.placed and not give_pages(&q.pool, s.first_page, s.nr_pages):
+    if not s.in_place and not give_pages(&q.pool, s.first_page, s.nr_pages):
         return BREACH_GRANT_STILL_MAPPED
     if s.nr_indirect and not give_pages(&q.pool, s.first_indirect, s.nr_indirect):
         return BREACH_GRANT_STILL_MAPPED

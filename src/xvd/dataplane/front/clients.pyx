@@ -51,11 +51,11 @@ cdef int submit(void *ctx, front_io *io) noexcept nogil:
         leave_lock(c.lock, io)
         return 0
     io.borrowed = 1
-    io.started = 0
-    io.issued = 0
+    io.queue.started = 0
+    io.queue.issued = 0
     io.error = 0
-    io.next_page = io.first_page
-    io.outstanding = 0
+    io.queue.next_page = io.first_page
+    io.queue.outstanding = 0
     append(&c.queue.queued, io)
     return 1
 
@@ -64,7 +64,7 @@ cdef int place_on(void *ctx, front_io *io) noexcept nogil:
     cdef client_set *c = <client_set *>ctx
     if c.queue == NULL or not place(c.queue, io):
         return 0
-    io.host = &c.host
+    io.client.host = &c.host
     return 1
 
 
@@ -121,7 +121,7 @@ cdef void hand_back(client_set *c) noexcept nogil:
     while io != NULL:
         following = io.next
         leave_lock(c.lock, io)
-        io.client.completed(io.client.ctx, io)
+        io.client.ports.completed(io.client.ports.ctx, io)
         io = following
 
 

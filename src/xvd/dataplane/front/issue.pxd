@@ -47,13 +47,13 @@ cdef inline uint32_t indirect_pages(uint32_t segments) noexcept nogil:
 cdef inline bint goes_on(const front_io *io, const front_io *following) noexcept nogil:
     """Whether `following` begins on the disk where `io` ends, and may share a request with it."""
     return (following != NULL and is_rw(io) and following.operation == io.operation
-            and not io.placed and not following.placed
+            and not io.in_place and not following.in_place
             and following.sector_number == io.sector_number + io.nr_sectors)
 
 
 cdef inline uint64_t next_sectors(const front_queue *q, const front_io *io) noexcept nogil:
     """How long the next unit is: the rest of `io`, and of what goes on from it, to the limit."""
-    cdef uint64_t sectors = io.nr_sectors - io.issued
+    cdef uint64_t sectors = io.nr_sectors - io.queue.issued
     while sectors < q.unit_sectors and goes_on(io, io.next):
         io = io.next
         sectors += io.nr_sectors
@@ -80,7 +80,7 @@ cdef inline void move_data(front_queue *q, const shadow *s, bint to_pages) noexc
             left -= size
             at += size
             if at == io.nr_sectors * BLKIF_SECTOR_SIZE:
-                io = io.follow
+                io = io.queue.follow
                 at = 0
         page = q.pool.next[page]
 
@@ -89,18 +89,18 @@ cdef inline void claim(front_queue *q, shadow *s, uint64_t sectors) noexcept nog
     """Count the next `sectors` of the queued operations as issued, in this request."""
     cdef front_io *io = s.io
     cdef uint64_t size
-    s.at = io.issued * BLKIF_SECTOR_SIZE
+    s.at = io.queue.issued * BLKIF_SECTOR_SIZE
     s.size = <uint32_t>sectors * BLKIF_SECTOR_SIZE
-    q.count.split += io.started
+    q.count.split += io.queue.started
     while True:
-        size = min(sectors, io.nr_sectors - io.issued)
-        io.issued += size
-        io.started = 1
-        io.outstanding += 1
+        size = min(sectors, io.nr_sectors - io.queue.issued)
+        io.queue.issued += size
+        io.queue.started = 1
+        io.queue.outstanding += 1
         sectors -= size
         if sectors == 0:
             return
-        io.follow = io.next
+        io.queue.follow = io.next
         io = io.next
         q.count.merged += 1
 
@@ -170,35 +170,35 @@ cdef inline void put_indirect(front_queue *q, uint8_t *slot, uint32_t id, uint64
     q.count.indirect += 1
 
 
-cdef inline void take_placed(front_queue *q, shadow *s) noexcept nogil:
+cdef inline void take_in_place(front_queue *q, shadow *s) noexcept nogil:
     """The operation's own pages, from where the last request's ended: requests but the last one
     end with a page."""
-    cdef uint32_t page = s.io.next_page, i
-    s.placed = 1
+    cdef uint32_t page = s.io.queue.next_page, i
+    s.in_place = 1
     s.first_page = page
     for i in range(s.nr_pages):
         page = q.pool.next[page]
-    s.io.next_page = page
+    s.io.queue.next_page = page
 
 
 cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
                           uint64_t sectors) noexcept nogil:
     """A request with data: the next `sectors` of the queued operations."""
     cdef shadow *s = &q.shadows[id]
-    cdef uint64_t sector_number = s.io.sector_number + s.io.issued
+    cdef uint64_t sector_number = s.io.sector_number + s.io.queue.issued
     cdef bint writes = s.operation != BLKIF_OP_READ
     cdef uint32_t last_sect = last_sect_of(q, sectors)
     sector_number //= q.wire_sector
     claim(q, s, sectors)
     s.nr_pages = <uint16_t>pages_for(sectors)
     s.nr_indirect = <uint8_t>indirect_pages(s.nr_pages)
-    if s.io.placed:
-        take_placed(q, s)
+    if s.io.in_place:
+        take_in_place(q, s)
     else:
         s.first_page = take_chain(&q.pool, s.nr_pages, writes)
     if q.wipe:
         wipe_chain(q, s)
-    if writes and not s.placed:
+    if writes and not s.in_place:
         move_data(q, s, True)
     if s.nr_indirect:
         put_indirect(q, slot, id, sector_number, last_sect)
@@ -209,8 +209,8 @@ cdef inline void put_data(front_queue *q, uint8_t *slot, uint32_t id,
 cdef inline void put_bare(front_queue *q, uint8_t *slot, uint32_t id, front_io *io) noexcept nogil:
     """A request without data: flush, empty barrier, or discard."""
     cdef const blkif_layout *at = q.ring.layout
-    io.started = 1
-    io.outstanding += 1
+    io.queue.started = 1
+    io.queue.outstanding += 1
     if io.operation == BLKIF_OP_DISCARD:
         slot[at.discard_flag] = io.flag
         xvd_put16(slot + at.discard_handle, q.handle)
@@ -246,19 +246,19 @@ cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept no
 
 
 cdef inline uint32_t pages_of_unit(const front_queue *q, uint64_t sectors,
-                                   bint placed) noexcept nogil:
-    """Pages to be taken for a unit of so many sectors; of a placed one, for descriptors only."""
+                                   bint in_place) noexcept nogil:
+    """Pages to be taken for a unit of so many sectors; of one in place, for descriptors only."""
     cdef uint32_t whole = pages_for(q.sectors_max), rest = pages_for(sectors % q.sectors_max)
     cdef uint32_t requests = <uint32_t>(sectors // q.sectors_max)
     cdef uint32_t pages = requests * indirect_pages(whole) + indirect_pages(rest)
-    return pages if placed else pages + requests * whole + rest
+    return pages if in_place else pages + requests * whole + rest
 
 
 cdef inline bint has_room(front_queue *q, const front_io *io, uint64_t sectors) noexcept nogil:
     """Whether a unit of so many sectors can go out now, whole and with all of its pages."""
     cdef uint32_t requests = <uint32_t>((sectors + q.sectors_max - 1) // q.sectors_max)
     return (max(requests, <uint32_t>1) <= min(q.nr_free, front_free(&q.ring))
-            and pages_of_unit(q, sectors, io.placed) <= q.pool.nr_free)
+            and pages_of_unit(q, sectors, io.in_place) <= q.pool.nr_free)
 
 
 cdef inline uint32_t put_unit(front_queue *q, uint64_t sectors) noexcept nogil:

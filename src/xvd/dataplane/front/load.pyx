@@ -94,10 +94,10 @@ cdef uint64_t next_place(load *l) noexcept nogil:
 cdef void start(load *l, front_io *io) noexcept nogil:
     io.operation = BLKIF_OP_WRITE if (draw(l) >> 32) % 100 < l.write_percent else BLKIF_OP_READ
     io.sector_number = next_place(l) * l.sectors
-    io.issued = 0
-    io.started = 0
+    io.queue.issued = 0
+    io.queue.started = 0
     io.error = 0
-    io.next_page = io.first_page
+    io.queue.next_page = io.first_page
     if l.verify and io.operation == BLKIF_OP_WRITE:
         fill(l, io)
     append(&l.queue.queued, io)
@@ -105,7 +105,7 @@ cdef void start(load *l, front_io *io) noexcept nogil:
 
 
 cdef inline uint64_t first_word(const load *l, const front_io *io) noexcept nogil:
-    return (<uint64_t *>(page_data(&l.queue.pool, io.first_page) if io.placed else io.buffer))[0]
+    return (<uint64_t *>(page_data(&l.queue.pool, io.first_page) if io.in_place else io.buffer))[0]
 
 
 cdef void go_on(load *l) noexcept nogil:
@@ -212,7 +212,7 @@ cdef class Load:
         cdef uint64_t size = io.nr_sectors * BLKIF_SECTOR_SIZE, at
         cdef uint32_t page
         if self.l.verify or not place(self.l.queue, io):
-            left = self.l.queue.pool.placed_max - self.l.queue.pool.placed
+            left = self.l.queue.pool.in_place_max - self.l.queue.pool.in_place
             raise LocalProtocolError(
                 f"{size} bytes have no place in granted pages, of which {left} are to be had: that "
                 "needs persistent grants, a larger pool (pool_pages) or a smaller depth, and no "

@@ -4,7 +4,7 @@
 
 The pages are the pool's and stay granted: only persistent grants can be used so. An operation takes
 them before it is submitted and keeps them after its end, until whoever has it gives them back. That
-may be long, so all placed operations together get half of the pool at most, and never what the
+may be long, so all operations in place together get half of the pool at most, and never what the
 largest request of the others needs. Where the backend is not trusted everything is copied, as a
 page may hold what is not data.
 """
@@ -19,8 +19,8 @@ from xvd.dataplane.front.queue cimport front_queue
 from xvd.dataplane.ports cimport front_io
 
 
-cdef inline uint32_t placed_most(const front_queue *q) noexcept nogil:
-    """Pages that operations may be placed in."""
+cdef inline uint32_t in_place_most(const front_queue *q) noexcept nogil:
+    """Pages that operations may have their data in."""
     cdef uint32_t count = q.pool.ports.count
     if not q.pool.persistent or q.wipe or count < q.unit_pages:
         return 0
@@ -30,19 +30,19 @@ cdef inline uint32_t placed_most(const front_queue *q) noexcept nogil:
 cdef inline bint place(front_queue *q, front_io *io) noexcept nogil:
     """Pages for the data of a read or write; False if there are too few."""
     cdef uint32_t count = pages_for(io.nr_sectors)
-    if q.pool.placed + count > q.pool.placed_max or count > q.pool.nr_free:
+    if q.pool.in_place + count > q.pool.in_place_max or count > q.pool.nr_free:
         return False
-    io.first_page = io.next_page = take_chain(&q.pool, count, False)
-    io.placed = count
-    q.pool.placed += count
+    io.first_page = io.queue.next_page = take_chain(&q.pool, count, False)
+    io.in_place = count
+    q.pool.in_place += count
     return True
 
 
 cdef inline void displace(front_queue *q, front_io *io) noexcept nogil:
     """Give them back; nothing of the operation may be on the ring."""
-    give_pages(&q.pool, io.first_page, io.placed)
-    q.pool.placed -= io.placed
-    io.placed = 0
+    give_pages(&q.pool, io.first_page, io.in_place)
+    q.pool.in_place -= io.in_place
+    io.in_place = 0
 
 
 cdef inline uint32_t parts_of(const page_pool *p, const front_io *io, uint64_t offset,

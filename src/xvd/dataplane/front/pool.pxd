@@ -30,8 +30,8 @@ cdef struct page_pool:
     uint32_t first, last         # of the free list; NO_PAGE both when it is empty
     uint32_t *next               # of each page: in the free list, or in its request's chain
     uint8_t *granted             # of each page: the peer may map it now
-    uint32_t placed              # pages that operations keep their data in
-    uint32_t placed_max
+    uint32_t in_place            # pages that operations keep their data in
+    uint32_t in_place_max
     uint64_t grants              # made
     uint64_t reused              # found made already
     uint64_t ended

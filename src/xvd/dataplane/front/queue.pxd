@@ -31,7 +31,7 @@ cdef struct shadow:
     uint8_t state
     uint8_t operation            # of an indirect request the inner one
     uint8_t nr_indirect          # pages of descriptors; 0 for a direct request
-    uint8_t placed               # its pages of data are its operation's
+    uint8_t in_place             # its pages of data are its operation's
     uint16_t nr_pages            # pages of data
     uint32_t first_page          # of the data's chain in the pool
     uint32_t first_indirect      # of the descriptors'
@@ -96,7 +96,7 @@ cdef inline bint has_data(const front_io *io) noexcept nogil:
 
 cdef inline bint is_issued(const front_io *io) noexcept nogil:
     """Whether no further part of it has to go on the ring."""
-    return io.issued == io.nr_sectors if has_data(io) else io.started
+    return io.queue.issued == io.nr_sectors if has_data(io) else io.queue.started
 
 
 cdef void forget_operations(front_queue *q) noexcept nogil

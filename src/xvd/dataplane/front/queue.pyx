@@ -23,7 +23,7 @@ from xvd.dataplane.abi cimport (
 from xvd.dataplane.c cimport monotonic_ns, xvd_load64
 from xvd.dataplane.front.answer cimport end_parts, take_responses
 from xvd.dataplane.front.issue cimport indirect_pages, issue, pages_of_unit
-from xvd.dataplane.front.place cimport placed_most
+from xvd.dataplane.front.place cimport in_place_most
 from xvd.dataplane.front.pool cimport close_pool, end_idle_grants, open_pool
 from xvd.dataplane.latency cimport kind_figures, latency_lists
 from xvd.dataplane.ports cimport events_of, front_io, granter_of, wrap
@@ -171,7 +171,7 @@ cdef class FrontQueue:
                 or not open_pool(&self.q.pool, granter_of(pages), options.persistent)):
             raise MemoryError(f"no memory for a queue of {nr_ents} requests")
         self.q.unit_pages = pages_of_unit(&self.q, self.q.unit_sectors, False)
-        self.q.pool.placed_max = placed_most(&self.q)
+        self.q.pool.in_place_max = in_place_most(&self.q)
         for i in range(nr_ents):
             self.q.free_ids[i] = nr_ents - 1 - i
         self.q.nr_free = nr_ents
@@ -352,7 +352,7 @@ cdef class FrontQueue:
         counts["granted"] = self.q.pool.grants
         counts["revoked"] = self.q.pool.ended
         counts["reused"] = self.q.pool.reused
-        counts["placed"] = self.q.pool.placed
+        counts["placed"] = self.q.pool.in_place
         counts["in_flight"] = self.q.in_flight
         return counts
 

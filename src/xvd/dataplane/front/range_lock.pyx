@@ -47,27 +47,27 @@ cdef bint may_begin(const range_lock *l, const front_io *io) noexcept nogil:
     if io.operation != BLKIF_OP_WRITE:
         return False
     # One that began before its sectors were held is waited for, wherever it goes on.
-    return l.writable and is_whole_blocks(l, io) and (io.guarded or not is_held(l, io))
+    return l.writable and is_whole_blocks(l, io) and (io.client.guarded or not is_held(l, io))
 
 
 cdef void guard(range_lock *l, front_io *io) noexcept nogil:
-    io.guarded = 1
-    io.before = NULL
-    io.after = l.writes
+    io.client.guarded = 1
+    io.client.before = NULL
+    io.client.after = l.writes
     if l.writes != NULL:
-        l.writes.before = io
+        l.writes.client.before = io
     l.writes = io
 
 
 cdef void unguard(range_lock *l, front_io *io) noexcept nogil:
     cdef uint64_t one = 1
-    if io.after != NULL:
-        io.after.before = io.before
-    if io.before != NULL:
-        io.before.after = io.after
+    if io.client.after != NULL:
+        io.client.after.client.before = io.client.before
+    if io.client.before != NULL:
+        io.client.before.client.after = io.client.after
     else:
-        l.writes = io.after
-    io.guarded = 0
+        l.writes = io.client.after
+    io.client.guarded = 0
     if l.held != NULL:
         write(l.fd, &one, 8)
 
@@ -77,14 +77,14 @@ cdef bint enter_lock(range_lock *l, front_io *io) noexcept nogil:
     cdef bint allowed
     pthread_mutex_lock(&l.mutex)
     allowed = may_begin(l, io)
-    if allowed and io.operation == BLKIF_OP_WRITE and not io.guarded:
+    if allowed and io.operation == BLKIF_OP_WRITE and not io.client.guarded:
         guard(l, io)
     pthread_mutex_unlock(&l.mutex)
     return allowed
 
 
 cdef void leave_lock(range_lock *l, front_io *io) noexcept nogil:
-    if io.guarded:
+    if io.client.guarded:
         pthread_mutex_lock(&l.mutex)
         unguard(l, io)
         pthread_mutex_unlock(&l.mutex)
@@ -153,7 +153,7 @@ cdef class RangeLock:
         io = self.l.writes if h != NULL else NULL
         while io != NULL and not found:
             found = io.sector_number < h.end and h.first < io.sector_number + io.nr_sectors
-            io = io.after
+            io = io.client.after
         pthread_mutex_unlock(&self.l.mutex)
         return found
 

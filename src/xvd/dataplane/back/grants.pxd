@@ -11,7 +11,7 @@ from xvd.dataplane.abi cimport (
 from xvd.dataplane.back.answer cimport refuse
 from xvd.dataplane.back.buffers cimport touch
 from xvd.dataplane.back.pending cimport COPIES, PAUSE_NS, backend_queue, pending
-from xvd.dataplane.back.persistent cimport NOBODY, find, hold, keep, let_go, persistent_grant
+from xvd.dataplane.back.persistent cimport NOBODY, find, hold, keep, persistent_grant, release_grant
 from xvd.dataplane.back.request cimport reads_disk
 from xvd.dataplane.ports cimport grant_copy
 
@@ -89,12 +89,12 @@ cdef inline void hold_segments(backend_queue *q, pending *p) noexcept nogil:
             p.passing += 1
 
 
-cdef inline void let_segments_go(backend_queue *q, pending *p) noexcept nogil:
+cdef inline void release_segments(backend_queue *q, pending *p) noexcept nogil:
     cdef uint32_t j
     p.holding = 0
     for j in range(p.rq.nr_segments):
         if p.room.held[j] != NOBODY:
-            let_go(&q.kept, p.room.held[j], q.now_ns)
+            release_grant(&q.kept, p.room.held[j], q.now_ns)
 
 
 # ---- Mapping ---------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ cdef inline void unmap(backend_queue *q, pending **whose, uint32_t count) noexce
     for i in range(count):
         p = whose[i]
         if p.holding:
-            let_segments_go(q, p)
+            release_segments(q, p)
         if p.mapped:
             p.mapped = 0
             q.sets[n] = p.mapping
@@ -279,8 +279,8 @@ cdef inline void pause(backend_queue *q) noexcept nogil:
     q.count.starved += 1
 
 
-cdef inline void gather(backend_queue *q) noexcept nogil:
-    """Find the data of the batch; those whose grants could not be had leave it."""
+cdef inline void resolve(backend_queue *q) noexcept nogil:
+    """Resolve the grants of the batch; those whose grants could not be had leave it."""
     cdef uint32_t i, kept = 0
     cdef pending *p
     if not q.copying:
