@@ -43,8 +43,10 @@ check: setup
 sim: setup
 ifdef SEED
 	xvd sim --seed $(SEED)
+	xvd sim --world devices --seed $(SEED)
 else
 	xvd sim --seeds $(SEEDS)
+	xvd sim --world devices --seeds $(SEEDS)
 	XVD_MATRIX=all pytest -q -n 2 --dist loadgroup tests/matrix
 endif
 

@@ -20,6 +20,7 @@ from xvd.toolstack.vbd import attach
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid
 from xvd.xenbus.blocking import in_own_thread
+from xvd.xenbus.runner import THREADS
 
 
 class Server:
@@ -112,7 +113,7 @@ def test_a_look_at_sizes_goes_past_one_that_hangs_until_it_answers(server: Serve
     first, dead, last = disks = Disk(server), Disk(server, hangs=True), Disk(server)
 
     async def work() -> None:
-        sizes: SizePoll[Disk] = SizePoll()
+        sizes: SizePoll[Disk] = SizePoll(THREADS)
         assert await sizes.poll(disks) == [first, last]
         assert await sizes.poll(disks) == [first, last]
         assert [disk.asked for disk in disks] == [2, 1, 2]

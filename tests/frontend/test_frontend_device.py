@@ -15,6 +15,7 @@ from xvd.frontend.disk import Disk
 from xvd.frontend.patience import Patience
 from xvd.frontend.settings import Settings
 from xvd.machine.emulated.limits import Limits
+from xvd.machine.xs.client import Transaction
 from xvd.toolstack.vbd import add
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid
@@ -133,6 +134,34 @@ def test_a_disk_that_is_removed_while_it_is_opened() -> None:
             await world.store.rm(vbd.backend)
             with pytest.raises(PeerClosed, match="there is no backend; the disk was removed"):
                 await opening
+
+    run(work())
+
+
+def test_a_disk_that_is_made_anew_between_two_polls_is_published_again() -> None:
+    """Its frontend once waited for ever: the new backend offers, as the old one did before."""
+
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            machine, store = await world.guest()
+            vbd = await add(world.store, Domid(1), parse_xl_disk(DISK), Domid(0))
+            device = Device(machine, store, PATH, Listener())
+            running = asyncio.ensure_future(device.run())
+            await world.store.write(f"{vbd.backend}/state", "2")
+            await until(lambda: device.state is FrontendState.PUBLISHED)
+
+            async def anew(tx: Transaction) -> None:
+                await tx.rm(f"{vbd.frontend}/event-channel")
+                await tx.write(f"{vbd.frontend}/state", "1")
+                await tx.write(f"{vbd.backend}/state", "2")
+
+            await world.store.transact(anew)
+
+            while await store.try_read(f"{vbd.frontend}/event-channel") is None:
+                pass
+            assert await store.read(f"{vbd.frontend}/state") == "3"
+            device.abandon()
+            await running
 
     run(work())
 

@@ -159,7 +159,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         return [*([] if stays else [removal_event(frontend)]), frontend_event(frontend)]
 
     async def _frontend_state(self) -> XenbusState:
-        return await self._peers_state(Side.FRONTEND, self._assigned.frontend)
+        return await self._state_of(Side.FRONTEND, self._assigned.frontend)
 
     # ---- What it has ----
 

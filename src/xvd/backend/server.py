@@ -25,6 +25,7 @@ from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.types import DOM0, Domid
 from xvd.xenbus.directory import remove_device, report_error
+from xvd.xenbus.runner import THREADS, Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Server:
 
     settings: for every disk; overrides: ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them.
     budget: what this host has for all of them. rival: who else serves a kind (`rival.rival`); a
-    disk that such a one has found too is left to it.
+    disk that such a one has found too is left to it. runtime: who runs their queues.
 
     One store connection for all, no polling. A device that fails costs itself only.
     """
@@ -59,6 +60,7 @@ class Server:
         overrides: Mapping[str, Sequence[str]] | None = None,
         budget: Budget | None = None,
         rival: Callable[[str], str] = no_rival,
+        runtime: Runtime = THREADS,
     ) -> None:
         self.devices: dict[str, Device] = {}
         self._machine = machine
@@ -68,6 +70,7 @@ class Server:
         self._settings = settings or Settings()
         self._budget = budget or Budget()
         self._rival = rival
+        self._runtime = runtime
         self._overrides = {name: dict(parse_settings(t)) for name, t in (overrides or {}).items()}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._again: set[asyncio.Task[None]] = set()
@@ -101,7 +104,7 @@ class Server:
                 device.disk.log_figures()
 
     async def _poll_sizes(self) -> None:
-        sizes: SizePoll[ServedDisk] = SizePoll()
+        sizes: SizePoll[ServedDisk] = SizePoll(self._runtime)
         while True:
             await asyncio.sleep(POLL_S)
             for disk in await sizes.poll([device.disk for device in self.devices.values()]):
@@ -204,6 +207,7 @@ class Server:
             budget=self._budget,
             log_limit=self._log_limit(path),
             rival=lambda: self._rival(kind),
+            runtime=self._runtime,
         )
         self.devices[path] = device
         task = asyncio.create_task(self._serve(device))

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar
 
-from xvd.xenbus.blocking import in_own_thread
+from xvd.xenbus.runner import Runtime
 
 PATIENCE_S = 1.0
 """How long one disk's storage may take to tell its size before the others are asked by another."""
@@ -65,7 +65,8 @@ class _Round(Generic[_D]):
 class SizePoll(Generic[_D]):
     """Polls disks' sizes; in the event loop's thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
         self.hanging: set[_D] = set()
         """Those that have not answered yet."""
 
@@ -75,7 +76,7 @@ class SizePoll(Generic[_D]):
         changed: list[_D] = []
         while waiting:
             this = _Round(waiting, self.hanging)
-            working = asyncio.ensure_future(in_own_thread(this.work))
+            working = asyncio.ensure_future(self._runtime.call(this.work))
             try:
                 await self._watch(this, working)
             finally:

@@ -230,7 +230,8 @@ class FrontendEvent(Enum):
     DRAINED = auto()
     """Nothing is outstanding any more: answered, or failed."""
     RESUMED = auto()
-    """We run in a new domain after migration: old grants and ports are void."""
+    """We run in a new domain after migration, or our own state node reads `foreign_state`: the
+    toolstack has made the directory anew, and old grants and ports are void."""
     TIMEOUT = auto()
     """The timer of a reset step ran out."""
     REOPEN = auto()
@@ -518,7 +519,7 @@ def stays_online(text: str | None) -> bool:
 
 
 def foreign_state(written: XenbusState | None) -> XenbusState | None:
-    """Return our state node's value once it is a new disk's, for a backend that wrote `written`.
+    """Return our state node's value once the toolstack has made it anew, for who wrote `written`.
 
     The toolstack removes the nodes of a disk that reads Closed, and may add them anew, while we are
     on our way from there to another state; a new disk's begin with Initialising.

@@ -18,6 +18,7 @@ from xvd.blkif.handshake import (
     FrontendStep,
     backend_event,
     closed_event,
+    foreign_state,
     frontend_step,
     initial_frontend,
     stays_online,
@@ -101,7 +102,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
             claim = self._claim()
             assignment = await self._find_backend()
             own = self._written or XenbusState.UNKNOWN
-            backend = await self._peers_state(Side.BACKEND, assignment.backend)
+            backend = await self._state_of(Side.BACKEND, assignment.backend)
             await self._act_out(initial_frontend(own, backend))
             error = self._failure or self.lost or error
         except (OSError, XvdError) as failure:
@@ -124,15 +125,19 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
         nodes = await read_directory(self._store, self.path, _own_node)
         self.assignment = assignment = parse_frontend_assignment(nodes)
         await self._unwatch()
-        await self._watch(f"{assignment.backend}/state")
+        for path in (f"{assignment.backend}/state", f"{self.path}/state"):
+            await self._watch(path)
         self._written = parse_state(Side.FRONTEND, nodes.get("state"))
         return assignment
 
     async def _look(self) -> Sequence[FrontendEvent]:
+        own = await self._state_of(Side.FRONTEND, self.path)
+        if own is foreign_state(self._written):
+            return [FrontendEvent.RESUMED]
         return [backend_event(await self._backend_state())]
 
     async def _backend_state(self) -> XenbusState:
-        return await self._peers_state(Side.BACKEND, self._known.backend)
+        return await self._state_of(Side.BACKEND, self._known.backend)
 
     @property
     def _known(self) -> FrontendAssignment:

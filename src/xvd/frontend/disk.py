@@ -35,6 +35,7 @@ from xvd.frontend.statistics import Statistics
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE
+from xvd.xenbus.runner import THREADS, Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,18 @@ class Disk:
         *,
         abi: Abi | None = None,
         settings: Settings | None = None,
+        runtime: Runtime = THREADS,
     ) -> None:
         self._clients = DiskClients()
         self._device = Device(
-            machine, store, path, self, abi=abi, settings=settings, stepper=self._clients.steppers
+            machine,
+            store,
+            path,
+            self,
+            abi=abi,
+            settings=settings,
+            stepper=self._clients.steppers,
+            runtime=runtime,
         )
         self._connection: Connection | None = None
         self._features: BackendFeatures | None = None
@@ -85,13 +94,14 @@ class Disk:
         *,
         abi: Abi | None = None,
         settings: Settings | None = None,
+        runtime: Runtime = THREADS,
     ) -> Self:
         """Connect to the disk in `path` (``device/vbd/51712``, relative to this domain).
 
         Waits for the backend as long as there is one to wait for; raises OSError (ENODEV) or an
         `XvdError` that says why there is none.
         """
-        disk = cls(machine, store, path, abi=abi, settings=settings)
+        disk = cls(machine, store, path, abi=abi, settings=settings, runtime=runtime)
         disk._running = asyncio.create_task(disk._device.run())
         try:
             await disk._ready

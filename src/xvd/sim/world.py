@@ -115,6 +115,13 @@ class Summary:
     virtual_s: float
     digest: str
 
+    def __str__(self) -> str:
+        return (
+            f"{self.finished} operations, {self.failed} failed as they should, "
+            f"{self.deaths} deaths, {self.replacements} replacements, {self.resizes} resizes, "
+            f"{self.virtual_s:.3f} s of virtual time, digest {self.digest}"
+        )
+
 
 class World:
     """One run. Any failed check is a `CheckFailed`.

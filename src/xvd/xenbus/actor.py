@@ -174,8 +174,8 @@ class Actor(Generic[_S, _E, _A]):
             self.lost = error
             self._inbox.put(Order.LEAVE)
 
-    async def _peers_state(self, side: Side, directory: str) -> XenbusState:
-        """Return what the ``state`` node of the peer says; UNKNOWN for one that cannot be read."""
+    async def _state_of(self, side: Side, directory: str) -> XenbusState:
+        """Return what a ``state`` node says; UNKNOWN where there is none, or no sense."""
         try:
             return parse_state(side, await self._store.try_read(f"{directory}/state"))
         except (PeerProtocolError, XenstoreError):

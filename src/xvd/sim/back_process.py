@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend daemon of the simulated machine: the shipped `Server` in a process of its own."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from xvd.backend.server import Server
+from xvd.backend.settings import Settings
+from xvd.blkif.assignment import BackendAssignment
+from xvd.engines.interface import Engine
+from xvd.errors import XvdError
+from xvd.sim.checkers import SECTOR
+from xvd.sim.engine import SimEngine
+from xvd.sim.prng import Prng
+from xvd.sim.process import Process
+from xvd.sim.storage import SimStorage
+
+
+class BackProcess(Process):
+    """Serves every disk that the toolstack assigns, until it loses the store or is asked to end."""
+
+    over = False
+    _server: Server | None = None
+    _asked: asyncio.Event
+
+    def begin(
+        self, storage: SimStorage, settings: Settings, resized: Callable[[int], None]
+    ) -> None:
+        """Start the daemon."""
+        self._storage = storage
+        self._asked = asyncio.Event()
+        self._resized = resized
+        self.spawn(self._main(settings))
+
+    async def _main(self, settings: Settings) -> None:
+        try:
+            store = await self.machine.xenstore()
+            self._server = Server(self.machine, store, self._open, settings=settings, runtime=self)
+            with contextlib.suppress(XvdError):
+                await self._server.start()
+                lost = asyncio.ensure_future(self._server.wait())
+                asked = asyncio.ensure_future(self._asked.wait())
+                await asyncio.wait((lost, asked), return_when=asyncio.FIRST_COMPLETED)
+                for waiting in (lost, asked):
+                    waiting.cancel()
+                await asyncio.gather(lost, asked, return_exceptions=True)
+            await self._server.close()
+            await store.close()
+        finally:
+            self.over = True
+
+    async def _open(self, _assignment: BackendAssignment) -> Engine:
+        return SimEngine(self._storage, self._resized)
+
+    @property
+    def serves(self) -> bool:
+        """Whether it has a disk."""
+        return self._server is not None and bool(self._server.devices)
+
+    def ask_to_end(self) -> None:
+        """Ask it to end, as SIGTERM does."""
+        self._asked.set()
+
+    def change(self, wish: str, sectors: int, prng: Prng) -> None:
+        """Change what an administrator may under a running daemon: "set", or "resize"."""
+        if self._server is None:
+            return
+        if wish == "set":
+            name = prng.choose(("max_persistent_grants", "max_buffer_pages"))
+            self._server.change([f"{name}={prng.choose((1, 40, 1056))}"])
+        elif self.serves:
+            [device] = self._server.devices.values()
+            self.spawn(self._resize(device.disk.resize, sectors))
+
+    @staticmethod
+    async def _resize(resize: Callable[..., object], sectors: int) -> None:
+        with contextlib.suppress(XvdError, OSError):
+            await resize(sectors * SECTOR)  # type: ignore[misc]
+
+    def die(self) -> None:
+        """Die as by SIGKILL."""
+        for device in self._server.devices.values() if self._server is not None else ():
+            if device.disk.connection is not None:
+                for link in device.disk.connection.links:
+                    link.queue.abandon()
+                    link.release()
+        self.kill()

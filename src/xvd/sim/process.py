@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process of the simulated machine: an event loop, a machine, connections to the store, and what
+it would have threads for.
+
+It is a `Runtime`: queues and calls of its own are steps that the scheduler takes.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from xvd.dataplane.back.queue import BackendQueue
+from xvd.dataplane.loop.stepped import Stepped
+from xvd.dataplane.loop.thread import Queue
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.emulated.xenstore import XenstoreStore
+from xvd.machine.xs.client import XenstoreClient
+from xvd.sim.clock import Clock
+from xvd.sim.eventloop import VirtualLoop
+from xvd.sim.store import StoreLink
+from xvd.types import Domid
+from xvd.xenbus.runner import LoopOptions, OnExit, Runner
+
+_T = TypeVar("_T")
+_WORKED, _DRAINED = 1, 4
+_ROUNDS_MAX = 1000
+
+
+class SteppedRunner:
+    """A queue that the scheduler steps in the place of a thread; a `Runner`."""
+
+    def __init__(
+        self, process: "Process", queue: Queue, on_exit: OnExit, options: LoopOptions
+    ) -> None:
+        self.awake = True
+        self.due_ns = 0
+        self._process = process
+        self._queue = queue
+        self._stepped = Stepped(queue)
+        self._on_exit = on_exit
+        self._watchdog_ns = int(options.watchdog_s * 1e9)
+        self._leaving = False
+
+    def wake(self) -> None:
+        """See `Runner.wake`."""
+        self.awake = True
+
+    def drain(self) -> None:
+        """See `Runner.drain`."""
+        self._queue.stop()
+        self.wake()
+
+    def abandon(self) -> None:
+        """See `Runner.abandon`."""
+        self._leaving = True
+        self.wake()
+
+    def counters(self) -> dict[str, int]:
+        """It has no thread that sleeps."""
+        return {}
+
+    @property
+    def has_event(self) -> bool:
+        """Whether an event is under way to it."""
+        return self._stepped.has_event
+
+    def take_event(self) -> None:
+        """The event arrives."""
+        self._stepped.take_event()
+
+    def step(self, budget: int) -> int:
+        """One step, then sleep if there is nothing to do; `step_flag`s."""
+        now_ns = self._process.clock.now_ns
+        if self._leaving:
+            return self._end()
+        if isinstance(self._queue, BackendQueue):
+            self._queue.set_time(now_ns)
+        flags = self._stepped.step(budget)
+        if flags & _DRAINED:
+            return self._end()
+        self.awake = bool(flags & _WORKED) or not self._stepped.may_sleep()
+        self.due_ns = min(filter(None, (now_ns + self._watchdog_ns, self._stepped.due_ns)))
+        return flags
+
+    def _end(self) -> int:
+        self._process.runners.remove(self)
+        self._process.loop.call_soon(self._on_exit, None)
+        return _DRAINED
+
+
+class Process:
+    """One process of a domain. For the scheduler, which is the only thread."""
+
+    def __init__(self, host: Host, store: XenstoreStore, clock: Clock, domid: Domid) -> None:
+        self.clock = clock
+        self.loop = VirtualLoop(clock)
+        self.machine = EmulatedMachine(host.open(domid), self._connect)
+        self.links: list[StoreLink] = []
+        self.runners: list[SteppedRunner] = []
+        self.calls: list[Callable[[], None]] = []
+        self.alive = True
+        self.connections = 0
+        self._store = store
+        self._domid = domid
+
+    async def _connect(self) -> XenstoreClient:
+        link = StoreLink(self._store, self._domid, self.clock)
+        self.links.append(link)
+        return await link.open()
+
+    def spawn(self, work: Coroutine[Any, Any, _T]) -> "asyncio.Task[_T]":
+        """Let it do something."""
+        return self.loop.create_task(work)
+
+    # ---- Runtime ----
+
+    def run(self, queue: Queue, name: str, on_exit: OnExit, options: LoopOptions) -> Runner:  # noqa: ARG002
+        """See `Runtime.run`."""
+        self.runners.append(SteppedRunner(self, queue, on_exit, options))
+        return self.runners[-1]
+
+    async def call(self, work: Callable[..., _T], *arguments: object) -> _T:
+        """See `Runtime.call`: the scheduler does it, sooner or later."""
+        outcome: asyncio.Future[_T] = self.loop.create_future()
+
+        def do() -> None:
+            try:
+                result = work(*arguments)
+            except Exception as error:
+                if not outcome.done():
+                    outcome.set_exception(error)
+            else:
+                if not outcome.done():
+                    outcome.set_result(result)
+
+        self.calls.append(do)
+        return await outcome
+
+    # ---- The end ----
+
+    def kill(self) -> None:
+        """Die as by SIGKILL: nothing of it runs any more, and the system takes back what it had.
+
+        The queues are to be abandoned before.
+        """
+        self.alive = False
+        for link in self.links:
+            link.cut()
+        self.runners.clear()
+        self.calls.clear()
+        self.machine.close()
+
+    def bury(self) -> None:
+        """Let what is left of a dead process's tasks unwind, when nothing it did can matter."""
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        for _ in range(_ROUNDS_MAX):
+            if not asyncio.all_tasks(self.loop):
+                break
+            while self.calls:
+                self.calls.pop()()
+            if not self.loop.ready:
+                if self.loop.due_ns is None:
+                    break
+                self.clock.jump(self.loop.due_ns)
+            self.loop.round()
+            for runner in list(self.runners):
+                runner.abandon()
+                runner.step(1)
+        self.loop.close()
