@@ -70,6 +70,16 @@ cdef struct event_ports:
     int (*acknowledge)(void *ctx, void *io_uring) noexcept nogil
 
 
+# ---- The thread's io_uring ---------------------------------------------------------------------
+
+cdef struct completion
+
+# Who is told when an entry has completed: the entry's tag is the address of one of these.
+cdef struct completion:
+    void (*done)(completion *told, int32_t res) noexcept nogil
+    void *ctx
+
+
 # ---- Storage, as one queue sees it -----------------------------------------------------------
 
 cdef enum engine_flag:
@@ -78,6 +88,7 @@ cdef enum engine_flag:
     ENGINE_DATA = 4              # the engine's: to be written as it is, also if it is zeros
 
 cdef struct engine_io:
+    completion told              # the engine's; first: its address is the operation's
     uint8_t op                   # ENGINE_READ, ENGINE_WRITE, ENGINE_FLUSH or ENGINE_DISCARD
     uint8_t flags                # engine_flag
     uint16_t iovcnt
@@ -96,9 +107,8 @@ cdef struct engine_ports:
     void (*submit)(void *ctx, engine_io **ios, uint32_t n) noexcept nogil
     uint32_t (*reap)(void *ctx, engine_io **done, uint32_t room) noexcept nogil
     # An engine that uses the thread's io_uring gets it here (struct io_uring *) before the first
-    # submit, tags each entry with its engine_io, and is told of each completion.
+    # submit, and tags each entry with its operation's completion.
     void (*attach)(void *ctx, void *io_uring) noexcept nogil
-    void (*complete)(void *ctx, engine_io *io, int32_t res) noexcept nogil
 
 
 # ---- Something that a thread steps -----------------------------------------------------------
@@ -199,6 +209,8 @@ cdef struct client_ports:
     # The host's:
     client_ports *next
     uint32_t waiting             # wishes that a poll is running for
+    completion readable          # of those polls
+    completion writable
 
 
 # ---- Capsules: how a table travels through Python --------------------------------------------

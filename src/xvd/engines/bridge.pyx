@@ -69,10 +69,6 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
     pass
 
 
-cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
-    pass
-
-
 cdef class Operation:
     """One operation for a Python engine: its kind, its range, and its memory.
 
@@ -123,7 +119,6 @@ cdef class BridgeChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
-        self.table.complete = complete
 
     def __dealloc__(self):
         close(self.b.work_fd)

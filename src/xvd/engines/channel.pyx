@@ -53,11 +53,6 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
     c.lower.attach(c.lower.ctx, io_uring)
 
 
-cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
-    cdef checked *c = <checked *>ctx
-    c.lower.complete(c.lower.ctx, io, res)
-
-
 cdef class CheckedChannel:
     """`Channel` in front of another; made by `checked.Checked.open_channel`."""
 
@@ -74,7 +69,6 @@ cdef class CheckedChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
-        self.table.complete = complete
 
     @property
     def ports(self):

@@ -7,7 +7,7 @@ the system is set to the head that is due first.
 """
 
 from libc.errno cimport errno
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport strerror
 from posix.time cimport itimerspec
@@ -113,11 +113,6 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
     d.lower.attach(d.lower.ctx, io_uring)
 
 
-cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
-    cdef delayed *d = <delayed *>ctx
-    d.lower.complete(d.lower.ctx, io, res)
-
-
 def can_delay(channel):
     """Whether a channel may lie behind one of ours: it must not need a descriptor of its own."""
     return engine_of(channel).fd < 0
@@ -157,7 +152,6 @@ cdef class DelayedChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
-        self.table.complete = complete
 
     def __dealloc__(self):
         cdef uint32_t kind

@@ -32,7 +32,7 @@ from xvd.dataplane.liburing cimport (
     io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe,
     io_uring_sqe_set_data64, io_uring_submit)
 from xvd.dataplane.ports cimport (
-    ENGINE_DATA, ENGINE_ZEROING, engine_io, engine_of, engine_ports, wrap)
+    ENGINE_DATA, ENGINE_ZEROING, completion, engine_io, engine_of, engine_ports, wrap)
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -164,7 +164,9 @@ cdef void prepare(file_state *f, engine_io *io) noexcept nogil:
         else:
             f.cached += 1
         put_transfer(sqe, fd, io)
-    io_uring_sqe_set_data64(sqe, <uint64_t><size_t>io)
+    io.told.done = completed
+    io.told.ctx = f
+    io_uring_sqe_set_data64(sqe, <uint64_t><size_t>&io.told)
 
 
 cdef void transfer(file_state *f, engine_io *io) noexcept nogil:
@@ -255,9 +257,13 @@ cdef void zeroed(file_state *f, engine_io *io, int32_t res) noexcept nogil:
     begin(f, io)
 
 
-cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
-    """A completion: an end, an error, or a short transfer that goes on."""
-    cdef file_state *f = <file_state *>ctx
+cdef void completed(completion *told, int32_t res) noexcept nogil:
+    """Go on with the operation that a completion is the first field of."""
+    complete(<file_state *>told.ctx, <engine_io *>told, res)
+
+
+cdef void complete(file_state *f, engine_io *io, int32_t res) noexcept nogil:
+    """Judge a completion: an end, an error, or a short transfer that goes on."""
     if (res == -EINTR or res == -EAGAIN) and io.result < TRIES:
         io.result += 1
         begin(f, io)
@@ -328,7 +334,6 @@ cdef class FileChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
-        self.table.complete = complete
 
     @property
     def ports(self):

@@ -4,7 +4,7 @@
 
 from cpython.buffer cimport PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from posix.mman cimport (MADV_DONTNEED, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ,
                          PROT_WRITE, madvise, mmap, munmap)
@@ -72,10 +72,6 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
     pass
 
 
-cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
-    pass
-
-
 cdef class MemoryChannel:
     """`Channel` of `MemoryEngine`."""
 
@@ -91,7 +87,6 @@ cdef class MemoryChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
-        self.table.complete = complete
 
     @property
     def ports(self):

@@ -7,7 +7,7 @@ guest's pages as they are, as Linux's null_blk does and QEMU's null-co without i
 name.
 """
 
-from libc.stdint cimport int32_t, uint32_t
+from libc.stdint cimport uint32_t
 from libc.string cimport memset
 
 from xvd.dataplane.abi cimport ENGINE_READ
@@ -42,10 +42,6 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
     pass
 
 
-cdef void complete(void *ctx, engine_io *io, int32_t res) noexcept nogil:
-    pass
-
-
 cdef class NullChannel:
     """`Channel` of `NullEngine`."""
 
@@ -59,7 +55,6 @@ cdef class NullChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
-        self.table.complete = complete
 
     @property
     def ports(self):

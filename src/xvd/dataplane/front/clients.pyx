@@ -28,7 +28,7 @@ from xvd.dataplane.front.range_lock cimport RangeLock, enter_lock, leave_lock
 from xvd.dataplane.liburing cimport (
     io_uring_get_sqe, io_uring_prep_poll_add, io_uring_sqe, io_uring_sqe_set_data64,
     io_uring_submit)
-from xvd.dataplane.ports cimport client_of, engine_io, wrap
+from xvd.dataplane.ports cimport client_of, completion, wrap
 
 from xvd.errors import LocalProtocolError
 
@@ -40,10 +40,6 @@ cdef extern from "poll.h" nogil:
     enum:
         POLLIN
         POLLOUT
-
-cdef enum:
-    WISHES = CLIENT_READS | CLIENT_WRITES    # the low bits of a poll's tag; the rest is the client
-
 
 cdef int submit(void *ctx, front_io *io) noexcept nogil:
     cdef client_set *c = <client_set *>ctx
@@ -138,14 +134,25 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     return flags
 
 
+cdef void readable(completion *told, int32_t res) noexcept nogil:
+    (<client_ports *>told.ctx).waiting &= ~<uint32_t>CLIENT_READS
+
+
+cdef void writable(completion *told, int32_t res) noexcept nogil:
+    (<client_ports *>told.ctx).waiting &= ~<uint32_t>CLIENT_WRITES
+
+
 cdef bint poll(client_set *c, client_ports *client, uint32_t wish, uint32_t mask) noexcept nogil:
     """Let the loop's wait end when the descriptor is ready; False: there was no room to say so."""
     cdef io_uring_sqe *sqe = io_uring_get_sqe(c.ring)
+    cdef completion *told = &client.readable if wish == CLIENT_READS else &client.writable
     if sqe == NULL:
         io_uring_submit(c.ring)
         return False
     io_uring_prep_poll_add(sqe, client.fd, mask)
-    io_uring_sqe_set_data64(sqe, <uint64_t><uintptr_t>client | wish)
+    told.ctx = client
+    told.done = readable if wish == CLIENT_READS else writable
+    io_uring_sqe_set_data64(sqe, <uint64_t><uintptr_t>told)
     client.waiting |= wish
     return True
 
@@ -168,11 +175,6 @@ cdef int may_sleep(void *ctx) noexcept nogil:
 
 cdef void attach(void *ctx, void *ring) noexcept nogil:
     (<client_set *>ctx).ring = <io_uring *>ring
-
-
-cdef void polled(void *ctx, engine_io *tag, int32_t res) noexcept nogil:
-    cdef uintptr_t value = <uintptr_t>tag
-    (<client_ports *>(value & ~<uintptr_t>WISHES)).waiting &= ~<uint32_t>(value & WISHES)
 
 
 cdef void welcome_nobody(client_set *c) noexcept nogil:
@@ -273,7 +275,6 @@ cdef class Clients(ClientSet):
         self.poller.ctx = &self.c
         self.poller.fd = -1
         self.poller.attach = attach
-        self.poller.complete = polled
         self.table.ctx = &self.c
         self.table.step = step
         self.table.may_sleep = may_sleep

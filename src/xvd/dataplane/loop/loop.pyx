@@ -28,7 +28,7 @@ from xvd.dataplane.liburing cimport (
     io_uring_cqe_seen, io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_poll_multishot,
     io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe,
     io_uring_sqe_set_data64, io_uring_submit, io_uring_submit_and_wait_timeout)
-from xvd.dataplane.ports cimport engine_io, stepper_of
+from xvd.dataplane.ports cimport completion, stepper_of
 
 import errno
 import os
@@ -91,8 +91,9 @@ cdef void drain_fd(int fd) noexcept nogil:
 
 cdef void dispatch(loop_state *s, io_uring_cqe *cqe) noexcept nogil:
     cdef uint64_t tag = cqe.user_data
+    cdef completion *told = <completion *>tag
     if tag > TAG_LAST:
-        s.stepper.engine.complete(s.stepper.engine.ctx, <engine_io *>tag, cqe.res)
+        told.done(told, cqe.res)
         return
     if not cqe.flags & IORING_CQE_F_MORE:
         s.unarmed |= <uint32_t>1 << tag
