@@ -220,7 +220,7 @@ def test_grants_stay_mapped_when_both_ends_say_so(
     """What is published follows the setting only; what was negotiated is kept apart (06ba5d2e)."""
 
     async def work() -> None:
-        settings = Settings(feature_persistent=int(ours), copying=copying)
+        settings = Settings(feature_persistent=ours, copying=copying)
         async with disk_world(settings=settings) as world:
             vbd = await world.attach()
             machine, store = await world.guest()
@@ -245,7 +245,7 @@ def test_grants_stay_mapped_when_both_ends_say_so(
 @pytest.mark.parametrize(("scaled", "kept"), [(False, 3), (True, 4)])
 def test_the_limit_is_a_rings_or_a_ring_pages(scaled: bool, kept: int) -> None:
     async def work() -> None:
-        settings = Settings(max_persistent_grants=3, scale_persistent_grants=int(scaled))
+        settings = Settings(max_persistent_grants=3, scale_persistent_grants=scaled)
         async with disk_world(settings=settings) as world:
             vbd = await world.attach()
             machine, store = await world.guest()

@@ -128,7 +128,7 @@ async def open_4kn(_: BackendAssignment) -> Engine:
 @pytest.mark.parametrize("copying", [True, False])
 def test_data_lies_where_it_belongs_in_either_dialect(both: bool, copying: bool) -> None:
     async def work() -> None:
-        settings = Settings(large_sectors=1, copying=copying)
+        settings = Settings(large_sectors=True, copying=copying)
         front = FrontSettings(large_sectors=both)
         async with disk_world(open_storage=open_4kn, settings=settings) as world:
             async with await world.disk(front=front) as disk:
@@ -156,7 +156,7 @@ def test_data_lies_where_it_belongs_in_either_dialect(both: bool, copying: bool)
 
 def test_another_size_is_told_in_the_same_unit() -> None:
     async def work() -> None:
-        settings = Settings(large_sectors=1)
+        settings = Settings(large_sectors=True)
         front = FrontSettings(large_sectors=True)
         async with disk_world(open_storage=open_4kn, settings=settings) as world:
             async with await world.disk(front=front) as disk:
@@ -178,7 +178,7 @@ def test_a_successor_goes_on_in_the_same_unit() -> None:
         async def share(_: BackendAssignment) -> Engine:
             return engine
 
-        settings = Settings(large_sectors=1)
+        settings = Settings(large_sectors=True)
         async with disk_world(open_storage=share, settings=settings) as world:
             async with await world.disk(front=FrontSettings(large_sectors=True)) as disk:
                 await disk.write(8192, b"1" * 4096)

@@ -12,7 +12,7 @@ from rig_disk import disk_world, run, until
 from xvd.blkif.messages import IndirectRequest
 from xvd.errors import ConfigError, XenstoreError
 from xvd.frontend.load import Job, run_load
-from xvd.frontend.settings import Settings, parse_settings
+from xvd.frontend.settings import Settings
 from xvd.machine.emulated.limits import Limits
 from xvd.toolstack.vbd import add, wait_for_state
 from xvd.toolstack.xldisk import parse_xl_disk
@@ -211,7 +211,7 @@ def test_guests_with_pages_of_any_size(page_size: int, segments: int) -> None:
 def test_settings_are_written_as_the_parameters_of_linux(
     texts: list[str], changed: dict[str, int]
 ) -> None:
-    assert parse_settings(texts) == replace(Settings(), **changed)
+    assert Settings.of(texts) == replace(Settings(), **changed)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_settings_are_written_as_the_parameters_of_linux(
 )
 def test_what_sets_nothing(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        parse_settings([text])
+        Settings.of([text])
 
 
 def test_a_page_size_that_no_guest_has() -> None:

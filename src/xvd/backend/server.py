@@ -12,7 +12,7 @@ from xvd.backend.budget import Budget
 from xvd.backend.device import Device, StorageOpener
 from xvd.backend.disk import ServedDisk
 from xvd.backend.rival import no_rival
-from xvd.backend.settings import Settings, parse_settings
+from xvd.backend.settings import Settings
 from xvd.backend.sharing import SharedStorage
 from xvd.backend.sizes import SizePoll
 from xvd.backend.xentop import XentopPages
@@ -71,7 +71,7 @@ class Server:
         self._budget = budget or Budget()
         self._rival = rival
         self._runtime = runtime
-        self._overrides = {name: dict(parse_settings(t)) for name, t in (overrides or {}).items()}
+        self._overrides = {name: Settings.parse(t) for name, t in (overrides or {}).items()}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._again: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -133,7 +133,7 @@ class Server:
 
         A disk keeps what was set for it alone. Raises `ConfigError`, and then nothing is changed.
         """
-        values = parse_settings(texts)
+        values = Settings.parse(texts)
         if disk:
             override = self._overrides.get(disk, {}) | values
             changed = self._settings.changed(override)

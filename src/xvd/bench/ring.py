@@ -27,7 +27,7 @@ GUEST = Domid(1)
 NULL = "null:256M,read-zeroes=off"
 """Storage that costs nothing: neither end moves data for it that a guest has not."""
 ONE_QUEUE = FrontendSettings(max_queues=1)
-MAPPING = BackendSettings(feature_persistent=0)
+MAPPING = BackendSettings(feature_persistent=False)
 COPYING = BackendSettings(copying=True)
 PERSISTENT = BackendSettings()
 

@@ -13,7 +13,7 @@ import typer
 from xvd.backend.pressure import MemoryPressure
 from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
-from xvd.backend.settings import Settings, parse_settings
+from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
 from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
@@ -66,7 +66,7 @@ def backend(
     common.start_logging(verbose)
     number = None if domid is None else Domid(domid)
     texts, overrides = common.split_settings(setting)
-    settings = Settings(copying=copy).changed(parse_settings(texts))
+    settings = Settings(copying=copy).changed(Settings.parse(texts))
     return running.run(_backend(host, number, kind, settings, overrides, layer))
 
 

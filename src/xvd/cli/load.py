@@ -17,7 +17,7 @@ from xvd.cli import common, output, running
 from xvd.engines.text import parse_size
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job, run_load
-from xvd.frontend.settings import Settings, parse_settings
+from xvd.frontend.settings import Settings
 from xvd.types import Domid
 
 MODES = {"persistent": PERSISTENT, "mapping": MAPPING, "copy": COPYING}
@@ -68,7 +68,7 @@ def load(
         parse_size(size), depth, parse_size(span), operations, writes, sequential, verify, seed,
         in_place,
     )  # fmt: skip
-    settings = parse_settings(setting)
+    settings = Settings.of(setting)
     own = Setup(engine, tuple(layer), MODES[mode], settings, job, filled=True)
 
     def once() -> Awaitable[Sample]:

@@ -13,7 +13,7 @@ from xvd.cli.control import ControlServer
 from xvd.errors import PeerClosed
 from xvd.export.nbd import NbdServer
 from xvd.frontend.disk import Disk
-from xvd.frontend.settings import Settings, parse_settings
+from xvd.frontend.settings import Settings
 from xvd.types import Domid
 
 CLOSE_S = 1.5
@@ -54,7 +54,7 @@ def nbd(
     common.start_logging(verbose)
     number = common.vdev_number(vdev)
     address = common.parse_tcp(tcp, allow_remote=allow_remote)
-    settings = parse_settings(setting)
+    settings = Settings.of(setting)
     with running.private_directory() as directory:
         where = socket or directory / "nbd.sock"
         work = _nbd(host, Domid(guest), number, settings, socket=where, tcp=address, command=run)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from xvd import embed
-from xvd.backend.settings import RANGES, Settings, parse_settings
+from xvd.backend.settings import Settings
 from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
 from xvd.cli.report import account, disk_figures
@@ -21,9 +21,7 @@ from xvd.engines.text import in_format
 from xvd.engines.uri import open_engine
 from xvd.errors import ConfigError
 from xvd.export.nbd import NbdServer
-from xvd.frontend.settings import RANGES as FRONT_RANGES
 from xvd.frontend.settings import Settings as FrontSettings
-from xvd.frontend.settings import parse_settings as parse_front_settings
 from xvd.toolstack.xldisk import XlDisk
 
 
@@ -90,8 +88,8 @@ def serve(
     disk = XlDisk(target=image, vdev=vdev, writable=not read_only)
     address = common.parse_tcp(tcp, allow_remote=allow_remote)
     back, front = split_ends(setting)
-    settings = Settings(copying=copy).changed(parse_settings(back))
-    front_settings = parse_front_settings(front)
+    settings = Settings(copying=copy).changed(Settings.parse(back))
+    front_settings = FrontSettings.of(front)
     engine = open_engine(image, read_only=read_only, layers=layer, user=f"{embed.GUEST}/{vdev}")
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
@@ -107,8 +105,8 @@ def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:
     Without an end it is of each that has a setting of that name.
     """
     ends: dict[str, tuple[Mapping[str, object], list[str]]] = {
-        "back": (RANGES, []),
-        "front": (FRONT_RANGES, []),
+        "back": (Settings.table(), []),
+        "front": (FrontSettings.table(), []),
     }
     for text in settings:
         end, colon, plain = text.rpartition(":")
@@ -117,7 +115,7 @@ def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:
             raise ConfigError(f"{text!r}: there are the ends {' and '.join(ends)}, and no {end!r}")
         of = [end] if colon else [one for one, (names, _) in ends.items() if name in names]
         if not of:
-            known = ", ".join(sorted({*RANGES, *FRONT_RANGES}))
+            known = ", ".join(sorted({*Settings.table(), *FrontSettings.table()}))
             raise ConfigError(f"{text!r} sets nothing; write NAME=VALUE with one of {known}")
         for one in of:
             ends[one][1].append(plain)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from xvd.backend.settings import LIVE, parse_settings
+from xvd.backend.settings import Settings
 from xvd.cli import common, output, running
 from xvd.cli.control import DaemonError
 from xvd.cli.daemons import ALIVE, ask_all, complain
@@ -29,7 +29,7 @@ def tune(
     What can be changed under a guest's hands holds at once, and is marked "live"; the rest from its
     next connection on. A daemon that is started anew begins with its own options again.
     """
-    parse_settings(setting)
+    Settings.parse(setting)
     name = common.disk_key(disk) if disk else ""
     return running.run(_tune(host, setting, name, json))
 
@@ -49,8 +49,9 @@ async def _tune(host: Path, texts: list[str], disk: str, json: bool) -> int:
 
 def _lines(living: dict[str, dict[str, Any]]) -> Iterator[str]:
     """A line for each setting; "-" for what is left to the machine."""
+    live = {name for name, row in Settings.table().items() if row.live}
     for daemon, values in living.items():
         for name, value in values.items():
-            live = "live" if name in LIVE else ""
             shown = "-" if value is None else value
-            yield f"{daemon:<14} {name:<32} {shown:>8} {live}".rstrip() + "\n"
+            when = "live" if name in live else ""
+            yield f"{daemon:<14} {name:<32} {shown:>8} {when}".rstrip() + "\n"

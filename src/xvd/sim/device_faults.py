@@ -64,7 +64,7 @@ class DeviceFaults:
             max_queues=prng.choose((1, 2, 4)),
             max_ring_page_order=prng.choose((0, 1, 2)),
             max_indirect_segments=prng.choose((0, 32, 256)),
-            feature_persistent=int(not prng.chance(3)),
+            feature_persistent=not prng.chance(3),
             max_persistent_grants=prng.choose((8, 1056)),
         )
 

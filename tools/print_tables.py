@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Print the tables of the code into the pages that show them, or check what is there.
+
+Usage: ``print_tables.py --write`` replaces what stands between the marks of each table,
+``print_tables.py --check`` exits with 1 when that is not what would be written.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+
+from xvd.backend.settings import Settings as BackendSettings  # noqa: E402
+from xvd.frontend.settings import Settings as FrontendSettings  # noqa: E402
+from xvd.xenbus.settings import Setting, SettingsBase  # noqa: E402
+
+
+def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """Return a table of Markdown."""
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(cells)} |\n".replace("|  |", "| |") for cells in lines)
+
+
+def settings(of: type[SettingsBase]) -> str:
+    """Return the table of one end's settings."""
+    defaults = {one.name: one.default for one in fields(of)}
+    body = [
+        (
+            f"`{name}`", row.usual or f"{defaults[name]:d}", span(row),
+            *(["yes" if row.live else ""] if any_live(of) else []), row.whose, row.meaning,
+        )
+        for name, row in of.table().items()
+    ]  # fmt: skip
+    live = ["live"] if any_live(of) else []
+    return rows(["name", "default", "range", *live, "whose", "what it does"], body)
+
+
+def any_live(of: type[SettingsBase]) -> bool:
+    """Whether there is one that may be changed while a disk is connected."""
+    return any(row.live for row in of.table().values())
+
+
+def span(row: Setting) -> str:
+    """Return which values there are."""
+    if row.is_switch or row.choices:
+        return ", ".join(map(str, row.choices or (0, 1)))
+    power = row.high >= 1 << 20 and row.high & (row.high - 1) == 0
+    return f"{row.low} to {f'2^{row.high.bit_length() - 1}' if power else row.high}"
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "backend settings": ("docs/settings.md", lambda: settings(BackendSettings)),
+    "frontend settings": ("docs/settings.md", lambda: settings(FrontendSettings)),
+}
+"""The page and the table of each mark."""
+
+
+def main(arguments: list[str]) -> int:
+    stale = False
+    for mark, (page, table) in TABLES.items():
+        path = ROOT / page
+        head = f"<!-- tools/print_tables.py: {mark} -->\n"
+        text = path.read_text()
+        before, found, rest = text.partition(head)
+        _, end, after = rest.partition("<!-- end -->\n")
+        if not found or not end:
+            print(f"{page} has no place for: {mark}", file=sys.stderr)
+            return 1
+        fresh = f"{before}{head}{table()}{end}{after}"
+        if arguments == ["--write"]:
+            path.write_text(fresh)
+        elif fresh != text:
+            print(f"{page} is stale: run tools/print_tables.py --write", file=sys.stderr)
+            stale = True
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
