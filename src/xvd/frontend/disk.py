@@ -4,9 +4,8 @@
 The operations persist over connections (pending.py): a caller sees a delay and no error. Reads and
 writes are whole: an operation of any length is one future, split on the ring.
 
-A write that does not begin or end on a block is a read and a write of the blocks at its edges, and
-a write of what lies between; it waits for writes in progress on its blocks, and new ones wait for
-it.
+A write that does not begin or end on a block waits for writes in progress on its blocks, and new
+ones wait for it (edges.py).
 
 What a backend does not do, although it said so, it says once: the feature is off from then on, and
 the operation is done in the next best way (blkif.h leaves that to the frontend).
@@ -15,20 +14,20 @@ the operation is done in the next best way (blkif.h leaves that to the frontend)
 import asyncio
 import errno
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
-from itertools import pairwise
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, DiscardFlag, InfoFlag, Op
+from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, DiscardFlag, Op
 from xvd.blkif.nodes import BackendFeatures
 from xvd.dataplane.types import HasPorts
 from xvd.errors import XvdError, describe
 from xvd.frontend.clients import DiskClients
 from xvd.frontend.connection import Connection
 from xvd.frontend.device import Device
+from xvd.frontend.edges import Edges
 from xvd.frontend.ending import wait_for_end
+from xvd.frontend.info import DiskInfo
 from xvd.frontend.pending import BlocksChanged, Pending
 from xvd.frontend.settings import Settings
 from xvd.frontend.statistics import Statistics
@@ -43,7 +42,7 @@ BARRIER_BYTES_MAX = MAX_SEGMENTS_PER_REQUEST * PAGE_SIZE
 """What one direct request carries."""
 
 
-class Disk:
+class Disk(DiskInfo):
     """One disk of this domain, from the frontend's side. All calls in the event loop's thread.
 
     Offsets and lengths are bytes. Errors are OSErrors with an errno: EINVAL for what is not on the
@@ -61,6 +60,7 @@ class Disk:
         settings: Settings | None = None,
         runtime: Runtime = THREADS,
     ) -> None:
+        super().__init__()
         self._clients = DiskClients()
         self._device = Device(
             machine,
@@ -73,11 +73,9 @@ class Disk:
             runtime=runtime,
         )
         self._connection: Connection | None = None
-        self._features: BackendFeatures | None = None
         self._pending = Pending()
-        self._withdrawn: set[Op] = set()
         self._past = Statistics()
-        self._edges: list[tuple[int, int, asyncio.Task[None]]] = []
+        self._edges = Edges(self._pending, self._clients)
         self._ended: OSError | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ready.add_done_callback(lambda future: future.cancelled() or future.exception())
@@ -146,81 +144,6 @@ class Disk:
             self._device.close()
         running, self._running = self._running, None
         await wait_for_end(running, self._device.abandon, timeout_s)
-
-    # ---- What the disk is ----
-
-    def _known(self) -> BackendFeatures:
-        if self._features is None:
-            raise OSError(errno.ENODEV, "the disk is not connected yet")
-        return self._features
-
-    @property
-    def size(self) -> int:
-        """Capacity in bytes."""
-        return self._known().sectors * RING_SECTOR_SIZE
-
-    @property
-    def logical_block_size(self) -> int:
-        """Smallest unit that the backend takes, bytes; this object takes any."""
-        return self._known().sector_size
-
-    @property
-    def physical_block_size(self) -> int:
-        """Smallest unit that the storage writes without reading first, bytes."""
-        return self._known().physical_sector_size
-
-    @property
-    def read_only(self) -> bool:
-        """Whether writes are refused."""
-        return bool(self._known().info & InfoFlag.READONLY)
-
-    @property
-    def can_flush(self) -> bool:
-        """Whether a flush reaches the medium; without it a flush succeeds and does nothing."""
-        return self._works(Op.FLUSH_DISKCACHE) or self._works(Op.WRITE_BARRIER)
-
-    @property
-    def can_discard(self) -> bool:
-        """Whether discard is offered."""
-        return self._works(Op.DISCARD)
-
-    @property
-    def can_discard_securely(self) -> bool:
-        """Whether the data is then beyond recovery, if asked."""
-        return self.can_discard and self._known().discard_secure
-
-    @property
-    def discard_granularity(self) -> int:
-        """Bytes: what is not a whole unit of these is not discarded; 0 without discard."""
-        return self._discard_unit()[0] if self.can_discard else 0
-
-    @property
-    def discard_alignment(self) -> int:
-        """Bytes from the beginning of the disk to the first unit."""
-        return self._discard_unit()[1] if self.can_discard else 0
-
-    def _discard_unit(self) -> tuple[int, int]:
-        """(granularity, alignment); what is not in whole blocks makes no sense and is left out."""
-        known, block = self._known(), self.logical_block_size
-        unit = known.discard_granularity
-        if unit == 0 or unit % block:
-            unit = block
-        return unit, known.discard_alignment % unit // block * block
-
-    def _works(self, operation: Op) -> bool:
-        """Whether the backend offers it, and has not said otherwise since."""
-        known = self._known()
-        offers = {
-            Op.FLUSH_DISKCACHE: known.flush,
-            Op.WRITE_BARRIER: known.barrier,
-            Op.DISCARD: known.discard,
-        }
-        return offers[operation] and operation not in self._withdrawn
-
-    @property
-    def features(self) -> BackendFeatures:
-        """The features that the backend publishes."""
-        return self._known()
 
     @property
     def device(self) -> Device:
@@ -297,30 +220,13 @@ class Disk:
 
     # ---- Operations ----
 
-    def _check(self, offset: int, length: int) -> None:
-        if offset < 0 or length < 0 or offset + length > self.size:
-            raise OSError(
-                errno.EINVAL, f"{length} bytes at {offset} are not on a disk of {self.size} bytes"
-            )
-
-    def _check_writable(self) -> None:
-        if self.read_only:
-            raise OSError(errno.EROFS, "the disk is read-only")
-
-    def _whole(self, offset: int, length: int) -> tuple[int, int]:
-        """The blocks that a range touches, as (first sector, sectors)."""
-        block = self.logical_block_size
-        start = offset // block * block
-        end = -(-(offset + length) // block) * block
-        return start // RING_SECTOR_SIZE, (end - start) // RING_SECTOR_SIZE
-
     async def read(self, offset: int, length: int) -> bytearray:
         """`length` bytes from `offset` on."""
         self._check(offset, length)
         if length == 0:
             return bytearray()
         while True:
-            first, sectors = self._whole(offset, length)
+            first, sectors = self.blocks_of(offset, length)
             buffer = bytearray(sectors * RING_SECTOR_SIZE)
             try:
                 await self._pending.run(Op.READ, first, sectors, buffer)
@@ -349,12 +255,12 @@ class Disk:
 
     async def _write(self, offset: int, data: memoryview) -> None:
         while True:
-            first, sectors = self._whole(offset, len(data))
+            first, sectors = self.blocks_of(offset, len(data))
             try:
                 if sectors * RING_SECTOR_SIZE != len(data):
-                    await self._write_edges(offset, data, first, sectors)
+                    await self._edges.write(self, offset, data)
                 else:
-                    await self._wait_for_edges(first, first + sectors)
+                    await self._edges.wait(first, first + sectors)
                     await self._pending.run(Op.WRITE, first, sectors, data)
             except BlocksChanged:
                 continue
@@ -362,11 +268,11 @@ class Disk:
 
     async def _write_barrier(self, offset: int, data: memoryview) -> bool:
         """Write and make durable in one request; False if that cannot be had."""
-        first, sectors = self._whole(offset, len(data))
+        first, sectors = self.blocks_of(offset, len(data))
         whole = sectors * RING_SECTOR_SIZE == len(data)
         if not whole or not self._works(Op.WRITE_BARRIER) or len(data) > BARRIER_BYTES_MAX:
             return False
-        await self._wait_for_edges(first, first + sectors)
+        await self._edges.wait(first, first + sectors)
         try:
             await self._pending.run(Op.WRITE_BARRIER, first, sectors, data)
         except BlocksChanged:
@@ -378,69 +284,13 @@ class Disk:
             return False
         return True
 
-    async def _wait_for_edges(self, first: int, end: int) -> None:
-        """Wait for every unaligned write in progress that touches these sectors."""
-
-        def touches(a: int, b: int) -> bool:
-            return a < end and first < b
-
-        while waiting := [w for a, b, w in self._edges if touches(a, b) and not w.done()]:
-            await asyncio.wait(waiting)
-
     async def change(self, offset: int, length: int, work: Callable[[], Awaitable[None]]) -> None:
         """Do `work`, which changes whole blocks in another way than by the ring, as if it were a
         write: no other write touches them meanwhile. Raises what a write and `work` do."""
         self._check(offset, length)
         self._check_writable()
-        first, sectors = self._whole(offset, length)
-        await self._hold(first, first + sectors, work)
-
-    async def _write_edges(self, offset: int, data: memoryview, first: int, sectors: int) -> None:
-        work = partial(self._read_and_write, offset, data)
-        await self._hold(first, first + sectors, work)
-
-    async def _hold(self, first: int, end: int, work: Callable[[], Awaitable[None]]) -> None:
-        await self._wait_for_edges(first, end)
-        change = asyncio.create_task(self._change(first, end, work))
-        entry = (first, end, change)
-        self._edges.append(entry)
-        change.add_done_callback(lambda _: self._edges.remove(entry))
-        # A caller that gives up does not end it: what is on the ring would still be written, and
-        # over the next writer's data in these blocks.
-        await asyncio.shield(change)
-
-    async def _change(self, first: int, end: int, work: Callable[[], Awaitable[None]]) -> None:
-        """Call it when the writes on these blocks have ended; new ones wait meanwhile."""
-        async with self._clients.kept_off(first, end):
-            for done in self._pending.writes_on(first, end):
-                await asyncio.wait([done])
-            await work()
-
-    async def _read_and_write(self, offset: int, data: memoryview) -> None:
-        """Read the blocks at the edges, change them, write."""
-        reads, writes, changes = [], [], []
-        for at, piece in self._pieces(offset, data):
-            start, sectors = self._whole(at, len(piece))
-            if sectors * RING_SECTOR_SIZE == len(piece):
-                writes.append((start, sectors, piece))
-                continue
-            block = memoryview(bytearray(sectors * RING_SECTOR_SIZE))
-            reads.append((start, sectors, block))
-            writes.append((start, sectors, block))
-            changes.append((block, at - start * RING_SECTOR_SIZE, piece))
-        await _all([self._pending.run(Op.READ, *one) for one in reads])
-        for block, skip, piece in changes:
-            block[skip : skip + len(piece)] = piece
-        # Submitted together they are one request, if they fit.
-        await _all([self._pending.run(Op.WRITE, *one) for one in writes])
-
-    def _pieces(self, offset: int, data: memoryview) -> list[tuple[int, memoryview]]:
-        """`data` cut at its first and its last block boundary: only edges are parts of blocks."""
-        block, end = self.logical_block_size, offset + len(data)
-        inner, outer = -(-offset // block) * block, end // block * block
-        cuts = [offset, inner, outer, end] if inner <= outer else [offset, end]
-        pairs = pairwise(cuts)
-        return [(a, data[a - offset : b - offset]) for a, b in pairs if a < b]
+        first, sectors = self.blocks_of(offset, length)
+        await self._edges.hold(first, first + sectors, work)
 
     async def flush(self) -> None:
         """Make durable every write that has returned.
@@ -498,10 +348,3 @@ class Disk:
             if error.errno == errno.EOPNOTSUPP:
                 self._withdraw(Op.DISCARD, "discard")
             raise
-
-
-async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
-    """Wait for all of them, then raise what the first that failed has raised."""
-    for outcome in await asyncio.gather(*work, return_exceptions=True):
-        if isinstance(outcome, BaseException):
-            raise outcome

@@ -85,8 +85,12 @@ class SteppedRunner:
 
     def _end(self) -> int:
         self._process.runners.remove(self)
-        self._process.loop.call_soon(self._on_exit, None)
+        self.tell_end()
         return _DRAINED
+
+    def tell_end(self) -> None:
+        """Tell who waits for it that it runs no more."""
+        self._process.loop.call_soon(self._on_exit, None)
 
 
 class Process:
@@ -100,6 +104,7 @@ class Process:
         self.runners: list[SteppedRunner] = []
         self.calls: list[Callable[[], None]] = []
         self.alive = True
+        self._left: list[SteppedRunner] = []
         self.connections = 0
         self._store = store
         self._domid = domid
@@ -147,7 +152,7 @@ class Process:
         self.alive = False
         for link in self.links:
             link.cut()
-        self.runners.clear()
+        self._left, self.runners = self.runners, []
         self.calls.clear()
         self.machine.close()
 
@@ -155,6 +160,8 @@ class Process:
         """Let what is left of a dead process's tasks unwind, when nothing it did can matter."""
         for task in asyncio.all_tasks(self.loop):
             task.cancel()
+        for runner in self._left:
+            runner.tell_end()
         for _ in range(_ROUNDS_MAX):
             if not asyncio.all_tasks(self.loop):
                 break
