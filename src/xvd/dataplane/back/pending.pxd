@@ -44,12 +44,13 @@ cdef struct pending:
     uint32_t waiting             # 1: a predecessor's, not begun yet
     uint8_t to_ask               # of what its operation asks of the storage, how much is left
     grant_mapping mapping        # what is mapped for this request only
-    uint32_t mapped              # 1: `mapping` is to be unmapped
-    uint32_t holding             # 1: the persistent grants in `room.held` are to be let go
     uint32_t passing             # how many of its references are mapped for it only
     uint32_t copying             # 1: its data goes through pages of our own
-    uint32_t failed              # 1: a grant could not be had
-    uint32_t starved             # 1: for want of room or memory of our own
+    # How far it is with its grants; side by side, so that a new request clears them at once.
+    uint8_t mapped               # 1: `mapping` is to be unmapped
+    uint8_t holding              # 1: the persistent grants in `room.held` are to be released
+    uint8_t failed               # 1: a grant could not be had
+    uint8_t starved              # 1: for want of room or memory of our own
     space *own                   # for a direct request's segments
     space *room                  # where this request's segments are: `own`, or a large one
     engine_io io
