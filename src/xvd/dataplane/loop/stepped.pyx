@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
 """A queue without a thread: whoever moves the time himself steps it, and gives it its events."""
 
 from libc.stdint cimport uint32_t, uint64_t
