@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages show the tables that the code has."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from xvd.backend.counters import BackCounters
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -14,3 +17,12 @@ def test_the_pages_tables_are_those_of_the_code() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_the_page_has_every_figure_once() -> None:
+    figures = (ROOT / "docs/settings.md").read_text().partition("## Figures")[2]
+    shown = [row.split("|")[1] for row in figures.splitlines() if row.startswith("| `")]
+
+    names = re.findall(r"\w+", " ".join(shown))
+
+    assert sorted(names) == sorted(BackCounters.names())

@@ -7,7 +7,6 @@ from rig_engines import ByHand
 from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
-from xvd.backend.counters import merge_counters
 from xvd.backend.features import features_of, offered_operations
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import InfoFlag, Op
@@ -58,18 +57,6 @@ def test_a_queue_is_offered_what_the_frontend_was_told(number: int) -> None:
     )
 
 
-def test_counters_are_added_by_name_and_refusals_by_reason() -> None:
-    first = {"requests": 3, "refusals": {"read_only": 1}, "latency": {"read": [1, 0]}}
-    second = {
-        "requests": 4, "errors": 1, "refusals": {"read_only": 1, "bad_grant": 2},
-        "latency": {"read": [2, 3]},
-    }  # fmt: skip
-    assert merge_counters(first, second) == {
-        "requests": 7, "errors": 1, "refusals": {"read_only": 2, "bad_grant": 2},
-        "latency": {"read": [3, 3]},
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize(("copying", "mode"), [(False, "mapping"), (True, "grant copy")])
 def test_counters_outlive_a_connection(copying: bool, mode: str) -> None:
     async def work() -> None:
@@ -82,8 +69,8 @@ def test_counters_outlive_a_connection(copying: bool, mode: str) -> None:
             [device] = world.server.devices.values()
             await until(lambda: device.disk.connection is None)
             assert device.disk.mode == mode
-            assert device.disk.counters()["wr_req"] == 2
-            assert device.disk.counters()["copied"] == (2 if copying else 0)
+            assert device.disk.counters().wr_req == 2
+            assert device.disk.counters().copied == (2 if copying else 0)
 
     run(work())
 
@@ -255,7 +242,7 @@ def test_the_limit_is_a_rings_or_a_ring_pages(scaled: bool, kept: int) -> None:
             await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
             assert world.server is not None
             [device] = world.server.devices.values()
-            assert device.disk.counters()["persistent_grants"] == kept
+            assert device.disk.counters().persistent_grants == kept
             frontend.close()
 
     run(work())

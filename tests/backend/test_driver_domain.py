@@ -9,6 +9,7 @@ import pytest
 from rig_disk import World, disk_world, opener, run, until
 
 from xvd.backend import server as server_module
+from xvd.backend.counters import BackCounters
 from xvd.backend.server import Server
 from xvd.backend.xentop import PAGE, XentopPage, XentopPages
 from xvd.errors import XenstoreError
@@ -103,7 +104,7 @@ def test_a_store_that_fails_once_costs_one_look(
 
 def test_xentop_reads_a_page_of_96_bytes(tmp_path: Path) -> None:
     page = XentopPage(3, 51712, directory=tmp_path)
-    page.update({"rd_req": 5, "rd_sect": 40, "wr_req": 2, "wr_sect": 16, "in_flight": 1})
+    page.update(BackCounters(rd_req=5, rd_sect=40, wr_req=2, wr_sect=16, in_flight=1))
     data = (tmp_path / f"td3-{os.getpid()}/vbd-3-51712").read_bytes()
     assert len(data) == 96
     assert PAGE.unpack(data) == (1, 0, 1, 5, 5, 40, 0, 2, 2, 16, 0, 0, 0)
@@ -121,7 +122,7 @@ def test_a_killed_predecessors_page_is_removed(tmp_path: Path) -> None:
             await world.store.write(f"{path}/kthread-pid", "4194304")
             await world.store.write(f"{path}/state", "4")
             pages = XentopPages(world.store, tmp_path)
-            await pages.add(path, dict)
+            await pages.add(path, BackCounters)
             assert await world.store.read(f"{path}/kthread-pid") == str(os.getpid())
             assert os.listdir(tmp_path) == [f"td3-{os.getpid()}"]
             pages.close()
@@ -134,7 +135,7 @@ def test_only_the_kind_that_xentop_looks_for_has_a_page(tmp_path: Path) -> None:
     async def work() -> None:
         async with disk_world(serve=False) as world:
             pages = XentopPages(world.store, tmp_path)
-            await pages.add("backend/vbd/1/51712", dict)
+            await pages.add("backend/vbd/1/51712", BackCounters)
             assert os.listdir(tmp_path) == []
             pages.close()
 

@@ -44,7 +44,7 @@ async def waiting_at_the_storage(world: World, engines: list[ByHand]) -> tuple[R
     frontend.queues[0].put(*(rq(Op.READ, 0, segment, id=i) for i in range(3)))
     assert world.server is not None
     device = world.server.device(f"1/{vbd.vdev}")
-    await until(lambda: device.disk.counters().get("in_flight") == 3)
+    await until(lambda: device.disk.counters().in_flight == 3)
     return frontend, vbd
 
 
@@ -249,11 +249,11 @@ def test_a_disk_whose_ring_is_full_takes_no_requests_from_another() -> None:
             frontend.queues[0].put(*(rq(Op.READ, 0, segment, id=i) for i in range(3, 32)))
             assert world.server is not None
             device = world.server.device(f"1/{vbd.vdev}")
-            await until(lambda: device.disk.counters().get("in_flight") == 32)
+            await until(lambda: device.disk.counters().in_flight == 32)
             async with await world.disk(vdev="xvdb") as other:
                 await asyncio.gather(*(other.write(i * 8192, b"own") for i in range(64)))
                 assert await other.read(63 * 8192, 3) == b"own"
-            assert device.disk.counters()["in_flight"] == 32
+            assert device.disk.counters().in_flight == 32
             for operation in engines[0].channel.take():
                 operation.complete()
             assert len(await frontend.queues[0].answers(32)) == 32

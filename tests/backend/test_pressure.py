@@ -20,10 +20,10 @@ def test_a_squeezed_server_gives_back_what_its_disks_keep() -> None:
                 await disk.write(0, bytes(4096))
                 assert world.server is not None
                 [device] = world.server.devices.values()
-                assert device.disk.counters()["buffer_pages"] == 1
+                assert device.disk.counters().buffer_pages == 1
                 world.server.squeeze()
-                await until(lambda: device.disk.counters()["buffer_pages"] == 0)
-                assert device.disk.counters()["buffer_pages_released"] == 1
+                await until(lambda: device.disk.counters().buffer_pages == 0)
+                assert device.disk.counters().buffer_pages_released == 1
 
     run(work())
 

@@ -94,7 +94,7 @@ def test_every_queue_serves_and_counts_for_itself(order: int) -> None:
             assert device.disk.connection is not None
             counted = [link.queue.counters()["rd_req"] for link in device.disk.connection.links]
             assert counted == [1, 2, 3, 4]
-            assert device.disk.counters()["rd_req"] == 10
+            assert device.disk.counters().rd_req == 10
             frontend.close()
 
     run(work())

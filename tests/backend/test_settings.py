@@ -82,7 +82,7 @@ async def four_grants_kept(world: World) -> tuple[RawFrontend, Device]:
     await frontend.ask(rq(Op.READ, 0, *map(Segment, frontend.pages.grefs)))
     assert world.server is not None
     device = world.server.device("1/51712")
-    assert device.disk.counters()["persistent_grants"] == 4
+    assert device.disk.counters().persistent_grants == 4
     return frontend, device
 
 
@@ -92,7 +92,7 @@ def test_what_is_live_holds_at_once() -> None:
             frontend, device = await four_grants_kept(world)
             assert world.server is not None
             values = world.server.change(["max_persistent_grants=1"])
-            await until(lambda: device.disk.counters()["persistent_grants"] == 1)
+            await until(lambda: device.disk.counters().persistent_grants == 1)
             assert values["max_persistent_grants"] == 1
             frontend.close()
 
@@ -110,7 +110,7 @@ def test_grants_that_are_unused_for_as_long_as_is_set_now_are_let_go(
             frontend, device = await four_grants_kept(world)
             assert world.server is not None
             world.server.change(["persistent_grant_unused_seconds=1"])
-            await until(lambda: device.disk.counters()["persistent_grants"] == 0)
+            await until(lambda: device.disk.counters().persistent_grants == 0)
             frontend.close()
 
     run(work())
@@ -146,7 +146,7 @@ def test_how_long_to_look_is_the_machines_affair_unless_it_is_set(
             assert world.server is not None
             connection = world.server.device("1/51712").disk.connection
             assert connection is not None
-            assert (connection.loop_counters()["poll_ns"] > 0) is polls
+            assert (connection.loop_counters().poll_ns > 0) is polls
 
     run(work())
 

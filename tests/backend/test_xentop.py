@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from xvd.backend.counters import BackCounters
 from xvd.backend.xentop import PAGE, XentopPage, page_path, remove_page
 from xvd.errors import ConfigError
 
@@ -19,7 +20,7 @@ def as_root() -> None:
 
 def test_a_page_shows_what_is_counted_and_goes_with_its_disk(tmp_path: Path) -> None:
     page = XentopPage(1, 51712, directory=tmp_path)
-    page.update({"rd_req": 3, "rd_sect": 24, "storage_errors": 1})
+    page.update(BackCounters(rd_req=3, rd_sect=24, storage_errors=1))
 
     shown = PAGE.unpack(page.path.read_bytes())
     page.close()

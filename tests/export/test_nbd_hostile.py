@@ -183,7 +183,7 @@ def test_the_zeroing_of_a_client_that_left_is_given_up(
     client.socket.close()
     while served.call(counters(served))["connected"] > 1:
         assert bystander.ask(FLUSH) == 0
-    assert served.disk.counters()["wr_sect"] < 100 * SIZE // 512
+    assert served.disk.counters().wr_sect < 100 * SIZE // 512
 
 
 def test_one_client_too_many_is_turned_away(served: Served) -> None:

@@ -146,7 +146,7 @@ def test_a_part_of_a_block_waits_for_the_whole_block_that_is_under_way(tmp_path:
             whole.go()
             part.go()
             whole.request(WRITE, 0, 512, payload=b"w" * 512)
-            while served.disk.counters()["requests"] < 1:
+            while served.disk.counters().requests < 1:
                 pass
             assert part.write(100, b"part") == 0
             assert whole.reply().error == 0
@@ -160,7 +160,7 @@ def test_a_whole_block_waits_for_the_part_that_is_being_changed(tmp_path: Path) 
             whole.go()
             part.go()
             part.request(WRITE, 100, 4, payload=b"part")
-            while served.disk.counters()["requests"] < 1:
+            while served.disk.counters().requests < 1:
                 pass
             assert whole.write(0, b"w" * 512) == 0
             assert part.reply().error == 0

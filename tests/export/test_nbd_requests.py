@@ -60,9 +60,9 @@ def test_commands_without_data_succeed(client: NbdClient, command: int, flags: i
 
 
 def test_fua_flushes_after_the_write(served: Served, client: NbdClient) -> None:
-    before = served.disk.counters()["requests"]
+    before = served.disk.counters().requests
     client.write(0, bytes(4096), flags=FUA)
-    assert served.disk.counters()["requests"] - before == 2
+    assert served.disk.counters().requests - before == 2
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 3 << 20), (100, 1 << 20), (513, 7)])

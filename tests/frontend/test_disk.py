@@ -57,7 +57,7 @@ def test_a_disk_says_what_it_is() -> None:
         async with disk_world() as world, await world.disk("memory:8M") as disk:
             assert (disk.size, disk.logical_block_size, disk.read_only) == (8 << 20, 512, False)
             assert (disk.can_flush, disk.can_discard) == (True, True)
-            assert disk.counters()["requests"] == 0
+            assert disk.counters().requests == 0
 
     run(work())
 
@@ -91,7 +91,7 @@ def test_empty_operations_do_nothing() -> None:
             assert await disk.read(100, 0) == b""
             await disk.discard(100, 0)
             await disk.discard(100, 600)  # no whole block within
-            assert disk.counters()["requests"] == 0
+            assert disk.counters().requests == 0
 
     run(work())
 
@@ -195,7 +195,7 @@ def test_a_backend_that_withdraws_flush(expect_log) -> None:
             await disk.flush()
             assert not disk.can_flush
             await disk.flush()
-            assert disk.counters()["requests"] == 2  # the other was an empty barrier
+            assert disk.counters().requests == 2  # the other was an empty barrier
 
     run(work())
     assert len(expect_log.lines) == 2

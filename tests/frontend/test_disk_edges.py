@@ -17,13 +17,13 @@ def test_a_write_that_is_cancelled_keeps_its_blocks_until_it_is_over() -> None:
     async def scenario() -> int:
         async with emulated_disk("memory:1M", layers=["delay:write=1s"]) as disk:
             given_up = asyncio.create_task(disk.write(100, b"a"))
-            while disk.counters()["requests"] < 2:  # noqa: ASYNC110 - no bell rings for it
+            while disk.counters().requests < 2:  # noqa: ASYNC110 - no bell rings for it
                 await asyncio.sleep(0)
             given_up.cancel()
             await asyncio.wait([given_up])
             following = asyncio.create_task(disk.write(0, bytes(512)))
             await asyncio.wait([following], timeout=0.05)  # enough for the ring, were it let
-            on_ring = disk.counters()["requests"]
+            on_ring = disk.counters().requests
             await following
             return on_ring
 

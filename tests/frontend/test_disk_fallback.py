@@ -246,8 +246,8 @@ def test_an_unaligned_write_reads_its_edges_only(
             start = disk.counters()
             await disk.write(offset, b"#" * size)
             end = disk.counters()
-            assert end["rd_sect"] - start["rd_sect"] == read
-            assert end["wr_sect"] - start["wr_sect"] == written
+            assert end.rd_sect - start.rd_sect == read
+            assert end.wr_sect - start.wr_sect == written
             expected = before[:offset] + b"#" * size + before[offset + size :]
             assert backend.storage[:199_000] == expected[:199_000]
 

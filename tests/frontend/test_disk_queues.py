@@ -114,7 +114,7 @@ def test_a_sequence_stays_on_its_queue_and_is_joined() -> None:
             async with model_disk(world, max_queues=4) as (disk, backend):
                 await asyncio.gather(*(disk.write(i * 4096, bytes([i]) * 4096) for i in range(32)))
                 assert sum(bool(ring.taken) for ring in backend.rings) == 1
-                assert disk.counters()["merged"] == 32 - len(backend.seen)
+                assert disk.counters().merged == 32 - len(backend.seen)
                 expected = b"".join(bytes([i]) * 4096 for i in range(32))
                 assert await disk.read(0, 32 * 4096) == expected
 
@@ -131,7 +131,7 @@ def test_persistent_grants_need_both() -> None:
                 for _ in range(10):
                     await disk.write(0, bytes(4096))
                 counted = disk.counters()
-                return counted["granted"], counted["reused"]
+                return counted.granted, counted.reused
 
     assert run(counters(True, True)) == (1, 9)
     assert run(counters(False, True)) == (10, 0)
@@ -278,11 +278,11 @@ def test_grants_that_the_backend_has_dropped_are_ended_every_ten_seconds(monkeyp
                 await until(lambda: len(backend.seen) == 8)
                 backend.paused = False
                 await asyncio.gather(*writes)
-                assert disk.counters()["revoked"] == 0
+                assert disk.counters().revoked == 0
                 for mapping in backend.kept.values():
                     mapping.close()
                 backend.kept.clear()
-                await until(lambda: disk.counters()["revoked"] == 8)
+                await until(lambda: disk.counters().revoked == 8)
 
     run(work())
 

@@ -3,12 +3,12 @@
 
 import asyncio
 
-import pytest
 from rig_backend import RICH, model_disk
 from rig_disk import disk_world, run, until
 
-from xvd.frontend.statistics import Statistics, percentile
+from xvd.frontend.statistics import FrontCounters, Statistics
 from xvd.machine.emulated.limits import Limits
+from xvd.xenbus.counters import percentile
 
 LARGE = Limits(pages=32768, grefs=16384, tracks=16384, ports=64)
 
@@ -23,11 +23,12 @@ def test_requests_are_counted_by_kind_and_queue() -> None:
                 await disk.flush()
                 await disk.discard(0, 4096)
                 counted = disk.counters()
-                assert [counted[k] for k in ("rd_req", "wr_req", "f_req", "ds_req")] == [4, 4, 1, 1]
-                assert (counted["rd_sect"], counted["wr_sect"]) == (4, 8)
-                by_queue = disk.statistics().counters
-                assert sum(queue["requests"] for queue in by_queue) == 10
-                assert all(queue["requests"] for queue in by_queue)
+                assert (counted.rd_req, counted.wr_req) == (4, 4)
+                assert (counted.f_req, counted.ds_req) == (1, 1)
+                assert (counted.rd_sect, counted.wr_sect) == (4, 8)
+                by_queue = disk.statistics().queues
+                assert sum(queue.requests for queue in by_queue) == 10
+                assert all(queue.requests for queue in by_queue)
 
     run(work())
 
@@ -41,7 +42,7 @@ def test_every_answer_is_in_one_bucket_of_its_kind() -> None:
                 await disk.read(0, 1)
                 await disk.flush()
                 await disk.discard(0, 4096)
-                latency = disk.statistics().latency()
+                latency = disk.counters().latency
                 sums = {kind: sum(counts) for kind, counts in latency.items()}
                 assert sums == {"read": 1, "write": 5, "flush": 1, "discard": 1}
                 assert {len(counts) for counts in latency.values()} == {40}
@@ -58,17 +59,17 @@ def test_figures_outlive_a_connection() -> None:
                 backend.paused = True
                 writing = asyncio.ensure_future(disk.write(512, bytes(512)))
                 await until(lambda: len(backend.seen) == 2)
-                assert disk.counters()["in_flight"] == 1
+                assert disk.counters().in_flight == 1
                 backend.paused = False
                 await backend.come_back(RICH)
                 await writing
                 counted = disk.counters()
-                assert (counted["requests"], counted["responses"], counted["in_flight"]) == (
+                assert (counted.requests, counted.responses, counted.in_flight) == (
                     3,
                     2,
                     0,
                 )
-                assert sum(disk.statistics().latency()["write"]) == 2
+                assert sum(disk.counters().latency["write"]) == 2
 
     run(work())
 
@@ -80,21 +81,13 @@ def test_persistent_grants_are_counted_as_hits_and_misses() -> None:
                 for _ in range(3):
                     await disk.write(0, bytes(8192))
                 counted = disk.counters()
-                assert (counted["granted"], counted["reused"], counted["revoked"]) == (2, 4, 0)
+                assert (counted.granted, counted.reused, counted.revoked) == (2, 4, 0)
 
     run(work())
 
 
 def test_nothing_is_counted_before_the_first_connection() -> None:
     nothing = Statistics()
-    assert (nothing.total(), nothing.latency()) == ({}, {})
 
-
-@pytest.mark.parametrize(
-    ("counts", "percent", "wanted"),
-    [([], 50, 0), ([0, 0], 50, 0), ([1], 50, 2), ([0, 99, 1], 99, 4), ([0, 99, 1], 100, 8)],
-)
-def test_percentiles_are_the_upper_bounds_of_buckets(
-    counts: list[int], percent: float, wanted: int
-) -> None:
-    assert percentile(counts, percent) == wanted
+    assert nothing.total() == FrontCounters()
+    assert set(nothing.figures()["frontend"].values()) == {0}

@@ -156,8 +156,9 @@ class Pair:
         await self.write(MIB + 5 * 512, length)
         await self.check_range(MIB, length + 8 * KIB)
         after = self.disk.counters()
-        more = [after[name] - before[name] for name in ("wr_req", "rd_req", "indirect")]
-        assert more == [2, 2, 2 if self.case.indirect else 0]
+        assert after.wr_req - before.wr_req == 2
+        assert after.rd_req - before.rd_req == 2
+        assert after.indirect - before.indirect == (2 if self.case.indirect else 0)
 
     async def durable_writes(self) -> None:
         """A barrier with as much data as it can have, or a write; then a flush."""
@@ -166,8 +167,7 @@ class Pair:
         await self.write(20 * MIB + 512, length, fua=barrier)
         await self.disk.flush()
         assert (
-            self.disk.counters()["f_req"]
-            == {"flush": 1, "barrier": 2, "none": 0}[self.case.durable]
+            self.disk.counters().f_req == {"flush": 1, "barrier": 2, "none": 0}[self.case.durable]
         )
         await self.check_range(20 * MIB, length + KIB)
 
@@ -184,11 +184,11 @@ class Pair:
         """Both ends have counted the same, on every queue, and moved data as agreed."""
         front, back = self.disk.counters(), self.backend.counters()
         names = ("rd_req", "wr_req", "f_req", "ds_req", "rd_sect", "wr_sect")
-        assert [front[name] for name in names] == [back[name] for name in names]
-        assert (front["errors"], back["errors"], back["refusals"]) == (0, 0, {})
+        assert [getattr(front, name) for name in names] == [getattr(back, name) for name in names]
+        assert (front.errors, back.errors, back.refusals) == (0, 0, {})
         assert all(link.queue.counters()["wr_req"] for link in self.backend.links)
-        assert bool(back["mapped"]) == (self.case.mode != "copy")
-        reused = bool(front["reused"]), bool(back["persistent_hits"])
+        assert bool(back.mapped) == (self.case.mode != "copy")
+        reused = bool(front.reused), bool(back.persistent_hits)
         assert reused == (self.case.mode == "persistent",) * 2
 
 

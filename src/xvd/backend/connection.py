@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from xvd.backend.budget import Lease
-from xvd.backend.counters import merge_counters
+from xvd.backend.counters import BackCounters
 from xvd.backend.features import offered_operations
 from xvd.backend.journal import Journal
 from xvd.backend.settings import Settings
@@ -24,6 +24,7 @@ from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, PeerProtocolError
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
+from xvd.xenbus.counters import LoopCounters, total
 from xvd.xenbus.link import BackLink
 from xvd.xenbus.links import Links
 from xvd.xenbus.runner import LoopOptions, Runtime
@@ -212,20 +213,14 @@ class Connection(Links[BackLink]):
 
     # ---- Figures, and the end ----
 
-    def counters(self) -> dict[str, object]:
+    def counters(self) -> BackCounters:
         """Add the counters up over the queues."""
-        total: dict[str, object] = {}
-        for link in self.links:
-            total = merge_counters(total, link.queue.counters())
-        return total
+        return total(BackCounters, (BackCounters.of(link.queue.counters()) for link in self.links))
 
-    def loop_counters(self) -> dict[str, object]:
+    def loop_counters(self) -> LoopCounters:
         """How often the threads slept and were woken, added over the queues."""
-        total: dict[str, object] = {}
-        for link in self.links:
-            if link.runner is not None:
-                total = merge_counters(total, dict(link.runner.counters()))
-        return total
+        runners = [link.runner for link in self.links if link.runner is not None]
+        return total(LoopCounters, (LoopCounters.of(one.counters()) for one in runners))
 
     def release(self) -> None:
         """Unmap and unbind; only after the threads have ended. Idempotent."""

@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counters by name, and adding them: over the queues of a disk, and over its connections."""
+"""What a backend's queues count."""
 
-from typing import Any, Final
+from dataclasses import dataclass, field
 
-NOW: Final = ("in_flight", "persistent_grants", "buffer_pages")
-"""The counters of a moment: they are empty again when a connection has ended."""
-
-
-def merge_counters(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """Add counters by name: refusals by reason, histograms count by count."""
-    merged = dict(a)
-    for name, value in b.items():
-        if isinstance(value, dict):
-            merged[name] = merge_counters(merged.get(name, {}), value)
-        elif isinstance(value, list):
-            before = merged.get(name, [0] * len(value))
-            merged[name] = [one + other for one, other in zip(before, value, strict=True)]
-        else:
-            merged[name] = merged.get(name, 0) + value
-    return merged
+from xvd.xenbus.counters import QueueCounters, of_the_moment
 
 
-def without_now(counters: dict[str, Any]) -> dict[str, Any]:
-    """Return the counters of a connection that has ended."""
-    return counters | dict.fromkeys(NOW, 0)
+@dataclass(frozen=True, slots=True)
+class BackCounters(QueueCounters):
+    """By blkback's names where it has them; docs/settings.md says what each counts."""
+
+    ds_sect: int = 0
+    oo_req: int = 0
+    storage_errors: int = 0
+    mapped: int = 0
+    unmapped: int = 0
+    copied: int = 0
+    map_calls: int = 0
+    unmap_calls: int = 0
+    copy_calls: int = 0
+    buffer_pages_released: int = 0
+    persistent_hits: int = 0
+    persistent_misses: int = 0
+    persistent_purged: int = 0
+    recovered: int = 0
+    starved: int = 0
+    buffer_pages: int = of_the_moment()
+    persistent_grants: int = of_the_moment()
+    refusals: dict[str, int] = field(default_factory=dict)

@@ -3,9 +3,10 @@
 done with them while they are in use."""
 
 from collections.abc import Callable
+from typing import Final
 
 from xvd.backend.connection import Connection
-from xvd.backend.counters import merge_counters, without_now
+from xvd.backend.counters import BackCounters
 from xvd.backend.opened import Opened
 from xvd.backend.room import Room
 from xvd.backend.serving import Serving
@@ -15,6 +16,8 @@ from xvd.engines.interface import Engine
 from xvd.errors import ConfigError
 from xvd.xenbus.log import DeviceLog
 from xvd.xenbus.runner import Runtime
+
+_LOGGED: Final = ("oo_req", "rd_req", "wr_req", "f_req", "ds_req", "persistent_grants")
 
 
 class ServedDisk:
@@ -36,7 +39,7 @@ class ServedDisk:
         self.settings = settings
         self.opened: Opened | None = None
         self.serving: Serving | None = None
-        self.totals: dict[str, object] = {}
+        self.totals = BackCounters()
         """What was counted over the connections that have ended."""
         self._runtime = runtime
         self._resized = resized
@@ -90,7 +93,7 @@ class ServedDisk:
     def has_ended(self, serving: Serving) -> None:
         """Note that the connection has ended."""
         self.serving = None
-        self.totals = merge_counters(self.totals, without_now(serving.connection.counters()))
+        self.totals = self.totals + serving.connection.counters().over()
 
     async def disconnect(self) -> None:
         """Finish what is in flight and give everything back."""
@@ -149,11 +152,11 @@ class ServedDisk:
     def log_figures(self) -> None:
         """Log the counters in one line, if ``log_stats`` is set."""
         if self.settings.log_stats:
-            counts, names = self.counters(), "oo_req rd_req wr_req f_req ds_req persistent_grants"
-            self.log.info("%s", ", ".join(f"{it} {counts.get(it, 0)}" for it in names.split()))
+            counts = self.counters().numbers()
+            self.log.info("%s", ", ".join(f"{name} {counts[name]}" for name in _LOGGED))
 
-    def counters(self) -> dict[str, object]:
+    def counters(self) -> BackCounters:
         """Return the counters since the disk came up, over all connections."""
         if self.connection is None:
-            return dict(self.totals)
-        return merge_counters(self.totals, self.connection.counters())
+            return self.totals
+        return self.totals + self.connection.counters()

@@ -10,10 +10,11 @@ import contextlib
 import logging
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
+from xvd.backend.counters import BackCounters
 from xvd.errors import ConfigError, describe
 from xvd.files import create_own, open_own_directory, own_directory, remove
 from xvd.machine.xs.client import XenstoreClient
@@ -48,17 +49,15 @@ class XentopPage:
         finally:
             os.close(where)
         self._last = b""
-        self.update({})
+        self.update(BackCounters())
 
-    def update(self, counters: Mapping[str, Any]) -> None:
+    def update(self, counters: BackCounters) -> None:
         """Show a disk's counters, by blkback's names."""
-        reads, writes = (counters.get(f"{kind}_req", 0) for kind in ("rd", "wr"))
-        outstanding = counters.get("in_flight", 0)
         page = PAGE.pack(
-            1, 0, outstanding,
-            reads, reads, counters.get("rd_sect", 0), 0,
-            writes, writes, counters.get("wr_sect", 0), 0,
-            counters.get("storage_errors", 0), 0,
+            1, 0, counters.in_flight,
+            counters.rd_req, counters.rd_req, counters.rd_sect, 0,
+            counters.wr_req, counters.wr_req, counters.wr_sect, 0,
+            counters.storage_errors, 0,
         )  # fmt: skip
         if page != self._last:
             os.pwrite(self._fd, page, 0)
@@ -95,10 +94,10 @@ class XentopPages:
     def __init__(self, store: XenstoreClient, directory: Path = DIRECTORY) -> None:
         self._store = store
         self._directory = directory
-        self._pages: dict[str, tuple[XentopPage, Callable[[], Mapping[str, Any]]]] = {}
+        self._pages: dict[str, tuple[XentopPage, Callable[[], BackCounters]]] = {}
         self._timer: asyncio.TimerHandle | None = None
 
-    async def add(self, path: str, counters: Callable[[], Mapping[str, Any]]) -> None:
+    async def add(self, path: str, counters: Callable[[], BackCounters]) -> None:
         """Show the disk at ``backend/vbd3/DOM/VDEV``; other kinds have no page.
 
         To be called before the disk is offered: libxenstat asks once. What cannot be shown is

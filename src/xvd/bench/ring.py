@@ -140,9 +140,9 @@ def backend_counters(server: Server) -> dict[str, float]:
     for device in server.devices.values():
         if device.disk.connection is None:
             continue
-        figures = device.disk.connection.counters() | device.disk.connection.loop_counters()
-        for name, value in figures.items():
-            if isinstance(value, int):
+        connection = device.disk.connection
+        for counters in (connection.counters(), connection.loop_counters()):
+            for name, value in counters.numbers().items():
                 total[f"back_{name}"] = total.get(f"back_{name}", 0) + value
     return total
 

@@ -3,8 +3,10 @@
 
 from typing import Any
 
+from xvd.backend.counters import BackCounters
 from xvd.backend.device import Device
 from xvd.frontend.disk import Disk
+from xvd.frontend.statistics import FrontCounters
 from xvd.types import RING_SECTOR_SIZE
 
 
@@ -16,7 +18,7 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         "path": device.path,
         "state": device.state.name,
         "image": device.assignment.image if device.assignment else "",
-        "counters": device.disk.counters(),
+        "counters": device.disk.counters().figures(),
     }
     if features is not None:
         figures["sectors"] = features.sectors
@@ -28,7 +30,7 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         figures["queues"] = len(connection.config.queues)
         figures["queue_counters"] = [link.queue.counters() for link in connection.links]
         figures["persistent_negotiated"] = connection.plan.persistent
-        figures["loop"] = connection.loop_counters()
+        figures["loop"] = connection.loop_counters().figures()
         figures["mode"] = device.disk.mode
     if disk is not None:
         figures |= disk.statistics().figures()
@@ -46,28 +48,28 @@ def _size(count: int) -> str:
 
 def account(figures: dict[str, Any], seconds: float) -> str:
     """Tell what happened on one disk, in a few lines."""
-    back = figures["counters"]
-    front = figures.get("frontend", {})
-    sent = back["notified"] + front.get("notified", 0)
+    back = BackCounters.of(figures["counters"])
+    front = FrontCounters.of(figures.get("frontend", {}))
+    sent = back.notified + front.notified
     # One for each request and each response would be needed if nobody held any back.
-    saved = back["requests"] + back["responses"] - sent
-    refused = sum(back["refusals"].values())
-    handled = f"{back['mapped']} mapped and {back['unmapped']} unmapped"
+    saved = back.requests + back.responses - sent
+    refused = sum(back.refusals.values())
+    handled = f"{back.mapped} mapped and {back.unmapped} unmapped"
     if figures.get("mode") == "persistent grants":
-        handled += f"; {back['persistent_hits']} found mapped"
+        handled += f"; {back.persistent_hits} found mapped"
     if figures.get("mode") == "grant copy":
-        handled = f"{back['copied']} copied"
+        handled = f"{back.copied} copied"
     return "\n".join(
         (
             f"disk           {figures['image']}, {_size(figures['sectors'] * RING_SECTOR_SIZE)}",
             f"negotiated     {figures['protocol']}, {figures['queues']} queue, "
             f"{figures['ring_pages']} ring page, {figures['mode']}, "
             f"flush {_yes(figures['flush'])}, discard {_yes(figures['discard'])}",
-            f"requests       {back['requests']}: {back['rd_req']} reads, {back['wr_req']} writes, "
-            f"{back['f_req']} flushes, {back['ds_req']} discards; {refused} refused, "
-            f"{back['errors']} failed",
-            f"data           {_size(back['rd_sect'] * RING_SECTOR_SIZE)} read, "
-            f"{_size(back['wr_sect'] * RING_SECTOR_SIZE)} written",
+            f"requests       {back.requests}: {back.rd_req} reads, {back.wr_req} writes, "
+            f"{back.f_req} flushes, {back.ds_req} discards; {refused} refused, "
+            f"{back.errors} failed",
+            f"data           {_size(back.rd_sect * RING_SECTOR_SIZE)} read, "
+            f"{_size(back.wr_sect * RING_SECTOR_SIZE)} written",
             f"grants         {handled}",
             f"notifications  {sent} sent, {saved} saved by batching and hold-off",
             f"time           {seconds:.1f} s",

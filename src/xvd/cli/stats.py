@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Final
 
+from xvd.backend.counters import BackCounters
 from xvd.cli import common, output, running
 from xvd.cli.daemons import ALIVE, Answer, ask_all, complain
 
@@ -37,6 +38,7 @@ def _table(answers: list[Answer]) -> list[str]:
             lines.append(_ROW.format(answer.daemon, answer.state, "-"))
         for disk in answer.result or ():
             if "counters" in disk:
-                figures = "".join(f"{disk['counters'].get(name, 0):>10}" for name in _COLUMNS)
+                counts = BackCounters.of(disk["counters"]).numbers()
+                figures = "".join(f"{counts[name]:>10}" for name in _COLUMNS)
                 lines.append(_ROW.format(answer.daemon, answer.state, disk["disk"]) + figures)
     return lines

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from xvd.backend.counters import BackCounters
 from xvd.cli import common, output, running
 from xvd.cli.daemons import ALIVE, Answer, ask_all
 from xvd.errors import PeerClosed
-from xvd.frontend.statistics import percentile
 from xvd.types import RING_SECTOR_SIZE
+from xvd.xenbus.counters import percentile
 
 _COLUMNS: Final = (
     ("rd/s", "reads", "8.0f"), ("wr/s", "writes", "8.0f"),
@@ -58,29 +59,29 @@ class Rates:
 
 def rates(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Rates:
     """Compute rates from two of a disk's figures; a disk that is new has done it all since."""
-    a, b = before.get("counters", {}), after["counters"]
+    a, b = (BackCounters.of(side.get("counters", {})) for side in (before, after))
 
-    def rate(name: str) -> float:
-        return float(max(0, b.get(name, 0) - a.get(name, 0)) / seconds)
+    def rate(old: int, new: int) -> float:
+        return max(0, new - old) / seconds
 
     latency = [0] * 40
     for kind in ("read", "write"):
-        new, old = (side.get("latency", {}).get(kind, [0] * 40) for side in (b, a))
+        new, old = (side.latency.get(kind, [0] * 40) for side in (b, a))
         latency = [seen + n - o for seen, n, o in zip(latency, new, old, strict=True)]
-    hits, misses = rate("persistent_hits"), rate("persistent_misses")
-    refused = sum(b.get("refusals", {}).values()) - sum(a.get("refusals", {}).values())
+    hits = rate(a.persistent_hits, b.persistent_hits)
+    misses = rate(a.persistent_misses, b.persistent_misses)
     return Rates(
         disk=after["disk"],
-        reads=rate("rd_req"),
-        writes=rate("wr_req"),
-        read_mb=rate("rd_sect") * RING_SECTOR_SIZE / 1e6,
-        write_mb=rate("wr_sect") * RING_SECTOR_SIZE / 1e6,
+        reads=rate(a.rd_req, b.rd_req),
+        writes=rate(a.wr_req, b.wr_req),
+        read_mb=rate(a.rd_sect, b.rd_sect) * RING_SECTOR_SIZE / 1e6,
+        write_mb=rate(a.wr_sect, b.wr_sect) * RING_SECTOR_SIZE / 1e6,
         p50_us=percentile(latency, 50) / 1000,
         p99_us=percentile(latency, 99) / 1000,
-        in_flight=b.get("in_flight", 0),
+        in_flight=b.in_flight,
         kept_percent=100 * hits / (hits + misses) if hits + misses else 0.0,
-        refused=max(0, refused) / seconds,
-        errors=rate("storage_errors"),
+        refused=rate(sum(a.refusals.values()), sum(b.refusals.values())),
+        errors=rate(a.storage_errors, b.storage_errors),
     )
 
 

@@ -18,7 +18,7 @@ from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.loop.thread import Queue
 from xvd.errors import EventChannelError, GrantError, PeerProtocolError, XenstoreError
 from xvd.frontend.settings import Settings
-from xvd.frontend.statistics import Statistics
+from xvd.frontend.statistics import FrontCounters, Statistics
 from xvd.machine.interface import Machine, SharedPages
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid
 from xvd.xenbus.link import FrontLink
@@ -287,5 +287,5 @@ class Connection(Links[FrontLink]):
     def statistics(self) -> Statistics:
         """The figures of each queue."""
         return Statistics(
-            [queue.counters() for queue in self.queues], [queue.latency() for queue in self.queues]
+            [FrontCounters.of(it.counters() | {"latency": it.latency()}) for it in self.queues]
         )

@@ -41,6 +41,7 @@ from xvd.frontend.connection import Connection, Stepper, published
 from xvd.frontend.ending import REASONS, RESET_STEP_S, RETURN_S
 from xvd.frontend.patience import Deadline, Patience
 from xvd.frontend.settings import Settings
+from xvd.frontend.statistics import FrontCounters
 from xvd.frontend.user import User
 from xvd.loglimit import LogLimit
 from xvd.machine.interface import Claim, Machine
@@ -163,9 +164,8 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
 
     def _progress(self) -> tuple[int, int]:
         """Answers of this connection so far, and requests that have none."""
-        counters = [queue.counters() for queue in self.connection.queues] if self.connection else []
-        answered = sum(one["responses"] for one in counters)
-        return answered, sum(one["in_flight"] for one in counters)
+        now = self.connection.statistics().total() if self.connection else FrontCounters()
+        return now.responses, now.in_flight
 
     async def _end(self) -> None:
         for waiting in (self._reset_step, self._return, self._patience):

@@ -30,7 +30,7 @@ from xvd.frontend.ending import wait_for_end
 from xvd.frontend.info import DiskInfo
 from xvd.frontend.pending import BlocksChanged, Pending
 from xvd.frontend.settings import Settings
-from xvd.frontend.statistics import Statistics
+from xvd.frontend.statistics import FrontCounters, Statistics
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE
@@ -156,8 +156,8 @@ class Disk(DiskInfo):
             return self._past
         return self._past.plus(self._connection.statistics())
 
-    def counters(self) -> dict[str, int]:
-        """The counters added up over queues and connections; empty before the first."""
+    def counters(self) -> FrontCounters:
+        """The counters added up over queues and connections."""
         return self.statistics().total()
 
     # ---- The device's side ----

@@ -93,7 +93,7 @@ class _User:
 
     def disconnected(self) -> None:
         assert self._connection is not None
-        self.counters = self._connection.statistics().total()
+        self.counters = self._connection.statistics().total().numbers()
         if not self.done.done():
             self.done.set_result(None)
 

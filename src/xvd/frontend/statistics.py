@@ -1,77 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a disk's queues have counted: by queue, added up, and over all connections."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
-Latency = dict[str, list[int]]
+from xvd.xenbus.counters import QueueCounters, of_the_moment, total
 
-_NOW = ("in_flight",)
-"""The counters of a moment: they are empty again when a connection has ended."""
+
+@dataclass(frozen=True, slots=True)
+class FrontCounters(QueueCounters):
+    """What a frontend's queues count.
+
+    indirect, merged, split: requests with indirect descriptors, put together from several
+    operations, and cut from one. waits: units that found no slot or no page. granted, revoked:
+    grants made and ended; reused: persistent grants found in place. placed: pages that operations
+    keep their data in.
+    """
+
+    indirect: int = 0
+    merged: int = 0
+    split: int = 0
+    waits: int = 0
+    granted: int = 0
+    revoked: int = 0
+    reused: int = 0
+    placed: int = of_the_moment()
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Counters and latency histograms of each queue; see `FrontQueue` for what each means."""
+    """The counters of each queue."""
 
-    counters: list[dict[str, int]] = field(default_factory=list)
-    latencies: list[Latency] = field(default_factory=list)
+    queues: list[FrontCounters] = field(default_factory=list)
 
-    def total(self) -> dict[str, int]:
+    def total(self) -> FrontCounters:
         """The counters of all queues, added up."""
-        return _add(self.counters)
-
-    def latency(self) -> Latency:
-        """The histograms of all queues, added up: by kind, count i from 2**i nanoseconds on."""
-        kinds = self.latencies[0] if self.latencies else ()
-        return {
-            kind: [
-                sum(counts) for counts in zip(*(one[kind] for one in self.latencies), strict=True)
-            ]
-            for kind in kinds
-        }
+        return total(FrontCounters, self.queues)
 
     def figures(self) -> dict[str, object]:
         """Return every figure by name, for people and programs."""
+        together = self.total()
         return {
-            "frontend": self.total(),
-            "frontend_queues": self.counters,
-            "frontend_latency": self.latency(),
+            "frontend": together.numbers(),
+            "frontend_queues": [one.numbers() for one in self.queues],
+            "frontend_latency": together.latency,
         }
 
     def closed(self) -> "Statistics":
         """Return the counters of a connection that has ended."""
-        return Statistics([one | dict.fromkeys(_NOW, 0) for one in self.counters], self.latencies)
+        return Statistics([one.over() for one in self.queues])
 
     def plus(self, later: "Statistics") -> "Statistics":
         """Add those of a later connection: queue by queue, as many as either has at most."""
-        a, b = self, later
-        count = max(len(a.counters), len(b.counters))
-        return Statistics(
-            [_add([*a.counters[i : i + 1], *b.counters[i : i + 1]]) for i in range(count)],
-            [
-                Statistics([], [*a.latencies[i : i + 1], *b.latencies[i : i + 1]]).latency()
-                for i in range(count)
-            ],
-        )
-
-
-def _add(counters: Iterable[dict[str, int]]) -> dict[str, int]:
-    total: dict[str, int] = {}
-    for one in counters:
-        for name, value in one.items():
-            total[name] = total.get(name, 0) + value
-    return total
-
-
-def percentile(counts: list[int], percent: float) -> int:
-    """Nanoseconds below which `percent` of 100 of a histogram's answers came; 0 if it is empty.
-
-    The upper bound of the bucket in which that answer lies.
-    """
-    wanted, seen = sum(counts) * percent / 100, 0
-    for bucket, count in enumerate(counts):
-        seen += count
-        if count and seen >= wanted:
-            return 2 << bucket
-    return 0
+        pairs = zip_longest(self.queues, later.queues, fillvalue=FrontCounters())
+        return Statistics([one + other for one, other in pairs])

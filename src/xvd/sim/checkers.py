@@ -12,6 +12,7 @@ flush began that was acknowledged, and everything since. A flush holds for all q
 import sys
 from dataclasses import dataclass, field
 
+from xvd.backend.counters import BackCounters
 from xvd.types import RING_SECTOR_SIZE
 
 SECTOR = RING_SECTOR_SIZE
@@ -181,7 +182,7 @@ def check_balanced(accounting: dict[str, int]) -> None:
         raise CheckFailed(f"not given back: {left}")
 
 
-def check_answered(counters: dict[str, object]) -> None:
+def check_answered(counters: BackCounters) -> None:
     """Check that every request taken has had exactly one response."""
-    if counters["requests"] != counters["responses"] or counters["in_flight"]:
+    if counters.requests != counters.responses or counters.in_flight:
         raise CheckFailed(f"requests and responses differ: {counters}")

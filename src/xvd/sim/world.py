@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TypeVar
 
+from xvd.backend.counters import BackCounters
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi
 from xvd.dataplane.back.journal import journal_size
 from xvd.dataplane.types import StepFlag
@@ -229,7 +230,7 @@ class World:
     def _check_answered(self) -> None:
         assert self._back is not None
         for link in self._back.links:
-            check_answered(link.queue.counters())
+            check_answered(BackCounters.of(link.queue.counters()))
 
     def _step(self) -> None:
         """Let one thing happen."""
