@@ -87,7 +87,7 @@ class FrontWorld:
     def drop_queue(self) -> None:
         """Let the queue go whatever is under way, as an end does that nobody waits for."""
         self.link.release()
-        del self.queue
+        del self.link, self.queue
 
     # ---- The frontend's turn ----
 

@@ -54,7 +54,6 @@ class Link(Generic[_Q]):
     def release(self) -> None:
         """Give everything back; only when nothing runs the queue. Idempotent."""
         self._undo.close()
-        self._queue = None
 
     @property
     def fault(self) -> str:
