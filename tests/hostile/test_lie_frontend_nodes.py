@@ -5,12 +5,14 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from rig_disk import disk_world, run, until
+from rig_disk import World, disk_world, run, until
 from rig_guest import RawFrontend, backend_error, backend_reaches
 from rig_queue import rq
 
+from xvd.backend.device import Device
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op
+from xvd.blkif.handshake import BackendState
 from xvd.blkif.messages import Segment
 from xvd.machine.xs.client import XenstoreClient
 from xvd.machine.xs.messages import MessageType
@@ -155,12 +157,19 @@ def test_a_state_that_is_none(state: str | bytes) -> None:
             frontend = RawFrontend(machine, store, vbd)
             await frontend.publish(state=state)
             await frontend.write({"state": "1"})
-            await backend_reaches(world, vbd, 2)
+            # Not the node, which does not tell whether the backend is connecting just then.
+            await until(lambda: the_device(world).state is BackendState.WAITING)
             async with await world.open(vbd) as disk:
                 await disk.write(0, b"x")
             frontend.close()
 
     run(work())
+
+
+def the_device(world: World) -> Device:
+    assert world.server is not None
+    [device] = world.server.devices.values()
+    return device
 
 
 def test_a_state_that_jumps_to_and_fro() -> None:
@@ -175,7 +184,8 @@ def test_a_state_that_jumps_to_and_fro() -> None:
             for turn in range(100):
                 await frontend.write({"state": "63645136"[turn % 8]})
             await frontend.write({"state": "1"})
-            await backend_reaches(world, vbd, 2)
+            # Not the node, which does not tell whether the backend is connecting just then.
+            await until(lambda: the_device(world).state is BackendState.WAITING)
             frontend.close()
             async with await world.open(vbd) as disk:
                 await disk.write(0, b"x")
@@ -193,7 +203,8 @@ def test_many_writers_of_the_state_at_once() -> None:
             await asyncio.gather(*(frontend.write({"state": "36"[i % 2]}) for i in range(100)))
             await frontend.write({"state": "6"})
             await frontend.write({"state": "1"})
-            await backend_reaches(world, vbd, 2)
+            # Not the node, which does not tell whether the backend is connecting just then.
+            await until(lambda: the_device(world).state is BackendState.WAITING)
             frontend.close()
 
     run(work())
@@ -214,7 +225,8 @@ def test_the_state_node_deleted(connected: bool) -> None:
                 await backend_reaches(world, vbd, 6)
                 assert frontend.ring_pages.revoke(0)
             await frontend.write({"state": "1"})
-            await backend_reaches(world, vbd, 2)
+            # Not the node, which does not tell whether the backend is connecting just then.
+            await until(lambda: the_device(world).state is BackendState.WAITING)
             frontend.close()
 
     run(work())
