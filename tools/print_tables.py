@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
 from xvd.backend.settings import Settings as BackendSettings  # noqa: E402
+from xvd.blkif.features import FEATURES  # noqa: E402
+from xvd.blkif.operations import OPERATIONS  # noqa: E402
 from xvd.frontend.settings import Settings as FrontendSettings  # noqa: E402
 from xvd.xenbus.settings import Setting, SettingsBase  # noqa: E402
 
@@ -21,7 +23,7 @@ from xvd.xenbus.settings import Setting, SettingsBase  # noqa: E402
 def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """Return a table of Markdown."""
     lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(cells)} |\n".replace("|  |", "| |") for cells in lines)
+    return "".join(f"|{''.join(f' {cell}'.rstrip() + ' |' for cell in line)}\n" for line in lines)
 
 
 def settings(of: type[SettingsBase]) -> str:
@@ -51,9 +53,23 @@ def span(row: Setting) -> str:
     return f"{row.low} to {f'2^{row.high.bit_length() - 1}' if power else row.high}"
 
 
+def features() -> str:
+    """Return the table of what a backend offers."""
+    operations = {row.feature: row.op.name for row in OPERATIONS} | {"discard-secure": "secure"}
+    body = [
+        (
+            f"`{row.node}`", "InitWait" if row.early else "Connected", row.needs,
+            operations.get(row.node, ""), "yes" if row.stands else "",
+        )
+        for row in FEATURES
+    ]  # fmt: skip
+    return rows(["node", "published with", "if it has", "offers", "stands for a successor"], body)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "backend settings": ("docs/settings.md", lambda: settings(BackendSettings)),
     "frontend settings": ("docs/settings.md", lambda: settings(FrontendSettings)),
+    "features": ("docs/protocol.md", features),
 }
 """The page and the table of each mark."""
 

@@ -7,12 +7,12 @@ from rig_engines import ByHand
 from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
-from xvd.backend.features import features_of, offered_operations
+from xvd.backend.features import features_of
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import InfoFlag, Op
 from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment
+from xvd.blkif.features import BackendFeatures, offered_operations
 from xvd.blkif.messages import IndirectRequest, Segment, pack_segments
-from xvd.blkif.nodes import BackendFeatures
 from xvd.engines.interface import Engine, EngineInfo
 from xvd.engines.uri import open_engine
 from xvd.types import RequestId

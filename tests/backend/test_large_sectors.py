@@ -13,8 +13,8 @@ from rig_queue import ALL, QueueWorld, discard, rq
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op, Status
 from xvd.blkif.assignment import BackendAssignment
+from xvd.blkif.features import parse_backend, wire_sector_of
 from xvd.blkif.messages import DiscardRequest, IndirectRequest, Request, Segment
-from xvd.blkif.nodes import parse_backend, wire_sector_of
 from xvd.engines.checked import Checked
 from xvd.engines.interface import Engine, EngineInfo
 from xvd.engines.memory import MemoryEngine

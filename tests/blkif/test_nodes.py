@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from xvd.blkif import nodes
 from xvd.blkif.abi import Abi, InfoFlag, XenbusState
-from xvd.blkif.nodes import BackendFeatures, FrontendConfig, NodeChanges, QueueConfig, Side
+from xvd.blkif.features import (
+    BackendFeatures,
+    format_backend,
+    format_offer,
+    format_size,
+    parse_backend,
+    parse_offer,
+)
+from xvd.blkif.nodes import FrontendConfig, NodeChanges, QueueConfig, Side
 from xvd.errors import PeerProtocolError
 from xvd.types import Gref, Port
 
@@ -215,7 +223,7 @@ def test_a_simple_frontend_after_a_rich_one_leaves_nothing_that_misleads() -> No
 
 
 def test_a_bare_backend_has_no_feature() -> None:
-    features = nodes.parse_backend(GEOMETRY)
+    features = parse_backend(GEOMETRY)
 
     assert features == BackendFeatures(2048, flush=False)
 
@@ -225,7 +233,7 @@ def test_geometry_is_mandatory(name: str) -> None:
     found = {key: value for key, value in GEOMETRY.items() if key != name}
 
     with pytest.raises(PeerProtocolError, match=f"backend node {name} is missing"):
-        nodes.parse_backend(found)
+        parse_backend(found)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +252,7 @@ def test_geometry_is_mandatory(name: str) -> None:
 )
 def test_a_backend_that_makes_no_sense_is_refused_by_name(name: str, value: str) -> None:
     with pytest.raises(PeerProtocolError, match=f"backend node {name} holds"):
-        nodes.parse_backend(GEOMETRY | {name: value})
+        parse_backend(GEOMETRY | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -267,13 +275,13 @@ def test_a_backend_that_makes_no_sense_is_refused_by_name(name: str, value: str)
     ],
 )
 def test_backend_value(name: str, value: str, attribute: str, expected: object) -> None:
-    features = nodes.parse_backend(GEOMETRY | {name: value})
+    features = parse_backend(GEOMETRY | {name: value})
 
     assert getattr(features, attribute) == expected
 
 
 def test_discard_without_a_granularity_has_that_of_a_sector() -> None:
-    features = nodes.parse_backend(GEOMETRY | {"feature-discard": "1", "discard-secure": "1"})
+    features = parse_backend(GEOMETRY | {"feature-discard": "1", "discard-secure": "1"})
 
     assert (features.discard_granularity, features.discard_secure) == (512, True)
 
@@ -292,7 +300,7 @@ def test_discard_without_a_granularity_has_that_of_a_sector() -> None:
 def test_an_offer_is_cut_down_to_our_own_limits(
     found: dict[str, str], offer: tuple[int, int]
 ) -> None:
-    assert nodes.parse_offer(found, max_ring_page_order=4, max_queues=8) == offer
+    assert parse_offer(found, max_ring_page_order=4, max_queues=8) == offer
 
 
 @given(
@@ -305,7 +313,7 @@ def test_an_offer_is_cut_down_to_our_own_limits(
 )
 def test_no_backend_directory_raises_anything_else(found: dict[str, str]) -> None:
     try:
-        features = nodes.parse_backend(GEOMETRY | found)
+        features = parse_backend(GEOMETRY | found)
     except PeerProtocolError:
         return
     assert features.physical_sector_size >= features.sector_size >= 512
@@ -331,24 +339,24 @@ RICH = BackendFeatures(
 
 @pytest.mark.parametrize("features", [RICH, BackendFeatures(8), BackendFeatures(0, flush=False)])
 def test_what_a_backend_writes_is_read_back(features: BackendFeatures) -> None:
-    written = apply({}, nodes.format_backend(features))
+    written = apply({}, format_backend(features))
 
-    assert nodes.parse_backend(written) == features
+    assert parse_backend(written) == features
 
 
 def test_a_poor_backend_after_a_rich_one_leaves_nothing_that_misleads() -> None:
-    before = apply({"online": "1", "max-ring-pages": "16"}, nodes.format_backend(RICH))
+    before = apply({"online": "1", "max-ring-pages": "16"}, format_backend(RICH))
 
-    after = apply(before, nodes.format_backend(BackendFeatures(8)))
+    after = apply(before, format_backend(BackendFeatures(8)))
 
     assert "max-ring-pages" not in after
-    assert nodes.parse_backend(after) == BackendFeatures(8)
+    assert parse_backend(after) == BackendFeatures(8)
 
 
 def test_an_offer_takes_back_what_the_backend_before_published() -> None:
-    before = apply({"online": "1"}, nodes.format_backend(RICH))
+    before = apply({"online": "1"}, format_backend(RICH))
 
-    after = apply(before, nodes.format_offer(BackendFeatures(8)))
+    after = apply(before, format_offer(BackendFeatures(8)))
 
     assert after == {
         "online": "1",
@@ -359,7 +367,7 @@ def test_an_offer_takes_back_what_the_backend_before_published() -> None:
 
 
 def test_a_resize_repeats_the_state_so_that_the_watch_fires() -> None:
-    assert nodes.format_size(4096).write == {"sectors": "4096", "state": "4"}
+    assert format_size(4096).write == {"sectors": "4096", "state": "4"}
 
 
 @pytest.mark.parametrize(("text", "state"), [(None, 0), ("", 0), ("4", 4), ("6\0", 6)])

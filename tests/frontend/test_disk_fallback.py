@@ -9,8 +9,8 @@ from rig_backend import BARE, RICH, ModelBackend, model_disk, operation_of
 from rig_disk import disk_world, run
 
 from xvd.blkif.abi import Op, Status
+from xvd.blkif.features import BackendFeatures
 from xvd.blkif.messages import DiscardRequest, Request
-from xvd.blkif.nodes import BackendFeatures
 
 FLUSHING = replace(BARE, flush=True)
 BARRIERS = replace(BARE, barrier=True)

@@ -11,8 +11,8 @@ from rig_backend import BARE, RICH, ModelBackend, model_disk, operation_of
 from rig_disk import World, disk_world, run, until
 
 from xvd.blkif.abi import Op
+from xvd.blkif.features import BackendFeatures
 from xvd.blkif.messages import IndirectRequest
-from xvd.blkif.nodes import BackendFeatures
 from xvd.machine.emulated.limits import Limits
 from xvd.toolstack.vbd import Vbd
 from xvd.types import Domid

@@ -15,6 +15,7 @@ from typing import Any
 from rig_disk import World
 
 from xvd.blkif.abi import SEGMENTS_PER_INDIRECT_PAGE, Abi, Op, Status
+from xvd.blkif.features import BackendFeatures, format_backend, format_offer, format_size
 from xvd.blkif.messages import (
     AnyRequest,
     DiscardRequest,
@@ -24,15 +25,7 @@ from xvd.blkif.messages import (
     unpack_request,
     unpack_segments,
 )
-from xvd.blkif.nodes import (
-    BackendFeatures,
-    FrontendConfig,
-    NodeChanges,
-    format_backend,
-    format_offer,
-    format_size,
-    parse_frontend,
-)
+from xvd.blkif.nodes import FrontendConfig, NodeChanges, parse_frontend
 from xvd.blkif.ring import BackRing, Outcome
 from xvd.blkif.validate import Limits, Refusal, answer, validate
 from xvd.frontend.disk import Disk

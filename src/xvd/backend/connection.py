@@ -11,12 +11,12 @@ from typing import Final
 
 from xvd.backend.budget import Lease
 from xvd.backend.counters import BackCounters
-from xvd.backend.features import offered_operations
 from xvd.backend.journal import Journal
 from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState
 from xvd.blkif.abi import InfoFlag
-from xvd.blkif.nodes import BackendFeatures, FrontendConfig, QueueConfig
+from xvd.blkif.features import BackendFeatures, offered_operations
+from xvd.blkif.nodes import FrontendConfig, QueueConfig
 from xvd.dataplane.back.journal import unanswered
 from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.loop.thread import BUDGET

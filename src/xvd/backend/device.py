@@ -14,7 +14,7 @@ from typing import Final
 from xvd.backend.budget import Budget
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.disk import ServedDisk
-from xvd.backend.features import features_of, without
+from xvd.backend.features import features_of
 from xvd.backend.negotiation import Agreement, negotiate, own_node
 from xvd.backend.room import Room
 from xvd.backend.serving import Serving
@@ -22,6 +22,7 @@ from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment
+from xvd.blkif.features import format_backend, format_offer, format_size, without
 from xvd.blkif.handshake import (
     BackendAction,
     BackendEvent,
@@ -33,7 +34,7 @@ from xvd.blkif.handshake import (
     removal_event,
     stays_online,
 )
-from xvd.blkif.nodes import Side, format_backend, format_offer, format_size, parse_state
+from xvd.blkif.nodes import Side, parse_state
 from xvd.blkif.vdev import disk_name
 from xvd.engines.interface import Engine
 from xvd.errors import EventChannelError, XvdError, describe

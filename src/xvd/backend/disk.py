@@ -11,7 +11,7 @@ from xvd.backend.opened import Opened
 from xvd.backend.room import Room
 from xvd.backend.serving import Serving
 from xvd.backend.settings import Settings
-from xvd.blkif.nodes import BackendFeatures
+from xvd.blkif.features import BackendFeatures
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError
 from xvd.xenbus.log import DeviceLog

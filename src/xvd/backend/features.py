@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disk offers to its frontend, and what a frontend was promised before."""
+"""What a disk offers to its frontend: by its storage, its settings, and the room on this host."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from xvd.backend.budget import Claim
 from xvd.backend.settings import Settings
-from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, InfoFlag, Op
+from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, InfoFlag
 from xvd.blkif.assignment import BackendAssignment
-from xvd.blkif.nodes import BackendFeatures, FrontendConfig, parse_backend, wire_sector_of
-from xvd.blkif.operations import ALWAYS_OFFERED, OFFER_SECURE
+from xvd.blkif.features import BackendFeatures, useful_indirect, wire_sector_of
+from xvd.blkif.nodes import FrontendConfig
 from xvd.engines.interface import Engine
 from xvd.errors import PeerProtocolError
 from xvd.types import RING_SECTOR_SIZE
@@ -68,43 +67,10 @@ def within(features: BackendFeatures, claim: Claim) -> BackendFeatures:
     return replace(
         features,
         persistent=features.persistent and not claim.copying,
-        max_indirect_segments=indirect if indirect > MAX_SEGMENTS_PER_REQUEST else 0,
+        max_indirect_segments=useful_indirect(indirect),
         max_ring_page_order=claim.ring_pages.bit_length() - 1,
         max_queues=claim.queues,
     )
-
-
-def promised(features: BackendFeatures, nodes: Mapping[str, str]) -> BackendFeatures:
-    """The features of a live connection: ours, but for what a predecessor has published in `nodes`.
-
-    Its frontend acts on those until it reconnects; requests that it may send must be served, also
-    by a successor that would have offered less. What the storage cannot do is withdrawn when it
-    is asked for. Raises `PeerProtocolError` for nodes that no backend of ours has written.
-    """
-    was = parse_backend(nodes)
-    return replace(
-        features,
-        # A disk does not shrink under its frontend because an image was cut meanwhile.
-        sectors=max(features.sectors, was.sectors),
-        flush=was.flush,
-        barrier=was.barrier,
-        discard=was.discard,
-        discard_secure=was.discard_secure,
-        persistent=was.persistent,
-        max_indirect_segments=was.max_indirect_segments,
-        max_ring_page_order=was.max_ring_page_order,
-        max_queues=was.max_queues,
-    )
-
-
-def offered_operations(features: BackendFeatures) -> int:
-    """The operations that a frontend was told of, as bits for the queue."""
-    bits = ALWAYS_OFFERED
-    bits |= features.flush << Op.FLUSH_DISKCACHE
-    bits |= features.barrier << Op.WRITE_BARRIER
-    bits |= features.discard << Op.DISCARD
-    bits |= bool(features.max_indirect_segments) << Op.INDIRECT
-    return bits | (OFFER_SECURE if features.discard_secure else 0)
 
 
 def agreed_wire_sector(
@@ -127,15 +93,3 @@ def agreed_wire_sector(
             f"large_sectors=1"
         )
     return wire_sector_of(features.sector_size)
-
-
-def without(features: BackendFeatures, bits: int) -> BackendFeatures:
-    """The features less those of `bits`, which are those of `offered_operations`."""
-    discard = features.discard and not bits & 1 << Op.DISCARD
-    return replace(
-        features,
-        flush=features.flush and not bits & 1 << Op.FLUSH_DISKCACHE,
-        barrier=features.barrier and not bits & 1 << Op.WRITE_BARRIER,
-        discard=discard,
-        discard_secure=discard and features.discard_secure and not bits & OFFER_SECURE,
-    )

@@ -9,10 +9,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from xvd.backend.features import agreed_wire_sector, promised
+from xvd.backend.features import agreed_wire_sector
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Abi
-from xvd.blkif.nodes import NODES, BackendFeatures, FrontendConfig, Side, parse_frontend
+from xvd.blkif.features import BackendFeatures, promised
+from xvd.blkif.nodes import NODES, FrontendConfig, Side, parse_frontend
 from xvd.machine.xs.client import XenstoreClient
 from xvd.xenbus.directory import read_directory
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from xvd.backend.storage_log import StorageLog
-from xvd.blkif.nodes import BackendFeatures
+from xvd.blkif.features import BackendFeatures
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, XvdError
 from xvd.types import RING_SECTOR_SIZE

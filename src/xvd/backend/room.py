@@ -7,7 +7,8 @@ from dataclasses import replace
 from xvd.backend.budget import AGREED, LIVE, NEGOTIABLE, Budget, Claim, Lease
 from xvd.backend.features import claim_of, within
 from xvd.backend.settings import Settings
-from xvd.blkif.nodes import BackendFeatures, FrontendConfig
+from xvd.blkif.features import BackendFeatures
+from xvd.blkif.nodes import FrontendConfig
 from xvd.errors import BudgetError
 
 

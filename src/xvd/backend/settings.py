@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xvd.backend.budget import Claim
-from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS, MAX_SEGMENTS_PER_REQUEST
+from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS
+from xvd.blkif.features import useful_indirect
 from xvd.xenbus.settings import SettingsBase, setting
 
 LINUX = "blkback"
@@ -88,8 +89,7 @@ class Settings(SettingsBase):
     @property
     def indirect_segments_offered(self) -> int:
         """``feature-max-indirect-segments``: 0 where indirect requests would be of no use."""
-        most = self.max_indirect_segments
-        return most if most > MAX_SEGMENTS_PER_REQUEST else 0
+        return useful_indirect(self.max_indirect_segments)
 
     @property
     def queues_offered(self) -> int:

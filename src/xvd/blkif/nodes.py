@@ -17,33 +17,24 @@ from functools import partial
 from typing import Final
 
 from xvd.blkif.abi import (
-    MAX_INDIRECT_SEGMENTS,
-    MAX_SEGMENTS_PER_REQUEST,
     Abi,
-    InfoFlag,
     XenbusState,
 )
 from xvd.errors import PeerProtocolError
-from xvd.types import DOMID_FIRST_RESERVED, PAGE_SIZE, RING_SECTOR_SIZE, Gref, Port
+from xvd.types import DOMID_FIRST_RESERVED, RING_SECTOR_SIZE, Gref, Port
 
 __all__ = [
     "MAX_RING_PAGE_ORDER",
     "MAX_SECTORS",
     "NODES",
-    "BackendFeatures",
     "FrontendConfig",
     "Node",
     "NodeChanges",
     "QueueConfig",
     "Side",
     "default_abi",
-    "format_backend",
     "format_frontend",
-    "format_offer",
-    "format_size",
-    "parse_backend",
     "parse_frontend",
-    "parse_offer",
     "parse_state",
     "read_number",
     "read_text",
@@ -342,149 +333,3 @@ def format_frontend(config: FrontendConfig, present: Iterable[str] = ()) -> Node
             write[prefix + name] = str(ref)
         write[f"{prefix}event-channel"] = str(queue.event_channel)
     return NodeChanges(write, stale_frontend_nodes(present))
-
-
-_NO_INFO: Final = InfoFlag(0)
-
-
-@dataclass(frozen=True, slots=True)
-class BackendFeatures:
-    """All that a backend publishes. `sectors` counts 512 bytes; the sizes are in bytes.
-
-    `wire_sector` is how many of those sectors both ends count as one, in ``sectors`` and on the
-    ring: 1, but for the dialect that ``feature-large-sector-size`` asks for.
-    `max_indirect_segments` is 0 where indirect requests are of no use (11 or fewer).
-    """
-
-    sectors: int
-    info: InfoFlag = _NO_INFO
-    sector_size: int = RING_SECTOR_SIZE
-    physical_sector_size: int = RING_SECTOR_SIZE
-    flush: bool = True
-    barrier: bool = False
-    discard: bool = False
-    discard_granularity: int = 0
-    discard_alignment: int = 0
-    discard_secure: bool = False
-    persistent: bool = False
-    max_indirect_segments: int = 0
-    max_ring_page_order: int = 0
-    max_queues: int = 1
-    wire_sector: int = 1
-
-
-def wire_sector_of(sector_size: int) -> int:
-    """512-byte sectors to one of ``sector-size``; PeerProtocolError for one larger than a page."""
-    if sector_size > PAGE_SIZE:
-        raise PeerProtocolError(
-            f"feature-large-sector-size is 1 and sector-size {sector_size}: no page holds a sector"
-        )
-    return sector_size // RING_SECTOR_SIZE
-
-
-def parse_offer(
-    nodes: Mapping[str, str], *, max_ring_page_order: int, max_queues: int
-) -> tuple[int, int]:
-    """(ring page order, queues) to allocate: what the backend offers, cut down to our own limits.
-
-    All that may be relied on while the backend is at InitWait. PeerProtocolError for garbage.
-    """
-    order = read_number(Side.BACKEND, nodes, "max-ring-page-order")
-    pages = read_number(Side.BACKEND, nodes, "max-ring-pages")
-    if not read_text(nodes, "max-ring-page-order") and pages:
-        order = pages.bit_length() - 1
-    queues = read_number(Side.BACKEND, nodes, "multi-queue-max-queues")
-    return min(order, max_ring_page_order), max(1, min(queues, max_queues))
-
-
-def parse_backend(nodes: Mapping[str, str], *, large_sectors: bool = False) -> BackendFeatures:
-    """Parse what a connected backend published; read anew at every connection, as it may shrink.
-
-    large_sectors: we have written ``feature-large-sector-size``, for one that goes by it.
-    ``sectors``, ``info`` and ``sector-size`` are mandatory. PeerProtocolError, naming the node
-    and its value, for what is missing or out of range; hints that make no sense are corrected
-    (a physical sector smaller than the logical one, more than 4096 indirect segments).
-    """
-
-    def read(name: str) -> int:
-        return read_number(Side.BACKEND, nodes, name)
-
-    sector_size = read("sector-size")
-    if sector_size & (sector_size - 1):
-        raise PeerProtocolError(
-            f"backend node sector-size holds {sector_size}: it must be a power of two"
-        )
-    physical = read("physical-sector-size")
-    if physical < sector_size or physical & (physical - 1):
-        physical = sector_size
-    indirect = min(read("feature-max-indirect-segments"), MAX_INDIRECT_SEGMENTS)
-    order, queues = parse_offer(nodes, max_ring_page_order=U32_MAX, max_queues=U32_MAX)
-    discard = read("feature-discard") != 0
-    wire_sector = wire_sector_of(sector_size) if large_sectors else 1
-    return BackendFeatures(
-        sectors=read("sectors") * wire_sector,
-        info=InfoFlag(read("info") & 7),
-        sector_size=sector_size,
-        physical_sector_size=physical,
-        flush=read("feature-flush-cache") != 0,
-        barrier=read("feature-barrier") != 0,
-        discard=discard,
-        discard_granularity=read("discard-granularity") or (sector_size if discard else 0),
-        discard_alignment=read("discard-alignment"),
-        discard_secure=discard and read("discard-secure") != 0,
-        persistent=read("feature-persistent") != 0,
-        max_indirect_segments=indirect if indirect > MAX_SEGMENTS_PER_REQUEST else 0,
-        max_ring_page_order=order,
-        max_queues=queues,
-        wire_sector=wire_sector,
-    )
-
-
-def format_offer(features: BackendFeatures) -> NodeChanges:
-    """The nodes that go with InitWait: what a frontend must know before it allocates.
-
-    Everything else that an instance before us may have published is removed.
-    """
-    write = {
-        "max-ring-page-order": str(features.max_ring_page_order),
-        "multi-queue-max-queues": str(features.max_queues),
-        "feature-max-indirect-segments": str(features.max_indirect_segments),
-    }
-    ours = (node.name for node in _B if node.writer in ("backend", "(old backends)"))
-    return NodeChanges(write, tuple(name for name in ours if name not in write))
-
-
-def format_backend(features: BackendFeatures) -> NodeChanges:
-    """The nodes that go with Connected: everything, with ``0`` for what is not offered.
-
-    Written as digits, since tapback reads nothing else. ``max-ring-pages`` is never written: it
-    would override the order in FreeBSD's frontend.
-    """
-    write = dict(format_offer(features).write) | {
-        "sectors": str(features.sectors // features.wire_sector),
-        "info": str(int(features.info)),
-        "sector-size": str(features.sector_size),
-        "physical-sector-size": str(features.physical_sector_size),
-        "feature-flush-cache": str(int(features.flush)),
-        "feature-barrier": str(int(features.barrier)),
-        "feature-persistent": str(int(features.persistent)),
-        "feature-discard": str(int(features.discard)),
-    }
-    details = ("discard-granularity", "discard-alignment", "discard-secure")
-    if not features.discard:
-        return NodeChanges(write, ("max-ring-pages", *details))
-    granularity = features.discard_granularity or features.sector_size
-    values = (granularity, features.discard_alignment, int(features.discard_secure))
-    write |= {name: str(value) for name, value in zip(details, values, strict=True)}
-    return NodeChanges(write, ("max-ring-pages",))
-
-
-def format_size(sectors: int, wire_sector: int = 1) -> NodeChanges:
-    """The nodes of a live resize, to so many 512-byte sectors, of which `wire_sector` count as one.
-
-    ``state`` is repeated so that the frontend's watch fires.
-    Only for a backend that is Connected.
-    """
-    return NodeChanges(
-        {"sectors": str(sectors // wire_sector), "state": str(int(XenbusState.CONNECTED))}
-    )

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
 
-from xvd.blkif.nodes import BackendFeatures
+from xvd.blkif.features import BackendFeatures
 from xvd.dataplane.front.clients import Clients, ClientSet
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.front.range_lock import RangeLock

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi
-from xvd.blkif.nodes import BackendFeatures, FrontendConfig
+from xvd.blkif.features import BackendFeatures
+from xvd.blkif.nodes import FrontendConfig
 from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.loop.thread import Queue

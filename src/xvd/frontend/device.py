@@ -11,6 +11,7 @@ from functools import partial
 
 from xvd.blkif.abi import Abi, XenbusState
 from xvd.blkif.assignment import FrontendAssignment, parse_frontend_assignment
+from xvd.blkif.features import BackendFeatures, parse_backend, parse_offer
 from xvd.blkif.handshake import (
     FrontendAction,
     FrontendEvent,
@@ -25,13 +26,10 @@ from xvd.blkif.handshake import (
 )
 from xvd.blkif.nodes import (
     NODES,
-    BackendFeatures,
     FrontendConfig,
     NodeChanges,
     Side,
     format_frontend,
-    parse_backend,
-    parse_offer,
     parse_state,
     stale_frontend_nodes,
 )

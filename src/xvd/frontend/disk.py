@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, DiscardFlag, Op
-from xvd.blkif.nodes import BackendFeatures
+from xvd.blkif.features import BackendFeatures
 from xvd.dataplane.types import HasPorts
 from xvd.errors import XvdError, describe
 from xvd.frontend.clients import DiskClients

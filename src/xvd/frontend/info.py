@@ -4,7 +4,7 @@
 import errno
 
 from xvd.blkif.abi import InfoFlag, Op
-from xvd.blkif.nodes import BackendFeatures
+from xvd.blkif.features import BackendFeatures, offered_operations
 from xvd.types import RING_SECTOR_SIZE
 
 
@@ -75,13 +75,8 @@ class DiskInfo:
 
     def _works(self, operation: Op) -> bool:
         """Whether the backend offers it, and has not said otherwise since."""
-        known = self._known()
-        offers = {
-            Op.FLUSH_DISKCACHE: known.flush,
-            Op.WRITE_BARRIER: known.barrier,
-            Op.DISCARD: known.discard,
-        }
-        return offers[operation] and operation not in self._withdrawn
+        offered = bool(offered_operations(self._known()) & 1 << operation)
+        return offered and operation not in self._withdrawn
 
     @property
     def features(self) -> BackendFeatures:

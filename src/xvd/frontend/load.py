@@ -6,7 +6,7 @@ import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from xvd.blkif.nodes import BackendFeatures
+from xvd.blkif.features import BackendFeatures
 from xvd.dataplane.front.load import Load
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.errors import ConfigError, XvdError

@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass, field
 
 from xvd.blkif.abi import DiscardFlag, Op
-from xvd.blkif.nodes import BackendFeatures
+from xvd.blkif.features import BackendFeatures
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.frontend.connection import Connection
 from xvd.types import RING_SECTOR_SIZE

@@ -5,7 +5,8 @@ import os
 from dataclasses import dataclass
 
 from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS, MAX_SEGMENTS_PER_REQUEST
-from xvd.blkif.nodes import MAX_QUEUES, BackendFeatures
+from xvd.blkif.features import BackendFeatures
+from xvd.blkif.nodes import MAX_QUEUES
 from xvd.types import PAGE_SIZE
 from xvd.xenbus.settings import SettingsBase, setting
 

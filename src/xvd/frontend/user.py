@@ -3,7 +3,7 @@
 
 from typing import Protocol
 
-from xvd.blkif.nodes import BackendFeatures
+from xvd.blkif.features import BackendFeatures
 from xvd.errors import XvdError
 from xvd.frontend.connection import Connection
 

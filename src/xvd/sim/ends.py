@@ -9,7 +9,8 @@ thread of each queue's own; here the scheduler decides when, for each of them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, Op, nr_ents
+from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST, Abi, nr_ents
+from xvd.blkif.features import BackendFeatures, offered_operations, useful_indirect
 from xvd.dataplane.back.journal import journal_fault
 from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.front.options import FrontOptions
@@ -55,15 +56,20 @@ class Shape:
     @property
     def offered(self) -> int:
         """The operations that the backend takes, as bits."""
-        bits = 1 << Op.READ | 1 << Op.WRITE
-        bits |= self.flush << Op.FLUSH_DISKCACHE | self.barrier << Op.WRITE_BARRIER
-        bits |= self.discard << Op.DISCARD
-        return bits | bool(self.indirect_max) << Op.INDIRECT
+        return offered_operations(
+            BackendFeatures(
+                sectors=0,
+                flush=self.flush,
+                barrier=self.barrier,
+                discard=self.discard,
+                max_indirect_segments=self.indirect_max,
+            )
+        )
 
     @property
     def indirect_max(self) -> int:
         """The segments that the backend has published."""
-        return self.segments_max if self.segments_max > MAX_SEGMENTS_PER_REQUEST else 0
+        return useful_indirect(self.segments_max)
 
     @property
     def front_options(self) -> FrontOptions:
