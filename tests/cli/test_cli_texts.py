@@ -76,6 +76,8 @@ ALONE = [
      r"memory:1M, 4096 bytes, random, depth 32, 0% writes: [\d,]+ IOPS, [\d,]+ MiB/s, "
      r"front [\d,]+ ns/op, back [\d,]+ ns/op, errors 0, checksum [0-9a-f]{16}\n"),
     (("sim", "--seed", "5", "--steps", "50"), r"seed 5: [^\n]+\npassed: \d+ operations, [^\n]+\n"),
+    (("sim", "--world", "devices", "--seed", "5", "--steps", "50"),
+     r"seed 5: [^\n]+\npassed: \d+ operations, [^\n]+\n"),
     (("doctor",), r"((ok|absent|MISSING) +[^\n]+ for [^\n]+\n)+"),
 ]  # fmt: skip
 

@@ -99,14 +99,13 @@ class DeviceSummary:
 class DeviceWorld:
     """One run. Any failed check is a `CheckFailed`.
 
-    make_storage: as `World`'s. make_front: the guest's processes; a canary puts in others.
+    make_storage: as `World`'s.
     """
 
     def __init__(
         self,
         options: DeviceOptions,
         make_storage: Callable[[Prng, int, int], SimStorage] = SimStorage,
-        make_front: type[FrontProcess] = FrontProcess,
     ) -> None:
         self.options = options
         self.faults = options.faults
@@ -121,7 +120,6 @@ class DeviceWorld:
         self._load = DiskLoad(
             prng.fork(), self._model, depth=options.depth, sectors_max=options.sectors_max
         )
-        self._make_front = make_front
         self._directory = tempfile.TemporaryDirectory(prefix="xvd-sim-", dir=_memory())
         self._dead: list[Process] = []
         self._tool = ToolProcess(self._host, self._store, self._clock, BACK)
@@ -344,7 +342,7 @@ class DeviceWorld:
             self._back = BackProcess(self._host, self._store, self._clock, BACK)
             self._back.begin(self._storage, settings, self._resize_storage)
         if self._front is None and (self._quiet or self._prng.chance(30)):
-            self._front = self._make_front(self._host, self._store, self._clock, GUEST)
+            self._front = FrontProcess(self._host, self._store, self._clock, GUEST)
             self._front.begin(self.faults.draw_front_settings(self._prng))
 
     def _retire(self, process: Process) -> None:

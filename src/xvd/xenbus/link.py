@@ -8,10 +8,9 @@ tests.
 """
 
 import contextlib
+import mmap
 from collections.abc import Callable
 from typing import Generic, TypeVar
-
-from typing_extensions import Buffer
 
 from xvd.blkif.abi import Abi, nr_ents
 from xvd.blkif.nodes import QueueConfig
@@ -89,7 +88,7 @@ class BackLink(Link[BackendQueue]):
         self,
         storage: HasPorts,
         options: BackOptions,
-        journal: Buffer | None = None,
+        journal: bytearray | mmap.mmap | None = None,
         *,
         resume: bool = False,
     ) -> BackendQueue:
