@@ -29,9 +29,9 @@ cdef class ClientSet:
     cdef client_set c
     cdef RangeLock lock
     cdef dict members
+    cdef FrontQueue queue        # here, and not below: it has to outlive what __dealloc__ forgets
 
 
 cdef class Clients(ClientSet):
     cdef stepper_ports table
     cdef engine_ports poller
-    cdef FrontQueue queue
