@@ -30,7 +30,7 @@ demo:
 	@PATH=$(CURDIR)/build/venv-release/bin:$$PATH examples/demo
 
 test: setup
-	pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	pytest -n 2 $(PYTEST_ARGS)
 
 check: setup
 	ruff format --check src tests tools
@@ -47,7 +47,7 @@ ifdef SEED
 else
 	xvd sim --seeds $(SEEDS)
 	xvd sim --world devices --seeds $(SEEDS)
-	XVD_MATRIX=all pytest -q -n 2 --dist loadgroup tests/matrix
+	XVD_MATRIX=all pytest -q -n 2 tests/matrix
 endif
 
 bench:

@@ -46,6 +46,8 @@ class StoreLink:
 
     def write(self, data: bytes, /) -> None:
         """See `machine.xs.client.Writer`."""
+        if not self._open:
+            return  # `drain` tells
         self._framer.feed(data)
         while (message := self._framer.next_message()) is not None:
             self._requests.append((self._clock.now_ns + self.delay_ns, message))
