@@ -7,6 +7,7 @@ taken from one that has it, and used from where they were unpacked.
 """
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -30,6 +31,7 @@ SUITE: Final = "trixie"
 
 PACKAGES: Final = ("libblkio1", "libblkio-dev")
 CLIENTS: Final = {"sleeping": (), "polling": ("-p",)}
+CLIENT_PATIENCE_S: Final = 60
 
 
 class NotToBeHad(NotInstalled):
@@ -117,8 +119,13 @@ def vhost(name: str, client: Path, image: Path, job: Job, *flags: str) -> Case:
             try:
                 _await(socket, server)
                 done = subprocess.run(
-                    [client, socket, *words], capture_output=True, text=True, check=False
-                )
+                    [client, socket, *words], capture_output=True, text=True, check=False,
+                    timeout=CLIENT_PATIENCE_S,
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                raise XvdError(
+                    f"{client.name}: no end after {CLIENT_PATIENCE_S} s; it waits for the server"
+                ) from None
             finally:
                 server.terminate()
                 server.communicate()
@@ -224,7 +231,7 @@ def _report(whats: Sequence[str], rounds: Rounds) -> Report:
 def _image(directory: Path, name: str) -> Path:
     """An image in memory with something in it."""
     where = Path("/dev/shm") if Path("/dev/shm").is_dir() else directory
-    path = where / f"xvd-bench-vhost-{name}.img"
+    path = where / f"xvd-bench-vhost-{name}-{os.getpid()}.img"
     piece = bytes(range(256)) * 4096
     with path.open("wb") as file:
         for _ in range(IMAGE_SIZE // len(piece)):
