@@ -35,19 +35,16 @@ class DeviceFaults:
     def draw(cls, prng: Prng) -> "DeviceFaults":
         """Any mix, from none at all to everything: half of the kinds are off in a run."""
 
-        def maybe(*choices: int) -> int:
-            return prng.choose(choices) if prng.chance(2) else 0
-
         return cls(
-            storage_error=maybe(20, 100),
-            lost_event=maybe(5, 50),
-            conflict=maybe(5, 50),
-            back_death=maybe(400, 1500),
-            front_death=maybe(800, 2000),
-            power_loss=maybe(1500, 3000),
-            store_loss=maybe(800, 2000),
-            journal=maybe(5, 30),
-            tool=maybe(150, 600),
+            storage_error=prng.maybe(20, 100),
+            lost_event=prng.maybe(5, 50),
+            conflict=prng.maybe(5, 50),
+            back_death=prng.maybe(400, 1500),
+            front_death=prng.maybe(800, 2000),
+            power_loss=prng.maybe(1500, 3000),
+            store_loss=prng.maybe(800, 2000),
+            journal=prng.maybe(5, 30),
+            tool=prng.maybe(150, 600),
             delays_ms=prng.choose(((0,), (0, 0, 1), (0, 1, 20), (0, 0, 0, 3000))),
         )
 

@@ -6,6 +6,7 @@ delivered, something completes, or its watchdog ends. That is what `dataplane/lo
 thread of each queue's own; here the scheduler decides when, for each of them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,7 +94,7 @@ class Shape:
         )
 
 
-class SimLink:
+class SimLink(ABC):
     """A link of either end: asleep or awake, and the event that is under way to it."""
 
     channel: EventChannel
@@ -108,9 +109,9 @@ class SimLink:
         """End the sleep."""
         self.awake = True
 
+    @abstractmethod
     def step(self, budget: int) -> int:
         """Make one step, then sleep if there is nothing to do; STEP_* flags."""
-        raise NotImplementedError
 
     def _rest(self, flags: int, may_sleep: bool) -> int:
         self.drained = bool(flags & StepFlag.DRAINED)

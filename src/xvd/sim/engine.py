@@ -12,18 +12,15 @@ from xvd.sim.storage import SimStorage
 class SimEngine(Engine):
     """One opening of the storage. resized: called with the sectors that the storage has then."""
 
-    def __init__(
-        self, storage: SimStorage, resized: Callable[[int], None], *, can_flush: bool = True
-    ) -> None:
+    def __init__(self, storage: SimStorage, resized: Callable[[int], None]) -> None:
         self._storage = storage
         self._resized = resized
-        self._can_flush = can_flush
 
     @property
     def info(self) -> EngineInfo:
         """See `Engine.info`."""
         size = self._storage.sectors * SECTOR
-        return EngineInfo(size=size, can_flush=self._can_flush, can_discard=True)
+        return EngineInfo(size=size, can_discard=True)
 
     @property
     def identity(self) -> str:

@@ -37,17 +37,14 @@ class Faults:
     def draw(cls, prng: Prng) -> "Faults":
         """Any mix, from none at all to everything: half of the kinds are off in a run."""
 
-        def maybe(*choices: int) -> int:
-            return prng.choose(choices) if prng.chance(2) else 0
-
         return cls(
-            storage_error=maybe(5, 20, 100),
-            lost_event=maybe(3, 10, 50),
-            spurious_event=maybe(3, 10, 50),
-            backend_death=maybe(200, 500),
-            frontend_death=maybe(300, 800),
-            bad_grant=maybe(20, 100),
-            replacement=maybe(100, 300),
-            power_loss=maybe(200, 500),
-            resize=maybe(20, 100),
+            storage_error=prng.maybe(5, 20, 100),
+            lost_event=prng.maybe(3, 10, 50),
+            spurious_event=prng.maybe(3, 10, 50),
+            backend_death=prng.maybe(200, 500),
+            frontend_death=prng.maybe(300, 800),
+            bad_grant=prng.maybe(20, 100),
+            replacement=prng.maybe(100, 300),
+            power_loss=prng.maybe(200, 500),
+            resize=prng.maybe(20, 100),
         )

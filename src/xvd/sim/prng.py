@@ -39,6 +39,10 @@ class Prng:
         """Draw one of them."""
         return values[self.below(len(values))]
 
+    def maybe(self, *values: int) -> int:
+        """Draw 0 half of the times, and otherwise one of the values."""
+        return self.choose(values) if self.chance(2) else 0
+
     def weighted(self, weights: dict[T, int]) -> T:
         """Draw one of the keys, by weight; a weight of 0 is never drawn."""
         at = self.below(sum(weights.values()))

@@ -8,6 +8,7 @@ beside it, a method ``_do_<action>`` for each.
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
@@ -36,7 +37,7 @@ _A = TypeVar("_A", bound=BackendAction | FrontendAction)
 NO_NODES = NodeChanges({})
 
 
-class Actor(Generic[_S, _E, _A]):
+class Actor(ABC, Generic[_S, _E, _A]):
     """One device's end. For the event loop's thread.
 
     path: its directory, relative to this domain. table: where an event leads from a state. log:
@@ -78,9 +79,9 @@ class Actor(Generic[_S, _E, _A]):
 
     # ---- What an end has of its own ----
 
+    @abstractmethod
     async def _look(self) -> Sequence[_E]:
         """Read what the nodes say now, as events."""
-        raise NotImplementedError
 
     def _foreign_state(self) -> XenbusState | None:
         """Return what our state node reads when the directory is another device's by now."""

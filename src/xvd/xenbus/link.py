@@ -9,6 +9,7 @@ tests.
 
 import contextlib
 import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -27,7 +28,7 @@ from xvd.xenbus.runner import Runner
 _Q = TypeVar("_Q", BackendQueue, FrontQueue)
 
 
-class Link(Generic[_Q]):
+class Link(ABC, Generic[_Q]):
     """What the two ends' links have in common. `release` is due, whatever `prepare` raises."""
 
     channel: EventChannel
@@ -55,9 +56,9 @@ class Link(Generic[_Q]):
         self._undo.close()
 
     @property
+    @abstractmethod
     def fault(self) -> str:
         """The peer's deed that no connection survives, in words; mostly empty."""
-        raise NotImplementedError
 
 
 class BackLink(Link[BackendQueue]):
