@@ -148,7 +148,8 @@ def test_a_disk_that_is_made_anew_between_two_polls_is_published_again() -> None
             device = Device(machine, store, PATH, Listener())
             running = asyncio.ensure_future(device.run())
             await world.store.write(f"{vbd.backend}/state", "2")
-            await until(lambda: device.state is FrontendState.PUBLISHED)
+            while await store.read(f"{vbd.frontend}/state") != "3":
+                pass
 
             async def anew(tx: Transaction) -> None:
                 await tx.rm(f"{vbd.frontend}/event-channel")
