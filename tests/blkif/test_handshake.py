@@ -67,10 +67,10 @@ def test_backend_comes_up_with_an_ordinary_frontend() -> None:
     )
 
     assert story == [
-        "WAITING offer look",
+        "WAITING offer poll",
         "WAITING",
         "CONNECTING connect",
-        "CONNECTED publish look",
+        "CONNECTED publish poll",
         "CONNECTED",
     ]
 
@@ -79,13 +79,13 @@ def test_backend_accepts_a_frontend_that_never_says_initialised() -> None:
     """mini-os, OVMF, U-Boot and Mirage publish their ring and write 4 at once."""
     story = backend_story(B.WAITING, "FRONTEND_CONNECTED", "CONNECT_DONE")
 
-    assert story == ["CONNECTING connect", "CONNECTED publish look"]
+    assert story == ["CONNECTING connect", "CONNECTED publish poll"]
 
 
 def test_backend_connects_once_for_two_triggers() -> None:
     story = backend_story(B.WAITING, "FRONTEND_INITIALISED", "FRONTEND_CONNECTED", "CONNECT_DONE")
 
-    assert story == ["CONNECTING connect", "CONNECTING", "CONNECTED publish look"]
+    assert story == ["CONNECTING connect", "CONNECTING", "CONNECTED publish poll"]
 
 
 def test_backend_keeps_rings_until_the_frontend_has_closed() -> None:
@@ -101,9 +101,9 @@ def test_backend_keeps_rings_until_the_frontend_has_closed() -> None:
     assert story == [
         "CLOSING",
         "DISCONNECTING disconnect",
-        "CLOSED look",
+        "CLOSED poll",
         "CLOSED",
-        "WAITING offer look",
+        "WAITING offer poll",
     ]
 
 
@@ -120,7 +120,7 @@ def test_backend_follows_a_frontend_that_closes_and_returns_at_once() -> None:
     assert story == [
         "DISCONNECTING disconnect",
         "RESETTING",
-        "WAITING offer look",
+        "WAITING offer poll",
         "CONNECTING connect",
     ]
 
@@ -128,7 +128,7 @@ def test_backend_follows_a_frontend_that_closes_and_returns_at_once() -> None:
 def test_backend_answers_a_kernel_that_begins_anew_without_closing() -> None:
     story = backend_story(B.CONNECTED, "FRONTEND_INITIALISING", "DISCONNECT_DONE")
 
-    assert story == ["RESETTING disconnect", "WAITING offer look"]
+    assert story == ["RESETTING disconnect", "WAITING offer poll"]
 
 
 def test_backend_answers_each_step_of_a_crash_kernel() -> None:
@@ -172,7 +172,7 @@ def test_backend_without_rings_goes_at_once(state: BackendState) -> None:
 def test_backend_tears_down_when_the_frontends_node_is_gone() -> None:
     story = backend_story(B.CONNECTED, "FRONTEND_UNKNOWN", "DISCONNECT_DONE")
 
-    assert story == ["DISCONNECTING disconnect", "CLOSED look"]
+    assert story == ["DISCONNECTING disconnect", "CLOSED poll"]
 
 
 def test_backend_that_cannot_connect_says_so_and_does_not_try_again_by_itself() -> None:
@@ -180,23 +180,23 @@ def test_backend_that_cannot_connect_says_so_and_does_not_try_again_by_itself() 
         B.CONNECTING, "CONNECT_FAILED", "FRONTEND_INITIALISED", "FRONTEND_CONNECTED"
     )
 
-    assert story == ["FAILED report_error disconnect look", "FAILED", "FAILED"]
+    assert story == ["FAILED report_error disconnect poll", "FAILED", "FAILED"]
 
 
 def test_backend_that_failed_gives_a_new_frontend_its_chance() -> None:
     story = backend_story(B.FAILED, "FRONTEND_INITIALISING", "DISCONNECT_DONE")
 
-    assert story == ["RESETTING disconnect", "WAITING offer look"]
+    assert story == ["RESETTING disconnect", "WAITING offer poll"]
 
 
 def test_backend_closes_a_device_whose_ring_is_broken() -> None:
-    assert backend_story(B.CONNECTED, "RING_BROKEN") == ["FAILED report_error disconnect look"]
+    assert backend_story(B.CONNECTED, "RING_BROKEN") == ["FAILED report_error disconnect poll"]
 
 
 def test_backend_without_storage_waits_for_removal() -> None:
     story = backend_story(B.STARTING, "STORAGE_FAILED", "FRONTEND_INITIALISING", "REMOVE_ALONE")
 
-    assert story == ["NO_STORAGE report_error look", "NO_STORAGE", "GONE unregister"]
+    assert story == ["NO_STORAGE report_error poll", "NO_STORAGE", "GONE unregister"]
 
 
 def test_backend_announces_a_new_size_only_while_connected() -> None:
@@ -210,7 +210,7 @@ def test_backend_that_died_connected_attaches_to_the_live_ring(frontend: XenbusS
 
     story = backend_story(start, "FRONTEND_CONNECTED", "STORAGE_READY", "CONNECT_DONE")
 
-    assert story == ["RESUMING", "RECONNECTING reconnect", "CONNECTED publish look"]
+    assert story == ["RESUMING", "RECONNECTING reconnect", "CONNECTED publish poll"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_backend_that_died_connected_attaches_to_the_live_ring(frontend: XenbusS
 def test_backend_that_finds_no_live_ring_begins_at_the_start(
     own: XenbusState, frontend: XenbusState
 ) -> None:
-    assert initial_backend(own, frontend) == Step(B.STARTING, (BackendAction.LOOK,))
+    assert initial_backend(own, frontend) == Step(B.STARTING, (BackendAction.POLL,))
 
 
 @pytest.mark.parametrize(
@@ -244,9 +244,9 @@ def test_frontend_comes_up() -> None:
 
     assert story == [
         "STARTING",
-        "PUBLISHED publish look",
+        "PUBLISHED publish poll",
         "CONNECTING read_features",
-        "CONNECTED start_io look",
+        "CONNECTED start_io poll",
     ]
 
 
@@ -254,7 +254,7 @@ def test_frontend_accepts_a_backend_that_is_connected_before_it() -> None:
     """NetBSD's backend goes to 4 as soon as it has its device."""
     story = frontend_story(F.STARTING, "BACKEND_CONNECTED", "BACKEND_CONNECTED")
 
-    assert story == ["PUBLISHED publish look", "CONNECTING read_features"]
+    assert story == ["PUBLISHED publish poll", "CONNECTING read_features"]
 
 
 def test_frontend_reads_the_size_again_when_the_state_is_repeated() -> None:
@@ -269,7 +269,7 @@ def test_frontend_frees_its_pages_only_after_the_backend_has_closed() -> None:
     assert story == [
         "CLOSING stop_io",
         "CLOSING",
-        "HANDED_BACK look",
+        "HANDED_BACK poll",
         "HANDED_BACK",
         "CLOSED release clean_up choose",
     ]
@@ -278,15 +278,15 @@ def test_frontend_frees_its_pages_only_after_the_backend_has_closed() -> None:
 def test_frontend_fails_what_a_vanished_backend_will_not_answer() -> None:
     story = frontend_story(F.CONNECTED, "BACKEND_UNKNOWN", "DRAINED", "BACKEND_UNKNOWN")
 
-    assert story == ["CLOSING fail_io", "HANDED_BACK look", "CLOSED release clean_up choose"]
+    assert story == ["CLOSING fail_io", "HANDED_BACK poll", "CLOSED release clean_up choose"]
 
 
 def test_frontend_begins_again_with_a_backend_that_forgot_it() -> None:
-    assert frontend_story(F.CONNECTED, "BACKEND_INIT_WAIT") == ["PUBLISHED release publish look"]
+    assert frontend_story(F.CONNECTED, "BACKEND_INIT_WAIT") == ["PUBLISHED release publish poll"]
 
 
 def test_frontend_begins_again_after_migration() -> None:
-    assert frontend_story(F.CONNECTED, "RESUMED") == ["STARTING find_backend release clean_up look"]
+    assert frontend_story(F.CONNECTED, "RESUMED") == ["STARTING find_backend release clean_up poll"]
 
 
 def test_frontend_gives_up_on_a_backend_that_breaks_the_protocol() -> None:
@@ -357,16 +357,16 @@ def test_frontend_after_a_crash_leads_the_backend_round() -> None:
     assert step.state is F.RESET_CLOSING
     assert story == [
         "RESET_CLOSING",
-        "RESET_CLOSED arm_timer look",
-        "STARTING clean_up look",
-        "PUBLISHED publish look",
+        "RESET_CLOSED arm_timer poll",
+        "STARTING clean_up poll",
+        "PUBLISHED publish poll",
     ]
 
 
 def test_frontend_after_a_crash_goes_on_when_a_backend_does_not_answer() -> None:
     story = frontend_story(F.RESET_CLOSING, "TIMEOUT", "TIMEOUT", "TIMEOUT")
 
-    assert story == ["RESET_CLOSED arm_timer look", "STARTING clean_up look", "STARTING"]
+    assert story == ["RESET_CLOSED arm_timer poll", "STARTING clean_up poll", "STARTING"]
 
 
 @pytest.mark.parametrize(

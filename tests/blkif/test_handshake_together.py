@@ -76,7 +76,7 @@ class World:
             elif action is BackendAction.DISCONNECT:
                 self.jobs = [job for job in self.jobs if job != "b:CONNECT_DONE"]
                 self.job("b:DISCONNECT_DONE")
-            elif action is BackendAction.LOOK:
+            elif action is BackendAction.POLL:
                 self.job("b:look")
 
     def feed_frontend(self, event: FrontendEvent) -> None:
@@ -95,7 +95,7 @@ class World:
                 self.job("f:FEATURES_READ")
             elif action in (FrontendAction.STOP_IO, FrontendAction.FAIL_IO):
                 self.job("f:DRAINED")
-            elif action is FrontendAction.LOOK:
+            elif action is FrontendAction.POLL:
                 self.job("f:look")
         self.write("frontend", step.state.xenbus)
 

@@ -12,11 +12,11 @@ def test_everything_waits_once_and_in_the_order_in_which_it_came() -> None:
         inbox: Inbox[BackendEvent] = Inbox()
         inbox.put(BackendEvent.STORAGE_READY)
         for _ in range(1000):
-            inbox.put(Order.LOOK)
+            inbox.put(Order.POLL)
             inbox.put(BackendEvent.RESIZED)
         assert len(inbox) == 3
         found = [await inbox.get() for _ in range(3)]
-        assert found == [BackendEvent.STORAGE_READY, Order.LOOK, BackendEvent.RESIZED]
+        assert found == [BackendEvent.STORAGE_READY, Order.POLL, BackendEvent.RESIZED]
 
     run(work())
 
@@ -24,9 +24,9 @@ def test_everything_waits_once_and_in_the_order_in_which_it_came() -> None:
 def test_what_comes_while_its_like_is_acted_on_waits_again() -> None:
     async def work() -> None:
         inbox: Inbox[BackendEvent] = Inbox()
-        inbox.put(Order.LOOK)
-        assert await inbox.get() is Order.LOOK
-        inbox.put(Order.LOOK)
+        inbox.put(Order.POLL)
+        assert await inbox.get() is Order.POLL
+        inbox.put(Order.POLL)
         assert len(inbox) == 1
 
     run(work())

@@ -150,7 +150,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
     def _foreign_state(self) -> XenbusState | None:
         return foreign_state(self._written)
 
-    async def _look(self) -> Sequence[BackendEvent]:
+    async def _read_events(self) -> Sequence[BackendEvent]:
         own = await self._store.try_read(f"{self.path}/state")
         foreign = self._foreign_state()
         if foreign is not None and own == str(int(foreign)):

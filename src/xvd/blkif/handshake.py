@@ -18,7 +18,7 @@ How a caller uses it (`BackendState` and `FrontendState` alike):
 3. CONNECT, RECONNECT, DISCONNECT, READ_FEATURES, STOP_IO and FAIL_IO take time; their end comes
    back as an event, and meanwhile further events are fed. One that is asked for while it runs is
    the one that runs: it ends once.
-4. LOOK means: read the peer's node (a backend reads its ``online`` node too) and feed what it
+4. POLL means: read the peer's node (a backend reads its ``online`` node too) and feed what it
    says as an event, as if a watch had fired. So nothing is lost that was ignored while we worked.
 5. The disk's way ends in a state that is `final`.
 
@@ -175,7 +175,7 @@ class BackendAction(Enum):
     DISCONNECT = auto()
     """Cancel a CONNECT that runs, drain what is in flight, unmap, unbind; always ends in
     DISCONNECT_DONE, at once when there is nothing to undo."""
-    LOOK = auto()
+    POLL = auto()
     """Read the frontend's state and ``online`` again, and feed them."""
     UNREGISTER = auto()
     """Close the storage, drop the watches, forget the disk."""
@@ -273,7 +273,7 @@ class FrontendAction(Enum):
     """*nodes*: the error text, in our own domain's ``error`` directory."""
     ARM_TIMER = auto()
     """Five seconds, then TIMEOUT; armed anew for each step."""
-    LOOK = auto()
+    POLL = auto()
     """Read the backend's state again, and feed it."""
     FIND_BACKEND = auto()
     """Read who serves the disk, and watch its state from now on: it may be another backend."""
@@ -346,9 +346,9 @@ def _serve_frontends(table: _BackendTable) -> None:
     disconnect = (a.DISCONNECT,)
 
     # Coming up.
-    row([s.STARTING, s.NO_STORAGE], [e.STORAGE_READY], Step(s.WAITING, (a.OFFER, a.LOOK)))
+    row([s.STARTING, s.NO_STORAGE], [e.STORAGE_READY], Step(s.WAITING, (a.OFFER, a.POLL)))
     row([s.WAITING], ready, Step(s.CONNECTING, (a.CONNECT,)))
-    row([s.CONNECTING, s.RECONNECTING], [e.CONNECT_DONE], Step(s.CONNECTED, (a.PUBLISH, a.LOOK)))
+    row([s.CONNECTING, s.RECONNECTING], [e.CONNECT_DONE], Step(s.CONNECTED, (a.PUBLISH, a.POLL)))
     row([s.CONNECTED], [e.RESIZED], Step(s.CONNECTED, (a.PUBLISH_SIZE,)))
     # The state is not repeated, as in blkback: the answer tells this frontend, the node the next.
     row([s.CONNECTED], [e.WITHDRAWN], Step(s.CONNECTED, (a.PUBLISH,)))
@@ -365,15 +365,15 @@ def _serve_frontends(table: _BackendTable) -> None:
     active = [s.WAITING, s.CONNECTING, s.RECONNECTING, s.CONNECTED, s.CLOSING, s.FAILED]
     row(active, gone, Step(s.DISCONNECTING, disconnect))
     row([s.RESETTING], gone, Step(s.DISCONNECTING))
-    row([s.DISCONNECTING], [e.DISCONNECT_DONE], Step(s.CLOSED, (a.LOOK,)))
+    row([s.DISCONNECTING], [e.DISCONNECT_DONE], Step(s.CLOSED, (a.POLL,)))
 
     # A frontend begins anew: after a close, after kexec, or so fast that we never saw it close.
-    row([s.CLOSED], [*fresh, *ready], Step(s.WAITING, (a.OFFER, a.LOOK)))
+    row([s.CLOSED], [*fresh, *ready], Step(s.WAITING, (a.OFFER, a.POLL)))
     busy = [s.CONNECTING, s.RECONNECTING, s.CONNECTED, s.CLOSING, s.FAILED]
     row(busy, fresh, Step(s.RESETTING, disconnect))
     row([s.CLOSING], ready, Step(s.RESETTING, disconnect))
     row([s.DISCONNECTING], [*fresh, *ready], Step(s.RESETTING))
-    row([s.RESETTING], [e.DISCONNECT_DONE], Step(s.WAITING, (a.OFFER, a.LOOK)))
+    row([s.RESETTING], [e.DISCONNECT_DONE], Step(s.WAITING, (a.OFFER, a.POLL)))
 
 
 def _give_up(table: _BackendTable) -> None:
@@ -387,15 +387,15 @@ def _give_up(table: _BackendTable) -> None:
     unregister = Step(s.GONE, (a.UNREGISTER,))
 
     # The process and the other disks go on.
-    row([s.STARTING], [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.LOOK)))
-    row([s.RESUMING], [e.STORAGE_FAILED], Step(s.LOST, (a.REPORT_ERROR, a.LOOK)))
+    row([s.STARTING], [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.POLL)))
+    row([s.RESUMING], [e.STORAGE_FAILED], Step(s.LOST, (a.REPORT_ERROR, a.POLL)))
     row([s.LOST], remove, unregister)
-    failed = Step(s.FAILED, (a.REPORT_ERROR, a.DISCONNECT, a.LOOK))
+    failed = Step(s.FAILED, (a.REPORT_ERROR, a.DISCONNECT, a.POLL))
     row([s.CONNECTING, s.RECONNECTING], bad, failed)
     row([s.CONNECTED, s.CLOSING], [e.STORAGE_FAILED, e.RING_BROKEN], failed)
-    row([s.FAILED], [e.DISCONNECT_DONE], Step(s.SPENT, (a.LOOK,)))
+    row([s.FAILED], [e.DISCONNECT_DONE], Step(s.SPENT, (a.POLL,)))
     row([s.SPENT], [e.FRONTEND_UNKNOWN, e.FRONTEND_CLOSED], Step(s.CLOSED))
-    row([s.SPENT], [e.FRONTEND_INITIALISING], Step(s.WAITING, (a.OFFER, a.LOOK)))
+    row([s.SPENT], [e.FRONTEND_INITIALISING], Step(s.WAITING, (a.OFFER, a.POLL)))
     row([s.SPENT], remove, unregister)
 
     # The toolstack removes the disk: a live frontend closes first, else nobody would end it.
@@ -428,19 +428,19 @@ def _use_backends(table: _FrontendTable) -> None:
 
     # Coming up. NetBSD's backend is at 4 before we are here: publish, then read it again.
     offered = [e.BACKEND_INIT_WAIT, e.BACKEND_CONNECTED]
-    row([s.STARTING], offered, Step(s.PUBLISHED, (a.PUBLISH, a.LOOK)))
+    row([s.STARTING], offered, Step(s.PUBLISHED, (a.PUBLISH, a.POLL)))
     row([s.PUBLISHED], [e.BACKEND_CONNECTED], Step(s.CONNECTING, (a.READ_FEATURES,)))
-    row([s.CONNECTING], [e.FEATURES_READ], Step(s.CONNECTED, (a.START_IO, a.LOOK)))
+    row([s.CONNECTING], [e.FEATURES_READ], Step(s.CONNECTED, (a.START_IO, a.POLL)))
     row([s.CONNECTED], [e.BACKEND_CONNECTED], Step(s.CONNECTED, (a.READ_SIZE,)))
 
     # The ring is lost but the disk is not: everything is negotiated again from the start.
-    again = (a.RELEASE, a.PUBLISH, a.LOOK)
+    again = (a.RELEASE, a.PUBLISH, a.POLL)
     row([s.CONNECTING, s.CONNECTED], [e.BACKEND_INIT_WAIT], Step(s.PUBLISHED, again))
-    anew = (a.FIND_BACKEND, a.RELEASE, a.CLEAN_UP, a.LOOK)
+    anew = (a.FIND_BACKEND, a.RELEASE, a.CLEAN_UP, a.POLL)
     row(running, [e.RESUMED], Step(s.STARTING, anew))
     same = [s.STARTING, s.CLOSED, s.RESET_CLOSING, s.RESET_CLOSED]
     for state in same:
-        row([state], [e.RESUMED], Step(state, (a.FIND_BACKEND, a.LOOK)))
+        row([state], [e.RESUMED], Step(state, (a.FIND_BACKEND, a.POLL)))
 
     # Going down, by either end. Pages are ours again only when the backend has closed.
     stop, fail = Step(s.CLOSING, (a.STOP_IO,)), Step(s.CLOSING, (a.FAIL_IO,))
@@ -452,20 +452,20 @@ def _use_backends(table: _FrontendTable) -> None:
     row([s.CLOSING], [e.RESUMED], Step(s.CLOSING, (a.FIND_BACKEND, a.FAIL_IO)))
     row([s.CONNECTING], [e.FEATURES_BAD], Step(s.CLOSING, (a.REPORT_ERROR, a.FAIL_IO)))
     row([*running, s.CLOSING], [e.BREACH], Step(s.CLOSING, (a.REPORT_ERROR, a.FAIL_IO)))
-    row([s.CLOSING], [e.DRAINED], Step(s.HANDED_BACK, (a.LOOK,)))
+    row([s.CLOSING], [e.DRAINED], Step(s.HANDED_BACK, (a.POLL,)))
     # 1 and 2 say that a new backend is here: it has nothing of ours mapped either.
     freed = [*gone, e.BACKEND_INITIALISING, e.BACKEND_INIT_WAIT]
     tidied = (a.RELEASE, a.CLEAN_UP, a.CHOOSE)
     row([s.HANDED_BACK], freed, Step(s.CLOSED, tidied))
     row([s.HANDED_BACK], [e.RESUMED], Step(s.CLOSED, (a.FIND_BACKEND, *tidied)))
-    row([s.CLOSED], [e.REOPEN], Step(s.STARTING, (a.AWAIT_RETURN, a.LOOK)))
+    row([s.CLOSED], [e.REOPEN], Step(s.STARTING, (a.AWAIT_RETURN, a.POLL)))
 
     # After a crash of our predecessor: the steps of Linux's xenbus reset, each with its time-out.
     # A backend still at InitWait is led round too: it may be about to map the dead one's rings.
     closed = [*gone, e.TIMEOUT]
     closing = [e.BACKEND_CLOSING, *closed]
-    row([s.RESET_CLOSING], closing, Step(s.RESET_CLOSED, (a.ARM_TIMER, a.LOOK)))
-    row([s.RESET_CLOSED], closed, Step(s.STARTING, (a.CLEAN_UP, a.LOOK)))
+    row([s.RESET_CLOSING], closing, Step(s.RESET_CLOSED, (a.ARM_TIMER, a.POLL)))
+    row([s.RESET_CLOSED], closed, Step(s.STARTING, (a.CLEAN_UP, a.POLL)))
 
 
 def _leave(table: _FrontendTable) -> None:
@@ -551,7 +551,7 @@ def initial_backend(own: XenbusState, frontend: XenbusState) -> BackendStep:
     live = XenbusState.INITIALISED <= frontend <= XenbusState.CLOSING
     resume = own is XenbusState.CONNECTED and live
     start = BackendState.RESUMING if resume else BackendState.STARTING
-    return Step(start, (BackendAction.LOOK,))
+    return Step(start, (BackendAction.POLL,))
 
 
 def initial_frontend(own: XenbusState, backend: XenbusState) -> FrontendStep:
@@ -561,12 +561,12 @@ def initial_frontend(own: XenbusState, backend: XenbusState) -> FrontendStep:
     backend may have its rings mapped, so it is led through Closing and Closed first, from where
     it stands.
     """
-    look = FrontendAction.LOOK
+    poll = FrontendAction.POLL
     timer = FrontendAction.ARM_TIMER
     if own in (XenbusState.UNKNOWN, XenbusState.INITIALISING):
-        return Step(FrontendState.STARTING, (look,))
+        return Step(FrontendState.STARTING, (poll,))
     if backend in (XenbusState.UNKNOWN, XenbusState.INITIALISING, XenbusState.CLOSED):
-        return Step(FrontendState.STARTING, (FrontendAction.CLEAN_UP, look))
+        return Step(FrontendState.STARTING, (FrontendAction.CLEAN_UP, poll))
     if own is XenbusState.CLOSED or backend is XenbusState.CLOSING:
-        return Step(FrontendState.RESET_CLOSED, (timer, look))
-    return Step(FrontendState.RESET_CLOSING, (timer, look))
+        return Step(FrontendState.RESET_CLOSED, (timer, poll))
+    return Step(FrontendState.RESET_CLOSING, (timer, poll))

@@ -8,17 +8,20 @@ discards where `info` rules them out.
 import dataclasses
 import errno
 import weakref
+from collections.abc import Callable
 
 from xvd.engines.channel import CheckedChannel
 from xvd.engines.interface import Channel, Engine, EngineInfo, Extent
+from xvd.engines.layers.base import Asked, Layer
 from xvd.errors import EngineError
+from xvd.types import EngineOp
 
 
-class Checked(Engine):
+class Checked(Layer):
     """An engine that only lets possible operations through."""
 
     def __init__(self, lower: Engine) -> None:
-        self.lower = lower
+        super().__init__(lower)
         self._info = lower.info
         self._channels: weakref.WeakSet[CheckedChannel] = weakref.WeakSet()
         size, block = self._info.size, self._info.logical_block_size
@@ -31,18 +34,8 @@ class Checked(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """The info of the engine behind."""
+        """The info of the engine behind, of the size that operations are checked by."""
         return self._info
-
-    @property
-    def identity(self) -> str:
-        """Which storage is behind."""
-        return self.lower.identity
-
-    @property
-    def trouble(self) -> str:
-        """That of the engine behind."""
-        return self.lower.trouble
 
     def _check(self, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._info.size:
@@ -59,38 +52,20 @@ class Checked(Engine):
         if self._info.read_only:
             raise EngineError(errno.EROFS, "the disk is read-only")
 
-    def read(self, buffer: memoryview, offset: int) -> None:
-        """Check, then read."""
-        self._check(offset, buffer.nbytes)
-        self.lower.read(buffer, offset)
-
-    def write(self, buffer: memoryview, offset: int) -> None:
-        """Check, then write."""
-        self._check(offset, buffer.nbytes)
-        self._check_writable()
-        self.lower.write(buffer, offset)
-
-    def flush(self) -> None:
-        """Flush."""
-        self.lower.flush()
-
-    def discard(self, offset: int, length: int) -> None:
-        """Check, then discard."""
-        self._check(offset, length)
-        self._check_writable()
-        if not self._info.can_discard:
-            raise EngineError(errno.EOPNOTSUPP, "the storage cannot discard")
-        if length:  # nothing is always discarded, whatever storage says to it
-            self.lower.discard(offset, length)
-
-    def secure_discard(self, offset: int, length: int) -> None:
-        """Check, then erase."""
-        self._check(offset, length)
-        self._check_writable()
-        if not self._info.can_secure_discard:
-            raise EngineError(errno.EOPNOTSUPP, "the storage cannot erase securely")
-        if length:
-            self.lower.secure_discard(offset, length)
+    def perform(self, asked: Asked, do: Callable[[], None]) -> None:
+        """Check one operation as its channel would (channel.pyx), then do it."""
+        if asked.op is not EngineOp.FLUSH:
+            self._check(asked.offset, asked.length)
+        if asked.op in (EngineOp.WRITE, EngineOp.DISCARD):
+            self._check_writable()
+        if asked.op is EngineOp.DISCARD:
+            if asked.secure and not self._info.can_secure_discard:
+                raise EngineError(errno.EOPNOTSUPP, "the storage cannot erase securely")
+            if not asked.secure and not self._info.can_discard:
+                raise EngineError(errno.EOPNOTSUPP, "the storage cannot discard")
+            if not asked.length:  # nothing is always discarded, whatever storage says to it
+                return
+        do()
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Check, then let it be zeros."""
@@ -122,14 +97,6 @@ class Checked(Engine):
         if size <= 0 or size % block:
             raise EngineError(errno.EINVAL, f"{size} bytes are not whole blocks of {block}")
         self.lower.resize(size)
-
-    def accept_size(self) -> None:
-        """Pass on."""
-        self.lower.accept_size()
-
-    def close(self) -> None:
-        """Close the engine behind."""
-        self.lower.close()
 
     def open_channel(self) -> Channel:
         """A checking channel in front of the engine's own."""

@@ -129,7 +129,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
         self._written = parse_state(Side.FRONTEND, nodes.get("state"))
         return assignment
 
-    async def _look(self) -> Sequence[FrontendEvent]:
+    async def _read_events(self) -> Sequence[FrontendEvent]:
         own = await self._state_of(Side.FRONTEND, self.path)
         if own is foreign_state(self._written):
             return [FrontendEvent.RESUMED]

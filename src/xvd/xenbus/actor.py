@@ -68,9 +68,9 @@ class Actor(ABC, Generic[_S, _E, _A]):
         """Tell the device something."""
         self._inbox.put(event)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Have the nodes read: once, however often this is asked for meanwhile."""
-        self._inbox.put(Order.LOOK)
+        self._inbox.put(Order.POLL)
 
     @property
     def waiting(self) -> int:
@@ -80,7 +80,7 @@ class Actor(ABC, Generic[_S, _E, _A]):
     # ---- What an end has of its own ----
 
     @abstractmethod
-    async def _look(self) -> Sequence[_E]:
+    async def _read_events(self) -> Sequence[_E]:
         """Read what the nodes say now, as events."""
 
     def _foreign_state(self) -> XenbusState | None:
@@ -96,7 +96,7 @@ class Actor(ABC, Generic[_S, _E, _A]):
             item = await self._inbox.get()
             if item is Order.LEAVE:
                 return
-            events = await self._look_safely() if isinstance(item, Order) else (item,)
+            events = await self._read_safely() if isinstance(item, Order) else (item,)
             for event in events:
                 if not self.state.final:
                     await self._feed(event)
@@ -104,9 +104,9 @@ class Actor(ABC, Generic[_S, _E, _A]):
     async def _feed(self, event: _E) -> None:
         await self._take(self._table(self.state, event))
 
-    async def _look_safely(self) -> Sequence[_E]:
+    async def _read_safely(self) -> Sequence[_E]:
         try:
-            return await self._look()
+            return await self._read_events()
         except XenstoreError as error:  # this reading is lost; the next event causes another
             self._log.error("its nodes could not be read: %s", error)
             return ()
@@ -121,8 +121,8 @@ class Actor(ABC, Generic[_S, _E, _A]):
         for action in step.actions:
             await getattr(self, f"_do_{action.name.lower()}")()
 
-    async def _do_look(self) -> None:
-        self.look()
+    async def _do_poll(self) -> None:
+        self.poll()
 
     async def _write(self, changes: NodeChanges, *, always: bool = False) -> bool:
         """Write nodes, with our state if that is another than was written, or `always`.
@@ -170,7 +170,7 @@ class Actor(ABC, Generic[_S, _E, _A]):
                 if wait_s := pace.wait_s():
                     await asyncio.sleep(wait_s)
                 watch.skip()
-                self.look()
+                self.poll()
         except PeerClosed as error:  # no store, no toolstack: nobody to serve for
             self.lost = error
             self._inbox.put(Order.LEAVE)

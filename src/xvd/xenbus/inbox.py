@@ -16,7 +16,7 @@ _E = TypeVar("_E", bound=Enum)
 class Order(Enum):
     """What an actor can be told beside the events of its table."""
 
-    LOOK = auto()
+    POLL = auto()
     """Read the nodes of the peer, and our own, and feed what they say."""
     LEAVE = auto()
     """Return, and leave the nodes as they are: the process ends, or has lost the store."""

@@ -58,12 +58,12 @@ class Layer(Engine):
 
     def read(self, buffer: memoryview, offset: int) -> None:
         """Read by way of `perform`, as everything below."""
-        asked = Asked(EngineOp.READ, offset, len(buffer))
+        asked = Asked(EngineOp.READ, offset, buffer.nbytes)
         self.perform(asked, lambda: self.lower.read(buffer, offset))
 
     def write(self, buffer: memoryview, offset: int) -> None:
         """Write."""
-        asked = Asked(EngineOp.WRITE, offset, len(buffer))
+        asked = Asked(EngineOp.WRITE, offset, buffer.nbytes)
         self.perform(asked, lambda: self.lower.write(buffer, offset))
 
     def flush(self) -> None:
