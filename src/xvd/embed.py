@@ -26,7 +26,7 @@ from xvd.machine.emulated.service import EmulatedHost
 from xvd.toolstack.vbd import attach, create_guest, detach
 from xvd.toolstack.xldisk import XlDisk
 from xvd.types import DOM0, Domid
-from xvd.xenbus.blocking import in_own_thread
+from xvd.xenbus.runner import in_own_thread
 
 GUEST = Domid(1)
 """The one guest."""

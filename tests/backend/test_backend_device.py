@@ -7,7 +7,7 @@ from rig_engines import ByHand
 from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
-from xvd.backend.features import features_of
+from xvd.backend.negotiation import features_of
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import InfoFlag, Op
 from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment

@@ -17,9 +17,8 @@ from xvd.backend.budget import (
     Amounts,
     Budget,
     Claim,
-    capacity,
-    limits_of_host,
 )
+from xvd.backend.limits import capacity, limits_of_host
 from xvd.backend.settings import Settings
 from xvd.errors import BudgetError, PeerClosed
 from xvd.frontend.settings import Settings as FrontSettings

@@ -19,8 +19,7 @@ from xvd.errors import PeerClosed
 from xvd.toolstack.vbd import attach
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid
-from xvd.xenbus.blocking import in_own_thread
-from xvd.xenbus.runner import THREADS
+from xvd.xenbus.runner import THREADS, in_own_thread
 
 
 class Server:

@@ -10,7 +10,7 @@ import pytest
 from rig_disk import disk_world, run
 
 from xvd.blkif.assignment import parse_backend_assignment
-from xvd.engines.assigned import open_assigned, storage_uri
+from xvd.engines.uri import open_assigned, storage_uri
 from xvd.toolstack.vbd import has_device_model
 from xvd.types import Domid
 

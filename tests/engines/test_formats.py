@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from xvd.blkif.assignment import parse_backend_assignment
-from xvd.engines.assigned import storage_uri
 from xvd.engines.formats import FORMATS, known_format
 from xvd.engines.image import FileEngine
-from xvd.engines.uri import open_engine
+from xvd.engines.uri import open_engine, storage_uri
 from xvd.errors import ConfigError, EngineError
 
 MIB = 1 << 20

@@ -19,9 +19,8 @@ from xvd.backend.device import StorageOpener
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
-from xvd.engines.assigned import storage_uri
 from xvd.engines.interface import Engine
-from xvd.engines.uri import open_engine
+from xvd.engines.uri import open_engine, storage_uri
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated.limits import Limits

@@ -22,7 +22,7 @@ from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.interface import Mapping
 from xvd.types import Gref, RequestId
-from xvd.xenbus.link import FrontLink
+from xvd.xenbus.links import FrontLink
 
 
 class FrontWorld:

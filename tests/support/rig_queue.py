@@ -37,7 +37,7 @@ from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import PAGE_SIZE, Domid, Gref, RequestId
-from xvd.xenbus.link import BackLink
+from xvd.xenbus.links import BackLink
 
 BACKEND, GUEST = Domid(0), Domid(1)
 ALL = 1 << Op.READ | 1 << Op.WRITE | 1 << Op.FLUSH_DISKCACHE | 1 << Op.DISCARD

@@ -17,9 +17,8 @@ from typing import Any, TypeVar
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
-from xvd.engines.assigned import storage_uri
 from xvd.engines.interface import Engine
-from xvd.engines.uri import open_engine
+from xvd.engines.uri import open_engine, storage_uri
 from xvd.export.nbd import NbdServer
 from xvd.frontend.disk import Disk
 from xvd.machine.emulated.service import EmulatedHost

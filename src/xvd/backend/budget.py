@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a host has to give to its disks, counted before it runs out.
+"""What a host has to give to its disks, counted before it runs out, and what a disk gets of it.
 
 A connection takes what its rings keep: mappings (Linux allows a process 65530), map-track entries,
 memory and descriptors. What a request has only while it is in flight is not counted: it has what is
@@ -9,16 +9,16 @@ Where something is short a disk gets less of what would take it: fewer queues, s
 segments, fewer grants that stay mapped, grant copy. What cannot be had even so is refused.
 """
 
-import contextlib
-import os
-import resource
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Final
 
+from xvd.backend.settings import Settings
 from xvd.blkif.abi import MAX_SEGMENTS_PER_REQUEST
+from xvd.blkif.features import BackendFeatures, useful_indirect
+from xvd.blkif.nodes import FrontendConfig
 from xvd.dataplane.back.queue import memory_of
 from xvd.errors import BudgetError
 from xvd.types import PAGE_SIZE
@@ -36,9 +36,6 @@ KEPT_MIN: Final = 33
 SHARE: Final = 8
 """No disk takes more than an eighth of what is left while it can do with less, so that the first
 ones do not leave nothing to those that come later."""
-DESCRIPTORS_MAX: Final = 65536
-XEN_MAPTRACK: Final = 262144
-"""Map-track entries of a domain: 1024 frames of 256, unless Xen was booted with others."""
 
 REMEDIES: Final = {
     "mappings": "raise it: sysctl vm.max_map_count=262144; or serve with --copy",
@@ -96,6 +93,16 @@ class Claim:
         values = ((name, getattr(self, name), getattr(other, name)) for name in names)
         return ", ".join(
             f"{name} {ours} instead of {its}" for name, ours, its in values if ours != its
+        )
+
+    def limit(self, settings: Settings) -> Settings:
+        """Return the settings, as far as there is room for them."""
+        return replace(
+            settings,
+            copying=self.copying,
+            max_persistent_grants=self.kept,
+            scale_persistent_grants=False,
+            max_buffer_pages=self.buffer_pages,
         )
 
     @property
@@ -216,51 +223,77 @@ class Budget:
         return Lease(self, claim)
 
 
-# ---- A host ----------------------------------------------------------------------------------
+# ---- One disk ----------------------------------------------------------------------------------
 
 
-def limits_of_host(maptrack: int = XEN_MAPTRACK, proc: Path = Path("/proc")) -> Amounts:
-    """Return what this process may keep for disks: three quarters of what Linux and Xen allow it.
-
-    Half of the memory that is available: the rest is for what is in flight, and for others.
-    """
-    descriptors = descriptor_limits()[1] * 3 // 4
-    mappings = int((proc / "sys/vm/max_map_count").read_text()) * 3 // 4
-    return Amounts(
-        mappings=mappings - (proc / "self/maps").read_bytes().count(b"\n"),
-        grants=maptrack * 3 // 4,
-        memory=min(_available(proc), _allowed(proc)) // 2,
-        descriptors=descriptors - len(os.listdir(proc / "self/fd")),
+def _claim_of(
+    features: BackendFeatures, settings: Settings, config: FrontendConfig | None = None
+) -> Claim:
+    """Estimate what a connection uses of this host: as agreed, or the most if `config` is None."""
+    ring_pages = config.ring_pages if config else 1 << features.max_ring_page_order
+    persistent = features.persistent and (config is None or config.persistent)
+    return Claim(
+        queues=len(config.queues) if config else features.max_queues,
+        ring_pages=ring_pages,
+        segments=max(features.max_indirect_segments, MAX_SEGMENTS_PER_REQUEST),
+        persistent=persistent and not settings.copying,
+        kept=settings.persistent_grants_of(ring_pages),
+        copying=settings.copying,
+        buffer_pages=settings.max_buffer_pages,
     )
 
 
-def descriptor_limits() -> tuple[int, int]:
-    """(how many files we may open, how many if we raise that as far as we may)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY:
-        hard = DESCRIPTORS_MAX
-    return soft, max(soft, min(hard, DESCRIPTORS_MAX))
+def _within(features: BackendFeatures, claim: Claim) -> BackendFeatures:
+    """The features cut down to what a claim has room for."""
+    indirect = min(features.max_indirect_segments, claim.segments)
+    return replace(
+        features,
+        persistent=features.persistent and not claim.copying,
+        max_indirect_segments=useful_indirect(indirect),
+        max_ring_page_order=claim.ring_pages.bit_length() - 1,
+        max_queues=claim.queues,
+    )
 
 
-def _available(proc: Path) -> int:
-    for line in (proc / "meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return sys.maxsize
+class Room:
+    """One disk's part of a budget."""
 
+    def __init__(self, budget: Budget, log: logging.LoggerAdapter[logging.Logger]) -> None:
+        self._budget = budget
+        self._log = log
 
-def _allowed(proc: Path, cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes that the control group leaves, as a unit's MemoryMax= sets them."""
-    with contextlib.suppress(OSError, ValueError):
-        path = (proc / "self/cgroup").read_text().partition("0::/")[2].strip()
-        group = cgroups / path
-        most = int((group / "memory.max").read_text())  # "max" is no number: no limit
-        return most - int((group / "memory.current").read_text())
-    return sys.maxsize
+    def affordable(self, features: BackendFeatures, settings: Settings) -> BackendFeatures:
+        """Cut it to what this host has room for now; leave it whole if not even the least can be
+        had: the connection is refused then, unless there is room by that time."""
+        wanted = _claim_of(features, settings)
+        try:
+            claim = self._budget.fit(wanted, NEGOTIABLE)
+        except BudgetError:
+            return features
+        self._say_less(wanted, claim)
+        return _within(features, claim)
 
+    def take(self, features: BackendFeatures, settings: Settings, config: FrontendConfig) -> Lease:
+        """Take what a connection keeps, or less of it; `BudgetError` says what there is none of."""
+        wanted = _claim_of(features, settings, config)
+        lease = self._budget.take(wanted, AGREED)
+        self._say_less(wanted, lease.claim)
+        return lease
 
-def capacity(claim: Claim, limits: Amounts) -> dict[str, int]:
-    """How many such disks each resource is enough for; those that come later get less."""
-    fits = {name: max(0, limits.of(name)) // claim.need.of(name) for name in RESOURCES}
-    return {name: max(0, count - SHARE + 1) for name, count in fits.items()}
+    def change(self, lease: Lease, ring_pages: int, settings: Settings) -> Settings:
+        """Other settings for a connection, as far as there is room beside what others have."""
+        wanted = replace(
+            lease.claim,
+            kept=settings.persistent_grants_of(ring_pages),
+            buffer_pages=settings.max_buffer_pages,
+        )
+        try:
+            claim = lease.change(wanted, LIVE)
+        except BudgetError as error:
+            self._log.warning("%s: what it keeps stays as it was", error)
+            claim = lease.claim
+        return claim.limit(settings)
+
+    def _say_less(self, wanted: Claim, claim: Claim) -> None:
+        if claim != wanted:
+            self._log.info("this host has no room for all: %s", claim.instead_of(wanted))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a connected disk holds: for each queue a mapped ring, a bound port, a queue and its thread.
 
-Made in one piece or not at all.
+Made in one piece or not at all. While it runs it calls its owner when something is to be told.
 """
 
 import asyncio
@@ -11,9 +11,8 @@ from typing import Final
 
 from xvd.backend.budget import Lease
 from xvd.backend.counters import BackCounters
-from xvd.backend.journal import Journal
 from xvd.backend.settings import Settings
-from xvd.backend.state import DiskState
+from xvd.backend.state import DiskState, Journal
 from xvd.blkif.abi import InfoFlag
 from xvd.blkif.features import BackendFeatures, offered_operations
 from xvd.blkif.nodes import FrontendConfig, QueueConfig
@@ -25,8 +24,7 @@ from xvd.errors import ConfigError, PeerProtocolError
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
 from xvd.xenbus.counters import LoopCounters, total
-from xvd.xenbus.link import BackLink
-from xvd.xenbus.links import Links
+from xvd.xenbus.links import BackLink, Links
 from xvd.xenbus.runner import LoopOptions, Runtime
 
 WATCHDOG_S: Final = 60.0
@@ -34,6 +32,9 @@ WATCHDOG_S: Final = 60.0
 
 Short of storage that does not say that it has finished, what a thread has missed is found sooner,
 and for less, by `Connection.wake_overdue`."""
+
+QUIET_S: Final = 10.0
+"""How long failures of the storage are not told again: a guest can cause any number of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,11 @@ class Connection(Links[BackLink]):
         self.config = plan.config
         self.set_aside = ""
         self._name = name
+        self._failures = 0
+        self._released = asyncio.Event()
+        self._on_end: Callable[[Connection], None]
+        self._on_failure: Callable[[int, int], None]
+        self._on_withdrawn: Callable[[int], None]
         try:
             if not plan.resume:
                 plan.state.disconnected()
@@ -138,13 +144,46 @@ class Connection(Links[BackLink]):
 
     # ---- While it runs ----
 
-    def serve(self, runtime: Runtime, on_exit: Callable[[], None]) -> None:
-        """Run the queues. See `Links.start`."""
+    def serve(
+        self,
+        runtime: Runtime,
+        *,
+        on_end: Callable[["Connection"], None],
+        on_failure: Callable[[int, int], None],
+        on_withdrawn: Callable[[int], None],
+    ) -> None:
+        """Run the queues until `end`, or until one of the rings is broken.
+
+        Raises OSError if no thread can be had, with everything given back. on_end: called once
+        when no queue runs any more, before everything is given back. on_failure: with the errno of
+        one of the storage's last failures, and how many there were. on_withdrawn: with the
+        operations that the storage turned out not to do, as bits.
+        """
+        self._on_end, self._on_failure, self._on_withdrawn = on_end, on_failure, on_withdrawn
         wanted = self.plan.settings.poll_us
         poll_us = self.plan.machine.poll_us if wanted is None else wanted
         options = LoopOptions(poll_s=poll_us / 1e6, watchdog_s=WATCHDOG_S, budget=self.plan.budget)
         queues = [link.queue for link in self.links]
-        self.start(queues, self._name, runtime, options, on_exit)
+        try:
+            self.start(queues, self._name, runtime, options, self._all_ended)
+        except BaseException:
+            self.release()
+            raise
+        if self.plan.resume:
+            for link in self.links:  # a predecessor's responses may lie there unannounced
+                link.channel.notify()
+        self._listen()
+
+    async def end(self) -> None:
+        """Finish what is in flight and give everything back."""
+        self.drain()
+        await self._released.wait()
+
+    def _all_ended(self) -> None:
+        """The queues are drained, or a ring is broken: give everything back at once."""
+        self._mute()
+        self._on_end(self)
+        self.release()
 
     def apply(self, settings: Settings) -> None:
         """Change what can be changed under a frontend's hands: what is kept, and for how long."""
@@ -171,11 +210,6 @@ class Connection(Links[BackLink]):
         for link in self.links:
             link.queue.set_capacity(sectors)
 
-    def kick(self) -> None:
-        """An event on each ring: responses of a predecessor may lie there unannounced."""
-        for link in self.links:
-            link.channel.notify()
-
     @property
     def mode(self) -> str:
         """How data is moved: "grant copy", "mapping" (for each request) or "persistent grants"."""
@@ -185,24 +219,30 @@ class Connection(Links[BackLink]):
 
     # ---- Alarms ----
 
-    def listen(self, on_alarm: Callable[[], None]) -> None:
-        """Call it when storage fails, or `withdrawn` changes, on any queue."""
+    def _listen(self) -> None:
+        """Hear of failures of the storage, and of what it turns out not to do, on any queue."""
         events = asyncio.get_running_loop()
         for link in self.links:
-            events.add_reader(link.queue.alarm_fd, on_alarm)
+            events.add_reader(link.queue.alarm_fd, self._alarmed)
 
-    def mute(self) -> None:
-        """Call nobody."""
+    def _mute(self) -> None:
         events = asyncio.get_running_loop()
         for link in self.links:
             events.remove_reader(link.queue.alarm_fd)
 
-    def storage_failures(self) -> tuple[int, int]:
-        """(errno of one of the last failures, failures so far); the alarms are set again."""
-        failures = [link.queue.failure() for link in self.links]
-        return max(number for number, _ in failures), sum(count for _, count in failures)
+    def _alarmed(self) -> None:
+        """The storage failed, or cannot do something: a queue's thread rang."""
+        failed = [link.queue.failure() for link in self.links]  # the alarms are set again
+        if withdrawn := self._withdrawn():
+            self._on_withdrawn(withdrawn)
+        failures = sum(count for _, count in failed)
+        if failures > self._failures:
+            self._failures = failures
+            self._mute()
+            asyncio.get_running_loop().call_later(QUIET_S, self._listen)
+            self._on_failure(max(number for number, _ in failed), failures)
 
-    def withdrawn(self) -> int:
+    def _withdrawn(self) -> int:
         """Return what the storage turned out not to do, on all queues once one of them knows."""
         bits = 0
         for link in self.links:
@@ -226,3 +266,4 @@ class Connection(Links[BackLink]):
         """Unmap and unbind; only after the threads have ended. Idempotent."""
         super().release()
         self.plan.lease.close()
+        self._released.set()

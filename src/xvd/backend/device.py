@@ -6,18 +6,16 @@ Nothing negotiated survives a disconnect: every connect reads every node again.
 
 import asyncio
 import contextlib
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final
 
-from xvd.backend.budget import Budget
+from xvd.backend.budget import Budget, Room
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.disk import ServedDisk
-from xvd.backend.features import features_of
-from xvd.backend.negotiation import Agreement, negotiate, own_node
-from xvd.backend.room import Room
-from xvd.backend.serving import Serving
+from xvd.backend.negotiation import Agreement, features_of, negotiate, own_node
 from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState
 from xvd.blkif.abi import XenbusState
@@ -240,16 +238,15 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             )  # fmt: skip
             storage.agreed(agreed.features, resumed=resume)
             name = f"xvd-{assignment.frontend_domid}-{assignment.name}"
-            self.disk.serving = Serving(
-                Connection(self._plan(agreed, resume), name), storage, self._runtime,
-                on_end=self._ended, on_withdrawn=self._withdrawn,
-                on_cut=lambda: self._spawn(self.disk.follow_size()),
+            connection = Connection(self._plan(agreed, resume), name)
+            connection.serve(
+                self._runtime, on_end=self._ended, on_failure=self._storage_failed,
+                on_withdrawn=self._withdrawn,
             )  # fmt: skip
         except Exception as error:  # a mistake of ours too is to cost this disk only, and be told
             self._connect_failed(error, resume=resume)
             return
-        self.disk.serving.begin(resumed=resume)
-        connection, config = self.disk.serving.connection, agreed.config
+        self.disk.connection, config = connection, agreed.config
         if connection.set_aside:
             self._log.warning("%s; nothing was unanswered", connection.set_aside)
         layout = f"queues: {len(config.queues)}, ring pages: {config.ring_pages}"
@@ -266,7 +263,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             agreed.config,
             agreed.features,
             self.disk.storage.engine,
-            self.disk.settings.within(lease.claim),
+            lease.claim.limit(self.disk.settings),
             lease,
             self._kept,
             resume=resume,
@@ -283,13 +280,19 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._log.error("cannot connect to %s: %s", frontend, text, exc_info=not told)
         self.put(BackendEvent.CONNECT_FAILED)
 
-    def _ended(self, serving: Serving) -> None:
+    def _ended(self, connection: Connection) -> None:
         """The queues are drained, or a ring is broken."""
-        self.disk.has_ended(serving)
-        if why := serving.connection.failure:
+        self.disk.has_ended(connection)
+        if why := connection.failure:
             self._error = why
             self._log.error("%s", why)
             self.put(BackendEvent.RING_BROKEN)
+
+    def _storage_failed(self, number: int, failures: int) -> None:
+        storage = self.disk.storage
+        storage.said.failed(storage.engine, number, failures)
+        if number == errno.EIO:  # it may have become smaller
+            self._spawn(self.disk.follow_size())
 
     def _withdrawn(self, operations: int) -> None:
         storage = self.disk.storage
@@ -303,9 +306,9 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._spawn(self._disconnect_and_tell())
 
     async def _disconnect_and_tell(self) -> None:
-        serving = self.disk.serving
+        connected = self.disk.connection is not None
         await self._disconnect()
-        if serving is not None:
+        if connected:
             self._kept.disconnected()
         self.put(BackendEvent.DISCONNECT_DONE)
 

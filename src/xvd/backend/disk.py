@@ -5,11 +5,10 @@ done with them while they are in use."""
 from collections.abc import Callable
 from typing import Final
 
+from xvd.backend.budget import Room
 from xvd.backend.connection import Connection
 from xvd.backend.counters import BackCounters
 from xvd.backend.opened import Opened
-from xvd.backend.room import Room
-from xvd.backend.serving import Serving
 from xvd.backend.settings import Settings
 from xvd.blkif.features import BackendFeatures
 from xvd.engines.interface import Engine
@@ -38,7 +37,8 @@ class ServedDisk:
         self.room = room
         self.settings = settings
         self.opened: Opened | None = None
-        self.serving: Serving | None = None
+        self.connection: Connection | None = None
+        """The connected frontend's, while there is one."""
         self.totals = BackCounters()
         """What was counted over the connections that have ended."""
         self._runtime = runtime
@@ -63,11 +63,6 @@ class ServedDisk:
         return self.opened.features if self.opened else None
 
     @property
-    def connection(self) -> Connection | None:
-        """The connected frontend's, while there is one."""
-        return self.serving.connection if self.serving else None
-
-    @property
     def mode(self) -> str:
         """How data is moved: "grant copy", "mapping" (for each request) or "persistent grants"."""
         otherwise = "grant copy" if self.settings.copying else "mapping"
@@ -90,15 +85,15 @@ class ServedDisk:
         if self.connection is not None:
             self.connection.set_capacity(sectors)
 
-    def has_ended(self, serving: Serving) -> None:
+    def has_ended(self, connection: Connection) -> None:
         """Note that the connection has ended."""
-        self.serving = None
-        self.totals = self.totals + serving.connection.counters().over()
+        self.connection = None
+        self.totals = self.totals + connection.counters().over()
 
     async def disconnect(self) -> None:
         """Finish what is in flight and give everything back."""
-        if self.serving is not None:
-            await self.serving.end()
+        if self.connection is not None:
+            await self.connection.end()
 
     async def close(self) -> None:
         """Close the storage."""
@@ -135,11 +130,11 @@ class ServedDisk:
     def has_another_size(self) -> bool:
         """Whether a connected disk has not the size of its storage. In any thread: it may hang."""
         opened = self.opened
-        return self.serving is not None and opened is not None and opened.has_another_size()
+        return self.connection is not None and opened is not None and opened.has_another_size()
 
     async def follow_size(self) -> None:
         """Let a connected disk grow with its storage; a smaller one is an error to be told."""
-        if self.serving is not None and self.opened is not None:
+        if self.connection is not None and self.opened is not None:
             await self.opened.follow_size()
 
     def wake_overdue(self) -> None:

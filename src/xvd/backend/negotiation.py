@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend agrees on with a frontend that connects, from the nodes of both.
+"""What a backend offers, and what it agrees on with a frontend, from the nodes of both.
 
 Of the two directories those nodes are read that a backend knows, and of a frontend's no more than
 what was offered can make it write.
@@ -9,15 +9,48 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from xvd.backend.features import agreed_wire_sector
 from xvd.backend.settings import Settings
-from xvd.blkif.abi import Abi
-from xvd.blkif.features import BackendFeatures, promised
+from xvd.blkif.abi import Abi, InfoFlag
+from xvd.blkif.assignment import BackendAssignment
+from xvd.blkif.features import BackendFeatures, promised, wire_sector_of
 from xvd.blkif.nodes import NODES, FrontendConfig, Side, parse_frontend
+from xvd.engines.interface import Engine
+from xvd.errors import PeerProtocolError
 from xvd.machine.xs.client import XenstoreClient
+from xvd.types import RING_SECTOR_SIZE
 from xvd.xenbus.directory import read_directory
 
 _NUMBERED = re.compile(r"(ring-ref|queue-)([0-9]{1,4})", re.ASCII)
+
+
+def features_of(
+    engine: Engine, assignment: BackendAssignment, settings: Settings
+) -> BackendFeatures:
+    """Decide what a backend offers, from its storage, the toolstack's wishes and the settings."""
+    info = engine.info
+    read_only = info.read_only or not assignment.writable
+    discard = info.can_discard and assignment.discard_enable and not read_only
+    flags = InfoFlag(0)
+    if read_only:
+        flags |= InfoFlag.READONLY
+    if assignment.cdrom:
+        flags |= InfoFlag.CDROM | InfoFlag.REMOVABLE
+    return BackendFeatures(
+        sectors=info.size // RING_SECTOR_SIZE,
+        info=flags,
+        sector_size=info.logical_block_size,
+        physical_sector_size=max(info.logical_block_size, info.physical_block_size),
+        flush=info.can_flush,
+        barrier=info.can_flush,
+        discard=discard,
+        discard_secure=discard and info.can_secure_discard,
+        discard_granularity=info.discard_granularity,
+        discard_alignment=info.discard_alignment,
+        persistent=bool(settings.feature_persistent) and not settings.copying,
+        max_indirect_segments=settings.indirect_segments_offered,
+        max_ring_page_order=settings.max_ring_page_order,
+        max_queues=settings.queues_offered,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +95,30 @@ async def negotiate(
         max_ring_page_order=features.max_ring_page_order,
         max_queues=features.max_queues,
     )
-    wire_sector = agreed_wire_sector(config, features, settings)
+    wire_sector = _agreed_wire_sector(config, features, settings)
     return Agreement(config, replace(features, wire_sector=wire_sector), published)
+
+
+def _agreed_wire_sector(
+    config: FrontendConfig, features: BackendFeatures, settings: Settings
+) -> int:
+    """How many 512-byte sectors count as one; `PeerProtocolError` where the frontend means others.
+
+    Sectors on the ring are of 512 bytes whatever ``sector-size`` says (Xen 221f2748e8). Drivers
+    that write ``feature-large-sector-size`` meant ``sector-size`` units: what they write would lie
+    where another driver does not look, and over what it has there. Only the administrator knows
+    that no other driver uses the disk.
+    """
+    if not config.large_sector_size or features.sector_size == RING_SECTOR_SIZE:
+        return 1
+    if not settings.large_sectors:
+        raise PeerProtocolError(
+            f"frontend node feature-large-sector-size is 1: it counts sectors of "
+            f"{features.sector_size} bytes where blkif counts 512; update the driver, serve the "
+            f"disk from storage of 512-byte blocks, or, if no other driver has written to it, set "
+            f"large_sectors=1"
+        )
+    return wire_sector_of(features.sector_size)
 
 
 def own_node(name: str) -> bool:

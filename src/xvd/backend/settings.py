@@ -3,10 +3,9 @@
 defaults."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from xvd.backend.budget import Claim
 from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS
 from xvd.blkif.features import useful_indirect
 from xvd.xenbus.settings import SettingsBase, setting
@@ -75,16 +74,6 @@ class Settings(SettingsBase):
     def persistent_grants_of(self, ring_pages: int) -> int:
         """How many grants of a ring of so many pages stay mapped."""
         return self.max_persistent_grants * (ring_pages if self.scale_persistent_grants else 1)
-
-    def within(self, claim: Claim) -> "Settings":
-        """These settings, as far as a connection's claim has room for them."""
-        return replace(
-            self,
-            copying=claim.copying,
-            max_persistent_grants=claim.kept,
-            scale_persistent_grants=False,
-            max_buffer_pages=claim.buffer_pages,
-        )
 
     @property
     def indirect_segments_offered(self) -> int:

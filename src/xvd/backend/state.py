@@ -1,24 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk's persistent state: its queues' journals, and which storage it
-was.
+"""A disk's persistent state: its queues' journals, and which storage it was.
 
 A successor finds both in the daemon's state directory. It believes neither by its name: a journal
-carries the number of its ring, and storage is known by its identity.
+carries the number of its ring, and storage is known by its identity. What is in a journal, and why,
+says dataplane/back/journal.pxd.
+
+The directory is memory. The space of a journal, which is mapped, is taken before it is used: a page
+that cannot be had later would end the whole daemon by SIGBUS.
 """
 
 import contextlib
 import errno
+import mmap
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from xvd.backend.journal import Journal, create_journal, find_journal, no_room, volatile_journal
-from xvd.errors import ConfigError, EngineError
+from xvd.dataplane.back.journal import journal_fault, journal_size
+from xvd.errors import BudgetError, ConfigError, EngineError
 from xvd.files import create_own, open_own, own_directory, remove
 
 _ASIDE = ".aside"
 _IDENTITY_MAX = 256
+
+
+class Journal:
+    """A journal's memory, mapped from a file or, where there is none, of this process only."""
+
+    def __init__(self, memory: bytearray | mmap.mmap) -> None:
+        self.memory = memory
+
+    def close(self) -> None:
+        """Unmap it; the file stays. Not while a queue has it."""
+        if isinstance(self.memory, mmap.mmap):
+            self.memory.close()
 
 
 class DiskState:
@@ -36,11 +52,11 @@ class DiskState:
     def new_journal(self, queue: int, entries: int) -> Journal:
         """A journal for a ring that nobody served. Raises `BudgetError` or `ConfigError`."""
         if self._directory is None:
-            return volatile_journal(entries)
+            return Journal(bytearray(journal_size(entries)))  # it dies with the process
         name = self._journal_name(queue)
         with self._open() as directory:
             remove(directory, name)
-            return create_journal(directory, name, entries)
+            return _create_journal(directory, name, entries)
 
     def find_journal(self, queue: int, ring: memoryview, entries: int, abi: int) -> Journal | None:
         """Return a predecessor's journal for this ring, or None.
@@ -53,7 +69,7 @@ class DiskState:
         name = self._journal_name(queue)
         with self._open() as directory:
             try:
-                return find_journal(directory, name, ring, entries, abi)
+                return _find_journal(directory, name, ring, entries, abi)
             except ConfigError as error:
                 with contextlib.suppress(OSError):
                     remove(directory, name + _ASIDE)
@@ -86,7 +102,7 @@ class DiskState:
                 os.write(fd, identity.encode())
             except OSError as error:
                 os.unlink(aside, dir_fd=directory)
-                raise no_room(directory, "the storage's identity", error) from None
+                raise _no_room(directory, "the storage's identity", error) from None
             finally:
                 os.close(fd)
             os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
@@ -137,3 +153,59 @@ class DiskState:
             yield directory
         finally:
             os.close(directory)
+
+
+# ---- The file of a journal ---------------------------------------------------------------------
+
+
+def _create_journal(directory: int, name: str, entries: int) -> Journal:
+    """A new one in a directory where nothing has this name.
+
+    Raises `BudgetError` if its file system has no room for it, and then leaves nothing.
+    """
+    size = journal_size(entries)
+    fd = create_own(directory, name)
+    try:
+        os.posix_fallocate(fd, 0, size)
+        return Journal(mmap.mmap(fd, size))
+    except OSError as error:
+        os.unlink(name, dir_fd=directory)
+        raise _no_room(directory, f"a journal of {size} bytes", error) from None
+    finally:
+        os.close(fd)
+
+
+def _no_room(directory: int, what: str, error: OSError) -> BudgetError:
+    """Say so where the state directory's file system cannot take something."""
+    where = os.readlink(f"/proc/self/fd/{directory}")
+    return BudgetError(
+        f"{where} has no room for {what} ({error.strerror}): free some space there, and let the "
+        "frontend connect again",
+        "state",
+    )
+
+
+def _find_journal(
+    directory: int, name: str, ring: memoryview, entries: int, abi: int
+) -> Journal | None:
+    """The one that a predecessor left for this ring; None if there is none.
+
+    Raises `ConfigError` with the reason not to take up what is there.
+    """
+    fd = open_own(directory, name)
+    if fd is None:
+        return None
+    size = journal_size(entries)
+    try:
+        if os.fstat(fd).st_size != size:
+            raise ConfigError(f"it has {os.fstat(fd).st_size} bytes instead of {size}")
+        os.posix_fallocate(fd, 0, size)
+        journal = Journal(mmap.mmap(fd, size))
+    except OSError as error:
+        raise ConfigError(f"it cannot be mapped ({error.strerror})") from None
+    finally:
+        os.close(fd)
+    if fault := journal_fault(journal.memory, ring, entries, abi):
+        journal.close()
+        raise ConfigError(fault)
+    return journal

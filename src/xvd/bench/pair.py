@@ -11,7 +11,7 @@ from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import RING_SECTOR_SIZE, Domid
-from xvd.xenbus.link import BackLink, FrontLink
+from xvd.xenbus.links import BackLink, FrontLink
 
 
 async def _no_store() -> XenstoreClient:

@@ -18,14 +18,14 @@ from xvd.blkif.assignment import BackendAssignment
 from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
 from xvd.cli.report import disk_figures
-from xvd.engines.assigned import open_assigned
 from xvd.engines.interface import Engine
+from xvd.engines.uri import open_assigned
 from xvd.errors import ConfigError, PeerClosed
 from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
 from xvd.toolstack.vbd import has_device_model
 from xvd.types import Domid
-from xvd.xenbus.blocking import in_own_thread
+from xvd.xenbus.runner import in_own_thread
 
 KINDS: Final = ("vbd", "vbd3")
 """Of backends whose disks are blkif's: libxl's phy and driver domains, and its tap slot."""

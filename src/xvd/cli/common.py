@@ -15,7 +15,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from xvd.backend.budget import XEN_MAPTRACK, Budget, descriptor_limits, limits_of_host
+from xvd.backend.budget import Budget
+from xvd.backend.limits import XEN_MAPTRACK, descriptor_limits, limits_of_host
 from xvd.blkif.vdev import disk_name, parse_vdev
 from xvd.engines.uri import LAYERS, SCHEMES
 from xvd.errors import ConfigError, describe

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from xvd.backend.budget import REMEDIES, XEN_MAPTRACK, Claim, capacity, limits_of_host
+from xvd.backend.budget import REMEDIES, Claim
+from xvd.backend.limits import XEN_MAPTRACK, capacity, limits_of_host
 from xvd.backend.rival import rival
 from xvd.backend.settings import Settings as BackendSettings
 from xvd.blkif.abi import Abi

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what the user writes to an open engine: a URI, and the layers in front of it.
+"""From what the user or the toolstack writes to an open engine: a URI, and layers in front of it.
 
 A module listed here brings its own schemes, openers and help, or its own layer with its options.
 Nothing else has to know of it. A bare path is a file. Layers are written ``NAME`` or
@@ -9,12 +9,13 @@ Nothing else has to know of it. A bare path is a file. Layers are written ``NAME
 from collections.abc import Sequence
 from typing import Final
 
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines import formats, image, memory, null
 from xvd.engines.checked import Checked
 from xvd.engines.interface import Engine, Opening, Scheme
 from xvd.engines.layers import delay, error, log, readonly, stats
 from xvd.engines.layers.base import LayerKind
-from xvd.engines.text import parse_options, split_scheme
+from xvd.engines.text import in_format, parse_options, split_scheme
 from xvd.errors import ConfigError
 
 SCHEMES: Final[dict[str, Scheme]] = {
@@ -28,6 +29,9 @@ PATH_SCHEMES: Final = frozenset(
 LAYERS: Final[dict[str, LayerKind]] = {
     module.LAYER.name: module.LAYER for module in (delay, error, readonly, stats, log)
 }
+
+LOCK_PATIENCE_S: Final = 5.0
+"""How long a backend waits for the lock of a predecessor that was killed with I/O in flight."""
 
 
 def _unknown(scheme: str, rest: str, uri: str) -> ConfigError:
@@ -82,3 +86,33 @@ def open_engine(
     except BaseException:
         engine.close()
         raise
+
+
+def storage_uri(assignment: BackendAssignment) -> str:
+    """The engine URI of a disk that the toolstack assigned.
+
+    In the tap slot libxl puts ``aio:`` before the target, whatever it is; a path is one of a file.
+    """
+    if assignment.image_format != "raw":
+        return f"{assignment.image_format}:{assignment.image}"
+    if assignment.format_said:
+        return in_format(assignment.image, "raw")
+    return assignment.image
+
+
+def open_assigned(
+    assignment: BackendAssignment, *, layers: Sequence[str] = (), device_model: bool = False
+) -> Engine:
+    """Open an assigned disk's storage; it may take as long as the storage does, and the lock.
+
+    layers, device_model: as in `open_engine`.
+    """
+    name = assignment.name or assignment.frontend.rpartition("/")[2]
+    return open_engine(
+        storage_uri(assignment),
+        read_only=not assignment.writable,
+        layers=layers,
+        patience_s=LOCK_PATIENCE_S,
+        user=f"{assignment.frontend_domid}/{name}",
+        device_model=device_model,
+    )

@@ -22,8 +22,7 @@ from xvd.frontend.settings import Settings
 from xvd.frontend.statistics import FrontCounters, Statistics
 from xvd.machine.interface import Machine, SharedPages
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid
-from xvd.xenbus.link import FrontLink
-from xvd.xenbus.links import Links
+from xvd.xenbus.links import FrontLink, Links
 from xvd.xenbus.runner import LoopOptions, Runtime
 
 SCAN_S = 10.0

@@ -22,7 +22,7 @@ from xvd.machine.interface import EventChannel
 from xvd.sim.clock import Clock
 from xvd.sim.storage import SimStorage
 from xvd.types import Domid
-from xvd.xenbus.link import BackLink, FrontLink
+from xvd.xenbus.links import BackLink, FrontLink
 
 WATCHDOG_NS = 5_000_000_000
 

@@ -27,8 +27,7 @@ from xvd.blkif.nodes import NodeChanges, Side, parse_state
 from xvd.errors import PeerClosed, PeerProtocolError, XenstoreError, XvdError
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.xenbus.directory import change_device
-from xvd.xenbus.inbox import Inbox, Order
-from xvd.xenbus.pace import Pace
+from xvd.xenbus.inbox import Inbox, Order, Pace
 
 _S = TypeVar("_S", bound=BackendState | FrontendState)
 _E = TypeVar("_E", bound=BackendEvent | FrontendEvent)

@@ -1,17 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All queues of a connection, of either end: they begin together and end together.
+"""The queues of a connection, of either end: each a link, and all of them together.
 
-They share the storage or the disk and nothing else; each has a runner, counters and, at the
-backend, a journal of its own (Linux 2fb1ef4f, d4bf0065).
+A link is a ring, an event channel, the queue, and what runs it. It comes about as a handshake does,
+in two steps: the ring and the event channel first, then the queue, when the peer's nodes say what
+it is to be. It gives back what it took in the opposite order. Everybody who has both ends of a ring
+has them by these: the two drivers, the benchmarks, and the tests.
+
+The links of a connection begin together and end together. They share the storage or the disk and
+nothing else; each has a runner, counters and, at the backend, a journal of its own (Linux 2fb1ef4f,
+d4bf0065).
 """
 
+import contextlib
+import mmap
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Generic, TypeVar
 
+from xvd.blkif.abi import Abi, nr_ents
+from xvd.blkif.nodes import QueueConfig
+from xvd.dataplane.back.options import BackOptions
+from xvd.dataplane.back.queue import BackendQueue
+from xvd.dataplane.front.options import FrontOptions
+from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.loop.thread import Queue
-from xvd.xenbus.link import BackLink, FrontLink
-from xvd.xenbus.runner import LoopOptions, Runtime
+from xvd.dataplane.ring.ring import FrontRing
+from xvd.dataplane.types import HasPorts
+from xvd.machine.interface import EventChannel, Machine, SharedPages
+from xvd.types import Domid
+from xvd.xenbus.runner import LoopOptions, Runner, Runtime
+
+_Q = TypeVar("_Q", BackendQueue, FrontQueue)
+
+
+class Link(ABC, Generic[_Q]):
+    """What the two ends' links have in common. `release` is due, whatever `prepare` raises."""
+
+    channel: EventChannel
+    runner: Runner | None = None
+    """What runs the queue, while something does."""
+
+    def __init__(self, abi: Abi, ring_pages: int) -> None:
+        self.abi = abi
+        self.entries = nr_ents(ring_pages, abi)
+        self._queue: _Q | None = None
+        self._undo = contextlib.ExitStack()
+
+    @property
+    def queue(self) -> _Q:
+        """The queue; there since `prepare`."""
+        assert self._queue is not None
+        return self._queue
+
+    def own(self, give_back: Callable[[], None]) -> None:
+        """Have this called by `release`, before what was taken earlier is given back."""
+        self._undo.callback(give_back)
+
+    def release(self) -> None:
+        """Give everything back; only when nothing runs the queue. Idempotent."""
+        self._undo.close()
+
+    @property
+    @abstractmethod
+    def fault(self) -> str:
+        """The peer's deed that no connection survives, in words; mostly empty."""
+
+
+class BackLink(Link[BackendQueue]):
+    """A ring that `peer` has granted, mapped, and its event channel, bound.
+
+    nodes: where they are, as the frontend has published. Raises `GrantError` or
+    `EventChannelError`, holding nothing.
+    """
+
+    def __init__(self, machine: Machine, peer: Domid, nodes: QueueConfig, abi: Abi) -> None:
+        super().__init__(abi, len(nodes.ring_refs))
+        with contextlib.ExitStack() as undo:
+            self.grants = machine.grants.foreign(peer)
+            undo.callback(self.grants.close)
+            self.ring = self.grants.map(nodes.ring_refs)
+            undo.callback(self.ring.close)
+            channels = machine.event_channels
+            self.channel = channels.bind_interdomain(peer, nodes.event_channel)
+            undo.callback(self.channel.close)
+            self._undo = undo.pop_all()
+
+    @property
+    def fault(self) -> str:
+        """See `Link.fault`."""
+        return "the frontend broke the ring: indices out of bounds" if self.queue.broken else ""
+
+    def prepare(
+        self,
+        storage: HasPorts,
+        options: BackOptions,
+        journal: bytearray | mmap.mmap | None = None,
+        *,
+        resume: bool = False,
+    ) -> BackendQueue:
+        """Make the queue, or its successor. See `BackendQueue`."""
+        self._queue = queue = BackendQueue(
+            self.ring.view, self.entries, self.abi.number, self.grants, self.channel, storage,
+            options, journal=journal, resume=resume,
+        )  # fmt: skip
+        self.own(queue.release)
+        return queue
+
+
+class FrontLink(Link[FrontQueue]):
+    """A ring of our own pages, granted to `peer`, and an event channel to which it may bind.
+
+    Raises `GrantError` or `EventChannelError`, holding nothing.
+    """
+
+    def __init__(self, machine: Machine, peer: Domid, ring_pages: int, abi: Abi) -> None:
+        super().__init__(abi, ring_pages)
+        with contextlib.ExitStack() as undo:
+            self.ring = machine.grants.share(peer, ring_pages)
+            undo.callback(self.ring.close)
+            FrontRing(self.ring.view, self.entries, abi.number).init()
+            self.channel = machine.event_channels.alloc_unbound(peer)
+            undo.callback(self.channel.close)
+            self._undo = undo.pop_all()
+
+    @property
+    def fault(self) -> str:
+        """See `Link.fault`."""
+        return self.queue.breach or ""
+
+    @property
+    def nodes(self) -> QueueConfig:
+        """Return what is to be published of it."""
+        return QueueConfig(tuple(self.ring.grefs), self.channel.port)
+
+    def prepare(self, pages: SharedPages, options: FrontOptions) -> FrontQueue:
+        """Make the queue. The pages stay the caller's, or the link's that `own`s them."""
+        self._queue = queue = FrontQueue(
+            self.ring.view, self.entries, self.abi.number, pages, self.channel, options
+        )
+        return queue
+
+
+# ---- All of a connection -----------------------------------------------------------------------
 
 _L = TypeVar("_L", BackLink, FrontLink)
 

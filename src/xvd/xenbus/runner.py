@@ -4,13 +4,13 @@
 Here each has a thread of its own. Whoever moves the time himself has steps in the place of threads.
 """
 
+import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from xvd.dataplane.loop.thread import BUDGET, Queue, QueueThread
-from xvd.xenbus.blocking import in_own_thread
 
 _T = TypeVar("_T")
 
@@ -53,6 +53,45 @@ class Runtime(Protocol):
     async def call(self, work: Callable[..., _T], *arguments: object) -> _T:
         """Call `work` and return what it returns, which may take for ever. Cancelling gives up the
         waiting, not the call."""
+
+
+async def in_own_thread(call: Callable[..., _T], *arguments: object) -> _T:
+    """Call it in a new thread and wait for what it returns or raises.
+
+    A pool of threads is bounded: a few calls that hang, as of storage behind a dead server, would
+    keep all others waiting, whatever storage those are for. A thread for each costs some 50 us, for
+    what happens at most a few times in a disk's life. None of them keeps the process from ending.
+
+    Cancelling gives the waiting up, not the call: what it returns then is dropped.
+    """
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[_T] = loop.create_future()
+
+    def tell(result: _T | None, error: BaseException | None) -> None:
+        if outcome.done():
+            return
+        if error is not None:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(result)  # type: ignore[arg-type]
+
+    def work() -> None:
+        try:
+            told: tuple[_T | None, BaseException | None] = (call(*arguments), None)
+        except BaseException as error:  # also what ends a thread: the waiting one has to know
+            told = (None, error)
+        try:
+            loop.call_soon_threadsafe(tell, *told)
+        except RuntimeError:
+            return  # the loop has ended: nobody waits
+
+    thread = threading.Thread(target=work, name="xvd-storage", daemon=True)
+    thread.start()
+    try:
+        return await outcome
+    finally:
+        if not outcome.cancelled():
+            thread.join()  # it has told us, and has nothing more to do
 
 
 class Threads:
