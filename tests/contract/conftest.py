@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig_machine import KINDS, ON_XEN, Pair
+from rig_machine import KINDS, LARGE_PAGES, ON_XEN, Pair
 
 from xvd.machine.emulated.limits import Limits
 
@@ -50,8 +50,8 @@ def pair(kind: str) -> Iterator[Pair]:
         yield domains
 
 
-@pytest.fixture
-def tiny(kind: str) -> Iterator[Pair]:
+@pytest.fixture(params=[kind for kind in KINDS if kind != LARGE_PAGES])
+def tiny(request: pytest.FixtureRequest) -> Iterator[Pair]:
     """The same with next to nothing of everything."""
-    with KINDS[kind](Limits(pages=16, grefs=24, tracks=6, ports=4)) as domains:
+    with KINDS[request.param](Limits(pages=16, grefs=24, tracks=6, ports=4)) as domains:
         yield domains

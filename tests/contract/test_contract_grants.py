@@ -28,19 +28,19 @@ def test_pages_are_zero_when_handed_out_again(pair: Pair) -> None:
     """XSA-403: what a former use left behind must not reach the next peer."""
     for _ in range(3):
         pages = pair.granter.grants.share(MAPPER, 4)
-        clean = bytes(pages.view) == bytes(4 * PAGE_SIZE)
-        pages.view[:] = b"x" * (4 * PAGE_SIZE)
+        clean = not any(pages.view)
+        pages.view[:] = b"x" * len(pages.view)
         pages.close()
         assert clean
 
 
-def test_a_mapping_is_contiguous_and_in_the_order_of_its_references(pair: Pair) -> None:
+def test_a_mapping_is_in_one_piece_and_in_the_order_of_its_references(pair: Pair) -> None:
     pages = pair.granter.grants.share(MAPPER, 4)
     for page in range(4):
-        pages.view[page * PAGE_SIZE] = page
+        pages.view[page * pages.stride] = page
     order = [3, 0, 2, 1]
     mapping = pair.mapper.grants.foreign(GRANTER).map([pages.grefs[page] for page in order])
-    assert [mapping.view[page * PAGE_SIZE] for page in range(4)] == order
+    assert [mapping.view[page * mapping.stride] for page in range(4)] == order
     mapping.close()
 
 
@@ -50,7 +50,7 @@ def test_the_same_reference_may_be_mapped_twice(pair: Pair) -> None:
     grants = pair.mapper.grants.foreign(GRANTER)
     both = grants.map([pages.grefs[0]] * 2)
     again = grants.map(pages.grefs)
-    both.view[PAGE_SIZE] = 42
+    both.view[both.stride] = 42
     assert (both.view[0], again.view[0]) == (42, 42)
     both.close()
     assert not pages.revoke(0)
@@ -209,11 +209,11 @@ def test_pages_given_up_while_mapped_are_free_when_they_are_not(pair: Pair) -> N
     pages = pair.granter.grants.share(MAPPER, 3)
     mapping = pair.mapper.grants.foreign(GRANTER).map(pages.grefs)
     pages.close()
-    assert pair.host.accounting()["pages"] == 3
+    assert pair.host.accounting()["pages"] == 3 * pages.stride // PAGE_SIZE
     mapping.view[0] = 1  # still the same page, and nobody else's
-    assert bytes(pair.granter.grants.share(MAPPER, 3).view) == bytes(3 * PAGE_SIZE)
+    assert not any(pair.granter.grants.share(MAPPER, 3).view)
     mapping.close()
-    assert pair.host.accounting()["pages"] == 3  # those of the second share
+    assert pair.host.accounting()["pages"] == 3 * pages.stride // PAGE_SIZE  # the second's
 
 
 def test_pages_of_a_granter_that_left_are_free_when_the_peer_lets_go(pair: Pair) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled ring against the readable one: same outcomes, same page, byte for byte."""
 
+import random
 from typing import Any
 
 import hypothesis.strategies as st
@@ -204,3 +205,41 @@ def test_a_fresh_ring_is_the_same_page(abi: Abi) -> None:
     reference.FrontRing(memoryview(pages[0]), abi).init()
     compiled.FrontRing(pages[1], nr_ents(1, abi), abi.number).init()
     assert pages[0] == pages[1]
+
+
+def test_pages_that_are_apart_hold_what_pages_in_one_piece_hold() -> None:
+    """A kernel with pages of 64 KiB gives each page of a ring one of its own; entries cross."""
+    pages, stride, source = 4, 16 * PAGE_SIZE, random.Random(1)
+    for abi in Abi:
+        entries = nr_ents(pages, abi)
+        whole, apart = bytearray(pages * PAGE_SIZE), bytearray(pages * stride)
+        strides = {id(whole): PAGE_SIZE, id(apart): stride}
+        ends = [
+            (
+                compiled.FrontRing(memory, entries, abi.number, stride=strides[id(memory)]),
+                compiled.BackRing(memory, entries, abi.number, stride=strides[id(memory)]),
+            )
+            for memory in (whole, apart)
+        ]
+        for front, back in ends:
+            front.init()
+            assert back.attach()
+        for _ in range(2 * entries):
+            request = source.randbytes(108)
+            answer = source.getrandbits(64), source.getrandbits(8), source.getrandbits(15)
+            for front, _ in ends:
+                front.put(request)
+                front.push()
+            taken = [back.take() for _, back in ends]
+            assert taken[0] == taken[1]
+            for _, back in ends:
+                back.respond(*answer)
+                back.push()
+            answered = [front.take() for front, _ in ends]
+            assert answered[0] == answered[1]
+            assert answered[0][0] == 1
+        pieces = [apart[at : at + PAGE_SIZE] for at in range(0, len(apart), stride)]
+        assert b"".join(pieces) == whole
+        assert not any(
+            any(apart[at + PAGE_SIZE : at + stride]) for at in range(0, len(apart), stride)
+        )

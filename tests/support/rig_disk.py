@@ -29,7 +29,7 @@ from xvd.machine.emulated.service import EmulatedHost
 from xvd.machine.xs.client import XenstoreClient
 from xvd.toolstack.vbd import Vbd, attach, create_guest
 from xvd.toolstack.xldisk import parse_xl_disk
-from xvd.types import Domid
+from xvd.types import PAGE_SIZE, Domid
 
 T = TypeVar("T")
 
@@ -69,8 +69,11 @@ def opener(*layers: str) -> StorageOpener:
 class World:
     """What a test of whole disks holds; everything of one guest is made on demand."""
 
-    def __init__(self, host: EmulatedHost, dom0: EmulatedMachine, store: XenstoreClient) -> None:
+    def __init__(
+        self, host: EmulatedHost, dom0: EmulatedMachine, store: XenstoreClient, guest_page: int
+    ) -> None:
         self.host = host
+        self.guest_page = guest_page
         self.dom0 = dom0
         self.store = store
         self.server: Server | None = None
@@ -96,7 +99,7 @@ class World:
         if number not in self.guests:
             self.host.create_domain(number)
             await create_guest(self.store, number, f"guest{domid}")
-            machine = self.host.machine(number)
+            machine = self.host.machine(number, self.guest_page)
             self.guests[number] = machine, await machine.xenstore()
         return self.guests[number]
 
@@ -142,11 +145,14 @@ async def disk_world(
     budget: Budget | None = None,
     limits: Limits = SMALL,
     serve: bool = True,
+    dom0_page: int = PAGE_SIZE,
+    guest_page: int = PAGE_SIZE,
 ) -> AsyncIterator[World]:
-    """A host with a backend in domain 0; `layers` go in front of every disk's storage."""
+    """A host with a backend in domain 0; `layers` go in front of every disk's storage. The kernels
+    of the two domains have pages of such sizes."""
     async with EmulatedHost(limits) as host:
-        dom0 = host.machine(Domid(0))
-        world = World(host, dom0, await dom0.xenstore())
+        dom0 = host.machine(Domid(0), dom0_page)
+        world = World(host, dom0, await dom0.xenstore(), guest_page)
         if serve:
             await world.serve(open_storage or opener(*layers), settings, budget)
         try:

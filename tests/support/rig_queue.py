@@ -51,9 +51,9 @@ async def no_store() -> XenstoreClient:
     raise AssertionError("a queue needs no xenstore")
 
 
-def machine(host: Host, domid: Domid) -> EmulatedMachine:
+def machine(host: Host, domid: Domid, page_size: int = PAGE_SIZE) -> EmulatedMachine:
     host.create_domain(domid)
-    return EmulatedMachine(host.open(domid), no_store)
+    return EmulatedMachine(host.open(domid), no_store, page_size)
 
 
 def rq(

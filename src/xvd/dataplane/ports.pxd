@@ -16,7 +16,7 @@ from posix.uio cimport iovec
 
 cdef struct grant_mapping:
     const uint32_t *grefs        # in: `count` references of the peer
-    uint32_t count               # in: 1..; the pages become virtually contiguous
+    uint32_t count               # in: 1..; page i begins at base + i * stride
     uint32_t writable            # in: 0 or 1
     uint8_t *base                # out: first page; valid while mapped
     uint64_t handle              # out: what unmap needs
@@ -32,6 +32,9 @@ cdef struct grant_copy:
 
 cdef struct grant_ports:
     void *ctx
+    # Bytes from one page of a mapping to the next. 4096, unless the pages of the kernel are larger:
+    # each grant then takes one of those, and only its first 4096 bytes are the peer's.
+    uint32_t stride
     # 0: unmap may return before the pages are gone. Linux's gntdev puts it off while somebody has a
     # reference to a page, and direct I/O drops its own after it has said that it is done
     # (dbe97cff).
@@ -47,7 +50,8 @@ cdef struct grant_ports:
 
 cdef struct granter_ports:
     void *ctx
-    uint8_t *base                # `count` contiguous pages of our own memory
+    uint8_t *base                # `count` pages of our own memory
+    uint32_t stride              # from each of them to the next, as in `grant_ports`
     const uint32_t *grefs        # page i is granted as grefs[i]
     uint32_t count
     uint32_t lasting             # 1: a grant lasts as long as the page; granting and revoking do

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SharedPages(Protocol):
-    """Contiguous pages of this domain's own memory, page i granted to one peer as ``grefs[i]``.
+    """Pages of this domain's own memory, page i granted to one peer as ``grefs[i]``.
 
     The pages are zero when handed out, so that nothing of a former use can leak (XSA-403).
     """
@@ -34,8 +34,12 @@ class SharedPages(Protocol):
         """One reference for each page."""
 
     @property
+    def stride(self) -> int:
+        """Bytes from one page to the next: 4096, or the kernel's pages where those are larger."""
+
+    @property
     def view(self) -> memoryview:
-        """The pages as writable bytes, ``count * 4096`` long."""
+        """The first page to the last as writable bytes; page i begins at ``i * stride``."""
 
     @property
     def ports(self) -> object:
@@ -52,15 +56,22 @@ class SharedPages(Protocol):
 
 
 class Mapping(Protocol):
-    """Pages of another domain, mapped contiguously into this process."""
+    """Pages of another domain, mapped into this process in one piece of address space."""
 
     @property
     def address(self) -> int:
         """Virtual address of the first page; valid until closed."""
 
     @property
+    def stride(self) -> int:
+        """Bytes from one page to the next, as of `SharedPages`."""
+
+    @property
     def view(self) -> memoryview:
-        """The pages as bytes; read-only if mapped so. Not to be used after `close`."""
+        """The first page to the last as bytes; read-only if mapped so. Not to be used once closed.
+
+        What lies between two pages that are `stride` apart is not to be touched.
+        """
 
     def close(self) -> None:
         """Unmap."""
@@ -74,7 +85,7 @@ class ForeignGrants(Protocol):
         """Capsule ``xvd.grant_ports``."""
 
     def map(self, grefs: Sequence[Gref], *, writable: bool = True) -> Mapping:
-        """Map the references, contiguously and in order.
+        """Map the references in their order, `Mapping.stride` bytes apart.
 
         All or nothing: raises `GrantError` with the status of the first that failed.
         """

@@ -119,7 +119,7 @@ class FrontLink(Link[FrontQueue]):
         with contextlib.ExitStack() as undo:
             self.ring = machine.grants.share(peer, ring_pages)
             undo.callback(self.ring.close)
-            FrontRing(self.ring.view, self.entries, abi.number).init()
+            FrontRing(self.ring.view, self.entries, abi.number, stride=self.ring.stride).init()
             self.channel = machine.event_channels.alloc_unbound(peer)
             undo.callback(self.channel.close)
             self._undo = undo.pop_all()

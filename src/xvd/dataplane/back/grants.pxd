@@ -7,7 +7,7 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t
 from posix.uio cimport iovec
 
 from xvd.dataplane.abi cimport (
-    BLKIF_SECTOR_SIZE, GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, REFUSAL_BAD_GRANT, XEN_PAGE_SIZE)
+    BLKIF_SECTOR_SIZE, GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, REFUSAL_BAD_GRANT)
 from xvd.dataplane.back.answer cimport refuse
 from xvd.dataplane.back.buffers cimport touch
 from xvd.dataplane.back.pending cimport COPIES, PAUSE_NS, backend_queue, pending
@@ -137,7 +137,7 @@ cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
             if page == NULL:
                 p.starved |= is_shortage(q.kept.grants[p.room.held[j]].status)
         else:
-            page = p.mapping.base + passing * XEN_PAGE_SIZE
+            page = p.mapping.base + <size_t>passing * q.grants.stride
             passing += 1
         if page == NULL:
             p.failed = 1

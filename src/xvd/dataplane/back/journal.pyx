@@ -10,7 +10,7 @@ and the one that was being answered; anything else was not written by a predeces
 from libc.stdint cimport INT32_MAX, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from xvd.dataplane.abi cimport blkif_layouts
+from xvd.dataplane.abi cimport XEN_PAGE_SIZE, blkif_layouts
 from xvd.dataplane.c cimport xvd_store_release
 from xvd.dataplane.ring.ring cimport (
     back_ring, check_ring, instance_of, requests_published, responses_published, set_instance)
@@ -43,7 +43,7 @@ def journal_fault(journal, ring, uint32_t nr_ents, int abi):
     cdef uint8_t[::1] memory = journal
     cdef uint8_t[::1] page = ring
     cdef back_ring r
-    check_ring(page.shape[0], nr_ents, abi)
+    check_ring(page.shape[0], nr_ents, abi, XEN_PAGE_SIZE)
     if memory.shape[0] == 0:
         return "it is empty"
     r.sring = &page[0]

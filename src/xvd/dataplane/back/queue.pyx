@@ -45,7 +45,7 @@ from xvd.dataplane.ports cimport (
     grants_of, wrap)
 from xvd.dataplane.ring.ring cimport (
     RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending,
-    back_respond, back_resume, back_take, check_ring)
+    back_respond, back_resume, back_take, check_ring, gap_of)
 
 import os
 
@@ -282,12 +282,12 @@ cdef check_offer(uint32_t offered, uint32_t indirect_max):
 cdef class BackendQueue:
     """One queue of one disk, used by one thread at a time.
 
-    ring: writable buffer over the mapped ring pages. abi: number of `blkif.abi.Abi`. grants,
-    events, engine: objects with the tables' capsules as ``ports``; they are kept alive. options:
-    a `BackOptions`. Where the grants' table says that unmapping takes its time, what would be
-    mapped for one request is copied. journal: writable memory of `journal_size` bytes that outlives
-    the process, or None. resume: a predecessor on the same ring left it, and it is taken up;
-    otherwise a new one is begun there.
+    ring: writable buffer over the ring pages, mapped by `grants`. abi: number of `blkif.abi.Abi`.
+    grants, events, engine: objects with the tables' capsules as ``ports``; they are kept alive.
+    options: a `BackOptions`. Where the grants' table says that unmapping takes its time, what would
+    be mapped for one request is copied. journal: writable memory of `journal_size` bytes that
+    outlives the process, or None. resume: a predecessor on the same ring left it, and it is taken
+    up; otherwise a new one is begun there.
 
     Raises PeerProtocolError if the ring's indices are insane (more requests than entries), or the
     journal is not one of this ring, or is damaged (`journal.journal_fault`).
@@ -300,13 +300,14 @@ cdef class BackendQueue:
             journal = bytearray(journal_size(nr_ents))
         if self.q.pendings != NULL:
             raise LocalProtocolError("a queue is made once")
-        check_ring(page.shape[0], nr_ents, abi)
+        self.q.grants = grants_of(grants)
+        check_ring(page.shape[0], nr_ents, abi, self.q.grants.stride)
         check_offer(options.offered, options.indirect_max)
         self.keep = (ring, grants, events, engine)
         self.q.ring.sring = &page[0]
+        self.q.ring.gap = gap_of(nr_ents, abi, self.q.grants.stride)
         self.q.ring.nr_ents = nr_ents
         self.q.ring.layout = &blkif_layouts[abi]
-        self.q.grants = grants_of(grants)
         self.q.events = events_of(events)
         self.q.engine = engine_of(engine)
         self.q.limits.capacity = options.capacity

@@ -25,7 +25,7 @@ from xvd.dataplane.front.queue cimport (
     SHADOW_FREE, SHADOW_IN_FLIGHT, front_queue, has_data, is_issued, is_rw, shadow)
 from xvd.dataplane.latency cimport count_kind
 from xvd.dataplane.ports cimport PAGES_EACH, front_io
-from xvd.dataplane.ring.ring cimport front_free, front_next_slot
+from xvd.dataplane.ring.ring cimport front_free, front_next_slot, front_put
 
 
 cdef inline uint32_t pages_for(uint64_t sectors) noexcept nogil:
@@ -240,6 +240,7 @@ cdef inline void put(front_queue *q, front_io *io, uint64_t sectors) noexcept no
         put_data(q, slot, id, sectors)
     else:
         put_bare(q, slot, id, io)
+    front_put(&q.ring)
     q.in_flight += 1
     q.count.requests += 1
     count_kind(&q.kinds, blkif_operations[io.operation].kind, sectors)

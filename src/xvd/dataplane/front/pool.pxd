@@ -15,7 +15,6 @@ the attempt to end the grant tells.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from xvd.dataplane.abi cimport XEN_PAGE_SIZE
 from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.ports cimport granter_ports
 
@@ -62,7 +61,7 @@ cdef void close_pool(page_pool *p) noexcept nogil
 
 
 cdef inline uint8_t *page_data(const page_pool *p, uint32_t page) noexcept nogil:
-    return p.ports.base + <size_t>page * XEN_PAGE_SIZE
+    return p.ports.base + <size_t>page * p.ports.stride
 
 
 cdef inline uint32_t take_page(page_pool *p, bint readonly) noexcept nogil:

@@ -27,7 +27,8 @@ from xvd.dataplane.front.place cimport in_place_most
 from xvd.dataplane.front.pool cimport close_pool, end_idle_grants, open_pool
 from xvd.dataplane.latency cimport kind_figures, latency_lists
 from xvd.dataplane.ports cimport events_of, front_io, granter_of, wrap
-from xvd.dataplane.ring.ring cimport check_ring, front_final_check, front_has_news, front_push
+from xvd.dataplane.ring.ring cimport (
+    check_ring, front_final_check, front_has_news, front_push, gap_of)
 
 import os
 
@@ -136,11 +137,11 @@ cdef class FrontQueue:
     """One queue of one disk. `step` by one thread; `submit` and `reap` by any other.
 
     ring: writable buffer over our own ring pages, initialised (`FrontRing.init`) before they were
-    published. abi: number of `blkif.abi.Abi`. pages: the object with the granter's capsule; at
-    least as many as `pages_needed` says. events: with the event channel's. options: a
-    `FrontOptions`. Requests are whole blocks, and with larger guest pages whole ones of these;
-    where a request has less than one, several go on the ring together. Bytes that are not data are
-    cleared before a backend that is not trusted may see them (XSA-403).
+    published. abi: number of `blkif.abi.Abi`. pages: the object with the granter's capsule, of the
+    machine that has the ring's pages; at least as many as `pages_needed` says. events: with the
+    event channel's. options: a `FrontOptions`. Requests are whole blocks, and with larger guest
+    pages whole ones of these; where a request has less than one, several go on the ring together.
+    Bytes that are not data are cleared before a backend that is not trusted may see them (XSA-403).
     """
 
     def __init__(self, ring, uint32_t nr_ents, int abi, pages, events, options):
@@ -149,7 +150,7 @@ cdef class FrontQueue:
         cdef uint32_t wire_sector = options.wire_sector
         if self.q.shadows != NULL:
             raise LocalProtocolError("a queue is made once")
-        check_ring(page.shape[0], nr_ents, abi)
+        check_ring(page.shape[0], nr_ents, abi, granter_of(pages).stride)
         self.keep = (ring, pages, events)
         self.set_limits(granter_of(pages).count, options.segments_max, block_sectors,
                         options.page_grants)
@@ -161,6 +162,7 @@ cdef class FrontQueue:
         self.q.handle = options.handle
         self.q.wipe = not options.trusted
         self.q.ring.sring = &page[0]
+        self.q.ring.gap = gap_of(nr_ents, abi, granter_of(pages).stride)
         self.q.ring.nr_ents = nr_ents
         self.q.ring.layout = &blkif_layouts[abi]
         self.q.done_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

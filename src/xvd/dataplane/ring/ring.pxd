@@ -26,6 +26,7 @@ cdef enum ring_outcome:
 
 cdef struct back_ring:
     uint8_t *sring
+    uint64_t gap                 # bytes between two pages of the ring; 0: it is in one piece
     const blkif_layout *layout
     uint32_t nr_ents
     uint32_t req_cons
@@ -34,6 +35,8 @@ cdef struct back_ring:
 
 cdef struct front_ring:
     uint8_t *sring
+    uint64_t gap                 # as in `back_ring`
+    uint8_t apart[BLKIF_MAX_ENTRY_SIZE]  # where a request is made if there are gaps
     const blkif_layout *layout
     uint32_t nr_ents
     uint32_t req_prod_pvt
@@ -41,9 +44,23 @@ cdef struct front_ring:
     uint32_t rsp_cons
 
 
-cdef inline uint8_t *slot_at(uint8_t *sring, const blkif_layout *layout, uint32_t nr_ents,
+cdef inline uint64_t slot_at(const blkif_layout *layout, uint32_t nr_ents,
                              uint32_t index) noexcept nogil:
-    return sring + BLKIF_RING_HEADER + <uint64_t>(index & (nr_ents - 1)) * layout.entry_size
+    """Where a slot begins, in bytes of the ring."""
+    return BLKIF_RING_HEADER + <uint64_t>(index & (nr_ents - 1)) * layout.entry_size
+
+
+# ---- A ring whose pages are apart, because the pages of the kernel are larger than Xen's --------
+
+cdef void copy_apart(uint8_t *private_copy, const uint8_t *sring, uint64_t gap, uint64_t at,
+                     uint32_t size) noexcept nogil
+
+
+cdef void put_apart(uint8_t *sring, uint64_t gap, uint64_t at, const void *private_copy,
+                    uint32_t size) noexcept nogil
+
+
+cdef void respond_apart(back_ring *r, uint64_t id, uint8_t operation, int16_t status) noexcept nogil
 
 
 cdef inline bint publish(uint8_t *prod, uint8_t *event, uint32_t *published,
@@ -117,8 +134,11 @@ cdef inline void back_peek(back_ring *r, void *private_copy) noexcept nogil:
 
     Whoever looks again later copies again, and may see another request.
     """
-    xvd_copy_slot(private_copy, slot_at(r.sring, r.layout, r.nr_ents, r.req_cons),
-                  r.layout.entry_size)
+    cdef uint64_t at = slot_at(r.layout, r.nr_ents, r.req_cons)
+    if r.gap:
+        copy_apart(<uint8_t *>private_copy, r.sring, r.gap, at, r.layout.entry_size)
+    else:
+        xvd_copy_slot(private_copy, r.sring + at, r.layout.entry_size)
 
 
 cdef inline uint32_t back_take(back_ring *r) noexcept nogil:
@@ -131,11 +151,14 @@ cdef inline void back_respond(back_ring *r, uint64_t id, uint8_t operation,
                               int16_t status) noexcept nogil:
     """Write a response's three fields and nothing else: what lies between them is not ours to
     fill, and a copy of a struct would leak this process's memory (XSA-216)."""
-    cdef uint8_t *slot = slot_at(r.sring, r.layout, r.nr_ents, r.rsp_prod_pvt)
+    cdef uint8_t *slot = r.sring + slot_at(r.layout, r.nr_ents, r.rsp_prod_pvt)
     DEBUG_ASSERT(<uint32_t>(r.req_cons - r.rsp_prod_pvt) - 1 < r.nr_ents)
-    xvd_put64(slot + r.layout.response_id, id)
-    slot[r.layout.response_operation] = operation
-    xvd_put16(slot + r.layout.response_status, <uint16_t>status)
+    if r.gap:
+        respond_apart(r, id, operation, status)
+    else:
+        xvd_put64(slot + r.layout.response_id, id)
+        slot[r.layout.response_operation] = operation
+        xvd_put16(slot + r.layout.response_status, <uint16_t>status)
     r.rsp_prod_pvt += 1
 
 
@@ -178,11 +201,19 @@ cdef inline uint32_t front_free(front_ring *r) noexcept nogil:
 
 
 cdef inline uint8_t *front_next_slot(front_ring *r) noexcept nogil:
-    """The slot of the next request, to be filled whole; the index moves on."""
-    cdef uint8_t *slot = slot_at(r.sring, r.layout, r.nr_ents, r.req_prod_pvt)
+    """The slot of the next request, to be filled whole; then `front_put` steps over it."""
     DEBUG_ASSERT(front_free(r) > 0)
+    if r.gap:
+        return r.apart
+    return r.sring + slot_at(r.layout, r.nr_ents, r.req_prod_pvt)
+
+
+cdef inline void front_put(front_ring *r) noexcept nogil:
+    """The next slot is filled: step over it."""
+    if r.gap:
+        put_apart(r.sring, r.gap, slot_at(r.layout, r.nr_ents, r.req_prod_pvt), r.apart,
+                  r.layout.entry_size)
     r.req_prod_pvt += 1
-    return slot
 
 
 cdef inline bint front_push(front_ring *r) noexcept nogil:
@@ -205,8 +236,11 @@ cdef inline int front_pending(front_ring *r, uint32_t *count) noexcept nogil:
 
 cdef inline void front_copy(front_ring *r, void *private_copy) noexcept nogil:
     """Copy the next response's slot out and step over it. Only after `front_pending` counted it."""
-    xvd_copy_slot(private_copy, slot_at(r.sring, r.layout, r.nr_ents, r.rsp_cons),
-                  r.layout.response_size)
+    cdef uint64_t at = slot_at(r.layout, r.nr_ents, r.rsp_cons)
+    if r.gap:
+        copy_apart(<uint8_t *>private_copy, r.sring, r.gap, at, r.layout.response_size)
+    else:
+        xvd_copy_slot(private_copy, r.sring + at, r.layout.response_size)
     r.rsp_cons += 1
 
 
@@ -224,7 +258,10 @@ cdef inline bint front_final_check(front_ring *r) noexcept nogil:
     return front_pending(r, &count) != RING_EMPTY
 
 
-cdef int check_ring(uint64_t size, uint32_t nr_ents, int abi) except -1
+cdef int check_ring(uint64_t size, uint32_t nr_ents, int abi, uint32_t stride) except -1
+
+
+cdef uint64_t gap_of(uint32_t nr_ents, int abi, uint32_t stride) noexcept
 
 
 cdef class BackRing:

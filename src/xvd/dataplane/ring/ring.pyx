@@ -8,34 +8,85 @@ that what the differential tests drive is what ships. One thread at a time.
 
 from libc.string cimport memcpy
 
-from xvd.dataplane.abi cimport BLKIF_NR_ABI, BLKIF_RING_HEADER, blkif_layouts
+from xvd.dataplane.abi cimport BLKIF_NR_ABI, BLKIF_RING_HEADER, XEN_PAGE_SIZE, blkif_layouts
 
 from xvd.errors import LocalProtocolError
 
 
-cdef int check_ring(uint64_t size, uint32_t nr_ents, int abi) except -1:
+cdef uint8_t *byte_apart(const uint8_t *sring, uint64_t gap, uint64_t at) noexcept nogil:
+    return <uint8_t *>sring + at + at // XEN_PAGE_SIZE * gap
+
+
+cdef uint32_t to_page_end(uint64_t at, uint32_t size) noexcept nogil:
+    return <uint32_t>min(<uint64_t>size, XEN_PAGE_SIZE - at % XEN_PAGE_SIZE)
+
+
+cdef void copy_apart(uint8_t *private_copy, const uint8_t *sring, uint64_t gap, uint64_t at,
+                     uint32_t size) noexcept nogil:
+    """Copy a slot, each word once, that may lie on two pages; both pieces are whole words."""
+    cdef uint32_t here = to_page_end(at, size)
+    xvd_copy_slot(private_copy, byte_apart(sring, gap, at), here)
+    xvd_copy_slot(private_copy + here, byte_apart(sring, gap, at + here), size - here)
+
+
+cdef void put_apart(uint8_t *sring, uint64_t gap, uint64_t at, const void *private_copy,
+                    uint32_t size) noexcept nogil:
+    """Write bytes of a slot, which may lie on two pages."""
+    cdef uint32_t here = to_page_end(at, size)
+    memcpy(byte_apart(sring, gap, at), private_copy, here)
+    memcpy(byte_apart(sring, gap, at + here), <const uint8_t *>private_copy + here, size - here)
+
+
+cdef void respond_apart(back_ring *r, uint64_t id, uint8_t operation,
+                        int16_t status) noexcept nogil:
+    """Write a response's three fields, as `back_respond` does."""
+    cdef uint64_t at = slot_at(r.layout, r.nr_ents, r.rsp_prod_pvt)
+    put_apart(r.sring, r.gap, at + r.layout.response_id, &id, sizeof(id))
+    put_apart(r.sring, r.gap, at + r.layout.response_operation, &operation, sizeof(operation))
+    put_apart(r.sring, r.gap, at + r.layout.response_status, &status, sizeof(status))
+
+
+cdef uint64_t ring_bytes(uint32_t nr_ents, int abi, uint32_t stride) noexcept:
+    """How many bytes of memory such a ring needs, with the gaps between its pages."""
+    cdef uint64_t size = BLKIF_RING_HEADER + <uint64_t>nr_ents * blkif_layouts[abi].entry_size
+    return size + (size - 1) // XEN_PAGE_SIZE * (stride - XEN_PAGE_SIZE)
+
+
+cdef int check_ring(uint64_t size, uint32_t nr_ents, int abi, uint32_t stride) except -1:
     """Whether memory of `size` bytes holds such a ring; LocalProtocolError if it does not."""
     if not 0 <= abi < BLKIF_NR_ABI:
         raise LocalProtocolError(f"there is no ABI {abi}")
     if nr_ents == 0 or nr_ents & (nr_ents - 1):
         raise LocalProtocolError(f"a ring has a power of two entries, not {nr_ents}")
-    if BLKIF_RING_HEADER + <uint64_t>nr_ents * blkif_layouts[abi].entry_size > size:
+    if stride < XEN_PAGE_SIZE:
+        raise LocalProtocolError(f"pages of {XEN_PAGE_SIZE} bytes cannot be {stride} bytes apart")
+    if ring_bytes(nr_ents, abi, stride) > size:
         raise LocalProtocolError(f"{size} bytes are too few for {nr_ents} entries")
     return 0
 
 
-cdef uint8_t *ring_memory(object view, uint32_t nr_ents, int abi) except NULL:
+cdef uint64_t gap_of(uint32_t nr_ents, int abi, uint32_t stride) noexcept:
+    """The gap between a ring's pages that are `stride` bytes apart: none in a ring of one page."""
+    cdef uint64_t size = BLKIF_RING_HEADER + <uint64_t>nr_ents * blkif_layouts[abi].entry_size
+    return stride - XEN_PAGE_SIZE if size > XEN_PAGE_SIZE else 0
+
+
+cdef uint8_t *ring_memory(object view, uint32_t nr_ents, int abi, uint32_t stride) except NULL:
     """Check that the memory is writable and holds the ring; the address of its first byte."""
     cdef uint8_t[::1] bytes_ = view
-    check_ring(bytes_.shape[0], nr_ents, abi)
+    check_ring(bytes_.shape[0], nr_ents, abi, stride)
     return &bytes_[0]
 
 
 cdef class BackRing:
-    """The backend's side over writable memory: `BackRing(view, nr_ents, abi)`, then `attach`."""
+    """The backend's side over writable memory: `BackRing(view, nr_ents, abi)`, then `attach`.
 
-    def __init__(self, view, uint32_t nr_ents, int abi):
-        self.r.sring = ring_memory(view, nr_ents, abi)
+    stride: bytes from one page of 4096 to the next; the memory in between is not touched.
+    """
+
+    def __init__(self, view, uint32_t nr_ents, int abi, *, uint32_t stride=XEN_PAGE_SIZE):
+        self.r.sring = ring_memory(view, nr_ents, abi, stride)
+        self.r.gap = gap_of(nr_ents, abi, stride)
         self.memory = view
         self.r.nr_ents = nr_ents
         self.r.layout = &blkif_layouts[abi]
@@ -80,10 +131,14 @@ cdef class BackRing:
 
 
 cdef class FrontRing:
-    """The frontend's side over writable memory: `FrontRing(view, nr_ents, abi)`, then `init`."""
+    """The frontend's side over writable memory: `FrontRing(view, nr_ents, abi)`, then `init`.
 
-    def __init__(self, view, uint32_t nr_ents, int abi):
-        self.r.sring = ring_memory(view, nr_ents, abi)
+    stride: as in `BackRing`.
+    """
+
+    def __init__(self, view, uint32_t nr_ents, int abi, *, uint32_t stride=XEN_PAGE_SIZE):
+        self.r.sring = ring_memory(view, nr_ents, abi, stride)
+        self.r.gap = gap_of(nr_ents, abi, stride)
         self.memory = view
         self.r.nr_ents = nr_ents
         self.r.layout = &blkif_layouts[abi]
@@ -114,6 +169,7 @@ cdef class FrontRing:
         if slot.shape[0] > self.r.layout.entry_size:
             raise LocalProtocolError(f"{slot.shape[0]} bytes do not fit an entry")
         memcpy(front_next_slot(&self.r), &slot[0], slot.shape[0])
+        front_put(&self.r)
 
     def push(self):
         """Publish; True if the backend wants an event."""

@@ -15,6 +15,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
                          PROT_READ, PROT_WRITE, mmap, munmap)
+from posix.unistd cimport _SC_PAGESIZE, sysconf
 
 from xvd.dataplane.abi cimport (
     GNTST_BAD_COPY_ARG, GNTST_GENERAL_ERROR, GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, GNTST_OKAY,
@@ -45,7 +46,12 @@ cdef struct foreign:
     uint32_t *faults             # injected: status for the k-th coming operation, negated; 0 none
     uint32_t nr_faults
     uint32_t next_fault
+    uint32_t stride              # of the pages of a mapping
     uint64_t mapped, unmapped, copied
+
+
+# What mmap maps of a memfd at least: all of it is of the same share, where it is more than a page.
+cdef size_t map_size = <size_t>sysconf(_SC_PAGESIZE)
 
 
 cdef int32_t injected(foreign *f) noexcept nogil:
@@ -72,7 +78,7 @@ cdef int32_t map_page(foreign *f, uint32_t gref, uint8_t *at, bint writable, uin
         return GNTST_NO_SPACE
     status = pin(f.granter, gref, f.mapper.domid, writable, f.session, track, &frame)
     if status == GNTST_OKAY and mmap(
-            at, XEN_PAGE_SIZE, prot, MAP_SHARED | MAP_FIXED, f.granter.memory_fd,
+            at, map_size, prot, MAP_SHARED | MAP_FIXED, f.granter.memory_fd,
             <uint64_t>frame * XEN_PAGE_SIZE) == MAP_FAILED:
         unpin(f.granter, f.session, track)
         status = GNTST_NO_DEVICE_SPACE
@@ -97,7 +103,7 @@ cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
     with them; they may be anybody's by now.
     """
     cdef uint32_t index = first, following, i
-    munmap(base, <size_t>count * XEN_PAGE_SIZE)
+    munmap(base, <size_t>count * f.stride)
     for i in range(mapped):
         if f.mapper.tracks[index].claim >> 16 != f.session:
             return
@@ -111,7 +117,7 @@ cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
 cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *base) noexcept nogil:
     cdef uint32_t i, last = NO_TRACK, first = 0
     for i in range(wanted.count):
-        wanted.status = map_page(f, wanted.grefs[i], base + <size_t>i * XEN_PAGE_SIZE,
+        wanted.status = map_page(f, wanted.grefs[i], base + <size_t>i * f.stride,
                                  wanted.writable, &last, &first)
         if wanted.status != GNTST_OKAY:
             unmap_chain(f, base, wanted.count, first, i)
@@ -123,18 +129,19 @@ cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *base) noexcept nog
 cdef void map_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
     """Map sets side by side in one piece of address space, each to be unmapped by itself: what is
     transferred together is then one part for the storage, and one area for the kernel."""
+    cdef foreign *f = <foreign *>ctx
     cdef uint32_t i
     cdef size_t pages = 0
     cdef uint8_t *at
     for i in range(n):
         pages += sets[i].count
         sets[i].status = GNTST_NO_DEVICE_SPACE
-    at = <uint8_t *>mmap(NULL, pages * XEN_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    at = <uint8_t *>mmap(NULL, pages * f.stride, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if <void *>at == MAP_FAILED:
         return
     for i in range(n):
-        map_set(<foreign *>ctx, &sets[i], at)
-        at += <size_t>sets[i].count * XEN_PAGE_SIZE
+        map_set(f, &sets[i], at)
+        at += <size_t>sets[i].count * f.stride
 
 
 cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
@@ -171,19 +178,30 @@ cdef void copy_all(void *ctx, grant_copy *ops, uint32_t n) noexcept nogil:
         copy_one(<foreign *>ctx, &ops[i])
 
 
+cdef Py_ssize_t extent(uint32_t count, uint32_t stride) noexcept nogil:
+    """Bytes from the beginning of the first of some pages to the end of the last."""
+    return <Py_ssize_t>(count - 1) * stride + XEN_PAGE_SIZE
+
+
 cdef class EmulatedForeignGrants:
-    """`ForeignGrants` of one peer; one thread at a time (a queue's, once the queue has it)."""
+    """`ForeignGrants` of one peer; one thread at a time (a queue's, once the queue has it).
+
+    stride: the pages of the kernel that it pretends to run on: each mapped grant takes one, and
+    what is behind its first 4096 bytes cannot be touched.
+    """
 
     cdef foreign f
     cdef grant_ports table
     cdef DomainState mapper, granter
 
-    def __init__(self, DomainState mapper, DomainState granter, uint32_t session):
+    def __init__(self, DomainState mapper, DomainState granter, uint32_t session,
+                 uint32_t stride=XEN_PAGE_SIZE):
         self.mapper = mapper
         self.granter = granter
         self.f.mapper = &mapper.c
         self.f.granter = &granter.c
         self.f.session = session
+        self.f.stride = self.table.stride = stride
         self.f.hint = session * 64 % mapper.c.nr_tracks
         self.f.copy_track = claim_track(self.f.mapper, session, &self.f.hint)
         if self.f.copy_track == NULL:
@@ -309,12 +327,17 @@ cdef class EmulatedMapping:
         return <size_t>self.m.base
 
     @property
+    def stride(self):
+        """Bytes from one page to the next."""
+        return self.grants.f.stride
+
+    @property
     def view(self):
         """The pages as bytes; not to be used after `close`."""
         if self.m.base == NULL:
             raise ValueError("the pages were unmapped")
-        return PyMemoryView_FromMemory(<char *>self.m.base,
-                                       <Py_ssize_t>self.m.count * XEN_PAGE_SIZE,
+        size = extent(self.m.count, self.grants.f.stride)
+        return PyMemoryView_FromMemory(<char *>self.m.base, size,
                                        PyBUF_WRITE if self.writable else PyBUF_READ)
 
     def close(self):
@@ -328,6 +351,7 @@ cdef struct shared:
     domain_state *own
     uint32_t peer
     uint32_t first_frame
+    uint32_t frames_each         # frames from one page to the next
     uint32_t *grefs
     uint32_t count
 
@@ -335,7 +359,7 @@ cdef struct shared:
 cdef void grant_page(void *ctx, uint32_t page, uint32_t readonly) noexcept nogil:
     cdef shared *s = <shared *>ctx
     DEBUG_ASSERT(page < s.count)
-    grant(s.own, s.grefs[page], s.peer, s.first_frame + page, readonly)
+    grant(s.own, s.grefs[page], s.peer, s.first_frame + page * s.frames_each, readonly)
 
 
 cdef int revoke_page(void *ctx, uint32_t page) noexcept nogil:
@@ -345,7 +369,10 @@ cdef int revoke_page(void *ctx, uint32_t page) noexcept nogil:
 
 
 cdef class EmulatedSharedPages:
-    """`SharedPages`; one thread at a time. `release(frame, count, grefs)` gives them back."""
+    """`SharedPages`; one thread at a time. `release(frame, count, grefs)` gives them back.
+
+    Page i lies in frame `first_frame` + i * (stride / 4096), as on a kernel of such pages.
+    """
 
     cdef shared s
     cdef granter_ports table
@@ -353,7 +380,8 @@ cdef class EmulatedSharedPages:
     cdef object release
     cdef readonly list grefs
 
-    def __init__(self, DomainState own, uint32_t peer, uint32_t first_frame, list grefs, release):
+    def __init__(self, DomainState own, uint32_t peer, uint32_t first_frame, list grefs, release,
+                 uint32_t stride=XEN_PAGE_SIZE):
         cdef uint32_t i
         self.own = own
         self.grefs = grefs
@@ -361,12 +389,14 @@ cdef class EmulatedSharedPages:
         self.s.own = &own.c
         self.s.peer = peer
         self.s.first_frame = first_frame
+        self.s.frames_each = stride // XEN_PAGE_SIZE
         self.s.count = len(grefs)
         self.s.grefs = <uint32_t *>calloc(len(grefs), sizeof(uint32_t))
         for i in range(self.s.count):
             self.s.grefs[i] = grefs[i]
             grant_page(&self.s, i, False)
         self.table.ctx = &self.s
+        self.table.stride = stride
         self.table.base = own.c.memory + <uint64_t>first_frame * XEN_PAGE_SIZE
         self.table.grefs = self.s.grefs
         self.table.count = self.s.count
@@ -382,10 +412,15 @@ cdef class EmulatedSharedPages:
         return self.s.count
 
     @property
+    def stride(self):
+        """Bytes from one page to the next."""
+        return self.table.stride
+
+    @property
     def view(self):
         """The pages as writable bytes."""
         return PyMemoryView_FromMemory(<char *>self.table.base,
-                                       <Py_ssize_t>self.s.count * XEN_PAGE_SIZE, PyBUF_WRITE)
+                                       extent(self.s.count, self.table.stride), PyBUF_WRITE)
 
     @property
     def ports(self):

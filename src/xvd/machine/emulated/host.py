@@ -11,6 +11,7 @@ Thread rules: every method may be called from any thread; one lock guards the ac
 
 import errno
 import fcntl
+import mmap
 import os
 import threading
 from dataclasses import dataclass, field
@@ -74,7 +75,8 @@ def _new_domain(domid: Domid, limits: Limits, generation: int) -> _Domain:
     memory_fd = _sealed_memory(f"xvd-domain-{domid}", limits.pages * PAGE_SIZE)
     heap_fd = _sealed_memory(f"xvd-heap-{domid}", heap_bytes(limits))
     os.pwrite(heap_fd, (generation & 0xFFFF).to_bytes(4, "little"), 0)
-    table_frames = -(-limits.grefs * 8 // PAGE_SIZE)
+    # Whole pages of the kernel, so that any frame handed out can be mapped.
+    table_frames = -(-limits.grefs * 8 // mmap.PAGESIZE) * (mmap.PAGESIZE // PAGE_SIZE)
     return _Domain(
         state=DomainState(domid, memory_fd, heap_fd, limits),
         memory_fd=memory_fd,

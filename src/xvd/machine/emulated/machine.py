@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Machine` on the emulated host: one process's view, over a session here or across a socket."""
 
+import mmap
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from xvd.machine.emulated.grants import EmulatedForeignGrants, EmulatedSharedPag
 from xvd.machine.emulated.host import Session
 from xvd.machine.emulated.link import LinkClient
 from xvd.machine.emulated.shared import DomainState
-from xvd.types import Domid, Gref, Port
+from xvd.types import PAGE_SIZE, Domid, Gref, Port
 
 if TYPE_CHECKING:
     from xvd.machine.xs.client import XenstoreClient
@@ -42,12 +43,20 @@ class EmulatedClaim:
 class EmulatedMachine:
     """One process's connection to one domain: `machine.interface.Machine`.
 
-    `connect` opens a xenstore connection under the domain's identity.
+    `connect` opens a xenstore connection under the domain's identity. `page_size` is that of the
+    domain's kernel, at least this one's: each page that is shared or mapped then takes a whole one
+    of those, as Linux's devices have it on ARM64 with pages of 16 or 64 KiB.
     """
 
     poll_us = 100
 
-    def __init__(self, calls: Calls, connect: Callable[[], Awaitable["XenstoreClient"]]) -> None:
+    def __init__(
+        self,
+        calls: Calls,
+        connect: Callable[[], Awaitable["XenstoreClient"]],
+        page_size: int = mmap.PAGESIZE,
+    ) -> None:
+        self.page_size = page_size
         self._calls = calls
         self._connect = connect
         self._states: dict[Domid, DomainState] = {}
@@ -99,19 +108,24 @@ class EmulatedGrantTable:
 
     def share(self, peer: Domid, count: int) -> EmulatedSharedPages:
         """Take fresh pages and grant them to `peer`."""
-        calls = self._machine.calls
-        frame, grefs = calls.share(peer, count)
+        calls, stride = self._machine.calls, self._machine.page_size
+        each = stride // PAGE_SIZE
+        # What lies between the pages keeps its references, which are granted to nobody.
+        frame, grefs = calls.share(peer, count * each)
 
         def release(frame: int, _count: int, _grefs: Sequence[Gref]) -> None:
             calls.unshare(frame)
 
         own = self._machine.state(self._machine.domid)
-        return EmulatedSharedPages(own, peer, frame, grefs, release)
+        return EmulatedSharedPages(own, peer, frame, grefs[::each], release, stride)
 
     def foreign(self, peer: Domid) -> EmulatedForeignGrants:
         """Access to what `peer` grants us."""
         own = self._machine.state(self._machine.domid)
-        return EmulatedForeignGrants(own, self._machine.state(peer), self._machine.calls.number)
+        machine = self._machine
+        return EmulatedForeignGrants(
+            own, machine.state(peer), machine.calls.number, machine.page_size
+        )
 
 
 class EmulatedEventChannels:

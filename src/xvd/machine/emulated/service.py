@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole emulated machine in this process: host, store, and the sockets that lead to both."""
 
+import mmap
 import os
 from pathlib import Path
 from types import TracebackType
@@ -53,13 +54,13 @@ class EmulatedHost:
         self._link.listen(where / MACHINE_SOCKET)
         await self.server.listen(where / XENSTORE_SOCKET)
 
-    def machine(self, domid: Domid) -> EmulatedMachine:
-        """Connect this process to one of the domains."""
+    def machine(self, domid: Domid, page_size: int = mmap.PAGESIZE) -> EmulatedMachine:
+        """Connect this process to one of the domains, whose kernel has pages of `page_size`."""
 
         async def connect() -> XenstoreClient:
             return await XenstoreClient.from_socket(self.server.connect_local(domid))
 
-        machine = EmulatedMachine(self.host.open(domid), connect)
+        machine = EmulatedMachine(self.host.open(domid), connect, page_size)
         self._machines.append(machine)
         return machine
 

@@ -15,7 +15,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.unistd cimport close
+from posix.unistd cimport _SC_PAGESIZE, close, sysconf
 
 from xvd.dataplane.abi cimport GNTST_GENERAL_ERROR, GNTST_NO_SPACE, XEN_PAGE_SIZE
 from xvd.dataplane.ports cimport granter_ports, wrap
@@ -30,6 +30,9 @@ DEVICE = "/dev/xen/gntalloc"
 
 cdef uint32_t PAGES_MAX = 1 << 20
 
+# A grant takes a whole page of the kernel; the first 4096 bytes of it are the peer's as well.
+cdef uint32_t page_size = <uint32_t>sysconf(_SC_PAGESIZE)
+
 
 cdef void grant(void *ctx, uint32_t page, uint32_t readonly) noexcept nogil:
     """Granted already; a read-only one stays writable for the peer, see above."""
@@ -42,7 +45,7 @@ cdef int revoke(void *ctx, uint32_t page) noexcept nogil:
 cdef void give_back(xvd_alloc_grants *taken, uint8_t *base, int fd) noexcept nogil:
     cdef xvd_unmap_grants request
     if base != NULL:
-        munmap(base, <size_t>taken.count * XEN_PAGE_SIZE)
+        munmap(base, <size_t>taken.count * page_size)
         request.index = taken.index
         request.count = taken.count
         request.pad = 0
@@ -88,12 +91,13 @@ cdef class XenSharedPages:
         self.table.ctx = NULL
         self.table.grefs = self.request.grefs
         self.table.count = self.request.count
+        self.table.stride = page_size
         self.table.grant = grant
         self.table.revoke = revoke
         self.table.lasting = 1
 
     cdef allocate(self):
-        cdef size_t size = <size_t>self.request.count * XEN_PAGE_SIZE
+        cdef size_t size = <size_t>self.request.count * page_size
         cdef void *base
         self.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
         if ioctl(self.fd, XVD_GNTALLOC_ALLOC, self.request) < 0:
@@ -114,12 +118,17 @@ cdef class XenSharedPages:
         return self.request.count
 
     @property
+    def stride(self):
+        """Bytes from one page to the next."""
+        return page_size
+
+    @property
     def view(self):
         """The pages as writable bytes; not to be used after `close`."""
         if self.table.base == NULL:
             raise ValueError("the pages were given back")
-        return PyMemoryView_FromMemory(<char *>self.table.base,
-                                       <Py_ssize_t>self.request.count * XEN_PAGE_SIZE, PyBUF_WRITE)
+        size = <Py_ssize_t>(self.request.count - 1) * page_size + XEN_PAGE_SIZE
+        return PyMemoryView_FromMemory(<char *>self.table.base, size, PyBUF_WRITE)
 
     @property
     def ports(self):

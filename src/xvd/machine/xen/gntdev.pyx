@@ -14,7 +14,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.mman cimport (MAP_ANONYMOUS, MAP_FAILED, MAP_FIXED, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
                          PROT_READ, PROT_WRITE, mmap, munmap)
-from posix.unistd cimport close
+from posix.unistd cimport _SC_PAGESIZE, close, sysconf
 
 from xvd.dataplane.abi cimport (
     BLKIF_MAX_INDIRECT_SEGMENTS, GNTST_BAD_COPY_ARG, GNTST_EAGAIN, GNTST_GENERAL_ERROR,
@@ -52,6 +52,7 @@ cdef struct foreign:
     uint32_t domid
     xvd_map_grants *request      # with room for SET_PAGES_MAX references
     xvd_copy_segment segments[COPY_BATCH]
+    uint32_t stride              # from one page of a mapping to the next: the kernel's pages
     uint64_t mapped, unmapped, copied
 
 
@@ -72,9 +73,10 @@ cdef void forget(foreign *f, uint64_t index, uint32_t count) noexcept nogil:
 
 
 cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *at) noexcept nogil:
-    """Over the reserved pages at `at`."""
+    """Over the reserved pages at `at`. Each grant takes one page of the kernel; where that is
+    larger, there is nothing behind the peer's 4096 bytes."""
     cdef uint32_t i
-    cdef size_t size = <size_t>wanted.count * XEN_PAGE_SIZE
+    cdef size_t size = <size_t>wanted.count * f.stride
     cdef int prot = PROT_READ | PROT_WRITE if wanted.writable else PROT_READ
     f.request.count = wanted.count
     for i in range(wanted.count):
@@ -103,15 +105,15 @@ cdef void map_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
     for i in range(n):
         pages += sets[i].count
         sets[i].status = GNTST_NO_SPACE
-    at = <uint8_t *>mmap(NULL, pages * XEN_PAGE_SIZE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    at = <uint8_t *>mmap(NULL, pages * f.stride, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if <void *>at == MAP_FAILED:
         return
     for i in range(n):
         if sets[i].count <= SET_PAGES_MAX and f.fd >= 0:
             map_set(f, &sets[i], at)
         if sets[i].status != GNTST_OKAY:
-            munmap(at, <size_t>sets[i].count * XEN_PAGE_SIZE)
-        at += <size_t>sets[i].count * XEN_PAGE_SIZE
+            munmap(at, <size_t>sets[i].count * f.stride)
+        at += <size_t>sets[i].count * f.stride
 
 
 cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
@@ -119,7 +121,7 @@ cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
     cdef foreign *f = <foreign *>ctx
     cdef uint32_t i
     for i in range(n):
-        munmap(sets[i].base, <size_t>sets[i].count * XEN_PAGE_SIZE)
+        munmap(sets[i].base, <size_t>sets[i].count * f.stride)
         forget(f, sets[i].handle, sets[i].count)
         f.unmapped += sets[i].count
 
@@ -182,6 +184,7 @@ cdef class XenForeignGrants:
     def __cinit__(self, uint32_t peer):
         self.f.fd = -1
         self.f.domid = peer
+        self.f.stride = self.table.stride = <uint32_t>sysconf(_SC_PAGESIZE)
         self.f.request = <xvd_map_grants *>calloc(
             1, sizeof(xvd_map_grants) + SET_PAGES_MAX * sizeof(xvd_grant_ref))
         if self.f.request == NULL:
@@ -308,12 +311,17 @@ cdef class XenMapping:
         return <size_t>self.m.base
 
     @property
+    def stride(self):
+        """Bytes from one page to the next."""
+        return self.grants.f.stride
+
+    @property
     def view(self):
         """The pages as bytes; not to be used after `close`."""
         if self.m.base == NULL:
             raise ValueError("the pages were unmapped")
-        return PyMemoryView_FromMemory(<char *>self.m.base,
-                                       <Py_ssize_t>self.m.count * XEN_PAGE_SIZE,
+        size = <Py_ssize_t>(self.m.count - 1) * self.grants.f.stride + XEN_PAGE_SIZE
+        return PyMemoryView_FromMemory(<char *>self.m.base, size,
                                        PyBUF_WRITE if self.writable else PyBUF_READ)
 
     def close(self):
