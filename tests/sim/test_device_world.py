@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks whose whole life must come to a good end, and some whose must not."""
 
+import struct
+from mmap import mmap
+
 import pytest
 
+from xvd.backend.device import Device
+from xvd.backend.state import DiskState, Journal
 from xvd.blkif.handshake import BACKEND, BackendState
 from xvd.blkif.handshake import BackendEvent as B
 from xvd.engines.bridge import Operation
@@ -13,6 +18,8 @@ from xvd.sim.device_world import DeviceOptions, DeviceWorld
 from xvd.sim.storage import SimStorage
 from xvd.sim.tool_process import VBD
 from xvd.xenbus import actor
+from xvd.xenbus.actor import NO_NODES
+from xvd.xenbus.links import BackLink
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +127,79 @@ def test_canary_an_error_that_has_no_cause_is_seen(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(CheckFailed, match="nothing went wrong: \\['for no reason'\\]"):
         DeviceWorld(calm(1)).run()
+
+
+@pytest.mark.slow
+def test_a_guest_that_is_destroyed_leaves_nothing_and_another_comes() -> None:
+    summaries = [DeviceWorld(calm(seed, steps=2500, guest_end=600)).run() for seed in range(3)]
+
+    assert sum(summary.guests for summary in summaries) > 0
+
+
+def test_canary_what_is_kept_of_a_destroyed_guest_is_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def release_all_but_the_ring(link: BackLink) -> None:
+        link.queue.release()
+
+    monkeypatch.setattr(BackLink, "release", release_all_but_the_ring)
+
+    with pytest.raises(CheckFailed, match="of a destroyed guest's disk there is not given back"):
+        DeviceWorld(calm(1, steps=2500, guest_end=600)).run()
+
+
+@pytest.mark.slow
+def test_storage_that_cannot_be_opened_for_a_while_costs_a_while() -> None:
+    for seed in range(5):
+        DeviceWorld(calm(seed, steps=2500, no_storage=100, tool=100, back_death=500)).run()
+
+
+@pytest.mark.slow
+def test_canary_storage_that_fails_and_is_not_told_of_is_missed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def say_nothing(device: Device) -> None:
+        await device._write(NO_NODES)
+
+    monkeypatch.setattr(Device, "_do_report_error", say_nothing)
+
+    def run_all() -> None:
+        for seed in range(10):
+            DeviceWorld(calm(seed, steps=2500, no_storage=400, tool=30)).run()
+
+    with pytest.raises(CheckFailed, match="an attach failed without its cause"):
+        run_all()
+
+
+@pytest.mark.slow
+def test_canary_a_journal_of_which_a_request_is_forgotten_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find = DiskState.find_journal
+
+    def find_less(*arguments: object) -> Journal | None:
+        journal = find(*arguments)  # type: ignore[arg-type]
+        if journal is not None:
+            forget_one(journal.memory)
+        return journal
+
+    monkeypatch.setattr(DiskState, "find_journal", find_less)
+
+    def run_all() -> None:
+        for seed in range(40):
+            DeviceWorld(calm(seed, steps=2500, back_death=100, spared=50)).run()
+
+    with pytest.raises(CheckFailed, match=r"broke the ring|not within|possible were"):
+        run_all()
+
+
+def forget_one(memory: bytearray | mmap) -> None:
+    """As if the first request in flight had been answered: see dataplane/back/journal.pxd."""
+    header, entry = struct.Struct("<IIII"), struct.Struct("<I")
+    magic, entries, req_cons, rsp_prod = header.unpack_from(memory)
+    for number in range(entries):
+        at = 128 * (number + 1)
+        if entry.unpack_from(memory, at)[0] & 3 == 1:
+            entry.pack_into(memory, at, 0)
+            header.pack_into(memory, 0, magic, entries, req_cons, rsp_prod + 1)
+            return

@@ -51,12 +51,18 @@ class BackProcess(Process):
             self.over = True
 
     async def _open(self, _assignment: BackendAssignment) -> Engine:
+        self._storage.open()
         return SimEngine(self._storage, self._resized)
 
     @property
     def serves(self) -> bool:
         """Whether it has a disk."""
         return self._server is not None and bool(self._server.devices)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is up, and has no disk."""
+        return self.alive and self._server is not None and not self.serves
 
     def ask_to_end(self) -> None:
         """Ask it to end, as SIGTERM does."""

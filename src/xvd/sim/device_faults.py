@@ -4,7 +4,7 @@
 Beside what the queues suffer (faults.py): the store is slow, refuses a commit, or is lost to the
 backend; either process dies at any point of a handshake; a successor is set up in another way; a
 journal is lost or damaged; the toolstack attaches, detaches, resizes and changes settings at any
-moment; the power fails.
+moment; the storage cannot be opened for a while; the guest is destroyed; the power fails.
 """
 
 from dataclasses import dataclass, field
@@ -17,8 +17,9 @@ from xvd.sim.prng import Prng
 
 @dataclass(slots=True)
 class DeviceFaults:
-    """One in so many chances at each step; 0 is never. delays_ms: what a message to or from the
-    store may take."""
+    """One in so many chances at each step; 0 is never. spared: of the faults before the disk is in
+    use only one in so many comes, as a handshake takes some thousand steps, and few would come to
+    an end. delays_ms: what a message to or from the store may take."""
 
     storage_error: int = 0
     lost_event: int = 0
@@ -29,6 +30,9 @@ class DeviceFaults:
     store_loss: int = 0
     journal: int = 0
     tool: int = 0
+    no_storage: int = 0
+    guest_end: int = 0
+    spared: int = 1
     delays_ms: tuple[int, ...] = field(default=(0,))
 
     @classmethod
@@ -38,7 +42,7 @@ class DeviceFaults:
         return cls(
             storage_error=prng.maybe(20, 100),
             lost_event=prng.maybe(5, 50),
-            conflict=prng.maybe(5, 50),
+            conflict=prng.maybe(50, 300),
             back_death=prng.maybe(400, 1500),
             front_death=prng.maybe(800, 2000),
             power_loss=prng.maybe(1500, 3000),
@@ -46,6 +50,9 @@ class DeviceFaults:
             journal=prng.maybe(5, 30),
             tool=prng.maybe(150, 600),
             delays_ms=prng.choose(((0,), (0, 0, 1), (0, 1, 20), (0, 0, 0, 3000))),
+            no_storage=prng.maybe(300, 1000),
+            guest_end=prng.maybe(800, 2000),
+            spared=prng.choose((1, 20, 20)),
         )
 
     def delay_ns(self, prng: Prng) -> int:

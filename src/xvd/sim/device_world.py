@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from xvd.dataplane.types import StepFlag
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.xenstore import XenstoreStore
@@ -22,9 +23,10 @@ from xvd.sim.clock import Clock
 from xvd.sim.device_faults import DeviceFaults
 from xvd.sim.diskload import DiskLoad
 from xvd.sim.front_process import FrontProcess
+from xvd.sim.guest import Guest, GuestState
 from xvd.sim.prng import Prng
 from xvd.sim.process import Process, SteppedRunner
-from xvd.sim.storage import SimStorage
+from xvd.sim.storage import MISSING, SimStorage
 from xvd.sim.tool_process import GUEST, ToolProcess
 from xvd.types import Domid
 
@@ -36,6 +38,11 @@ SERVED_WITHIN_S = 180
 _LIMITS = Limits(pages=16384, grefs=16384, tracks=8192, ports=64)
 _SECTORS_MIN, _SECTORS_MAX = 64, 2048
 _SECOND_NS = 1_000_000_000
+
+_FAULTS = (
+    "back_death", "front_death", "power_loss", "store_loss", "journal", "tool", "no_storage",
+    "guest_end",
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -84,6 +91,7 @@ class DeviceSummary:
     failed: int
     connections: int
     deaths: int
+    guests: int
     actions: int
     virtual_s: float
     digest: str
@@ -91,8 +99,9 @@ class DeviceSummary:
     def __str__(self) -> str:
         return (
             f"{self.finished} operations, {self.failed} failed as they should, "
-            f"{self.connections} connections, {self.deaths} deaths, {self.actions} actions of the "
-            f"toolstack, {self.virtual_s:.3f} s of virtual time, digest {self.digest}"
+            f"{self.connections} connections, {self.deaths} deaths, {self.guests} guests "
+            f"destroyed, {self.actions} actions of the toolstack, {self.virtual_s:.3f} s of "
+            f"virtual time, digest {self.digest}"
         )
 
 
@@ -123,12 +132,15 @@ class DeviceWorld:
         self._directory = tempfile.TemporaryDirectory(prefix="xvd-sim-", dir=_memory())
         self._dead: list[Process] = []
         self._tool = ToolProcess(self._host, self._store, self._clock, BACK)
+        self._guest = Guest(self._host, self._tool)
         self._back: BackProcess | None = None
         self._front: FrontProcess | None = None
-        self._deaths = self._actions = 0
+        self._deaths = self._actions = self._ends = 0
         self._connections = 0
         self._causes = 0
         """What has happened that a driver may report as an error."""
+        self._attaching = 0, 0, False
+        """The last attach, the causes before it, and whether there was no storage for it."""
         self._digest = blake2b(digest_size=8)
         self._quiet = False
         self._closing = False
@@ -150,6 +162,7 @@ class DeviceWorld:
             self._load.failed,
             self._connections,
             self._deaths,
+            self._ends,
             self._actions,
             self._clock.now_ns / _SECOND_NS,
             self._digest.hexdigest(),
@@ -158,7 +171,8 @@ class DeviceWorld:
     def _settle(self) -> None:
         """Let nothing go wrong any more: the disk has to be served, and everything answered."""
         self._quiet = True
-        self._run_until(lambda: self._tool.idle)
+        self._storage.missing = False
+        self._run_until(lambda: self._tool.idle and self._guest.state is GuestState.RUNNING)
         self._tool.wish("ensure")
         self._run_until(self._is_served)
         self._check_errors()
@@ -170,11 +184,11 @@ class DeviceWorld:
             and front is not None
             and front.connected
             and self._load.outstanding == 0
-            and self._tool.states(self._store) == ("4", "4")
+            and self._tool.states() == ("4", "4")
         )
 
     def _check_errors(self) -> None:
-        texts = self._tool.errors(self._store)
+        texts = self._tool.errors()
         if texts and not self._causes:
             raise CheckFailed(f"an error is reported and nothing went wrong: {texts}")
 
@@ -183,7 +197,7 @@ class DeviceWorld:
         self._closing = True
         self._tool.wish("detach")
         self._run_until(lambda: self._tool.idle)
-        if left := self._tool.left(self._store):
+        if left := self._tool.left():
             raise CheckFailed(f"of a removed disk there is still {left}")
         self._run_until(lambda: self._back is not None and not self._back.serves)
         if left := [path.name for path in Path(self._directory.name).rglob("*") if path.is_file()]:
@@ -204,7 +218,7 @@ class DeviceWorld:
             self._step()
             if self._clock.now_ns > limit_ns:
                 raise CheckFailed(
-                    f"not within {SERVED_WITHIN_S} s: states {self._tool.states(self._store)}, "
+                    f"not within {SERVED_WITHIN_S} s: states {self._tool.states()}, "
                     f"{self._load.outstanding} operations outstanding"
                 )
         self._quiet = quiet
@@ -231,6 +245,19 @@ class DeviceWorld:
         for process in self._processes():
             if process.loop.failures:
                 raise process.loop.failures[0]
+        self._check_refusal()
+        if self._tool.removed and (left := self._tool.left()):
+            raise CheckFailed(f"of a removed disk there is still {left}")
+
+    def _check_refusal(self) -> None:
+        """Check that a toolstack whose disk has no storage is told so, where nothing else failed
+        since it asked."""
+        if self._attaching[0] != self._tool.attaching:
+            self._attaching = self._tool.attaching, self._causes, self._storage.missing
+        _, causes, missing = self._attaching
+        refusal = self._tool.refusal
+        if refusal and missing and causes == self._causes and MISSING not in refusal:
+            raise CheckFailed(f"an attach failed without its cause: {refusal}")
 
     def _processes(self) -> list[Process]:
         every = (self._tool, self._back, self._front)
@@ -286,6 +313,8 @@ class DeviceWorld:
         runner = self._prng.choose([each for each in self._runners() if each.awake])
         flags = runner.step(self._prng.between(1, self.options.budget_max))
         self._digest.update(bytes([flags & 0xFF]))
+        if flags & StepFlag.BROKEN:
+            raise CheckFailed(f"{runner.name}: its peer broke the ring")
 
     def _do_event(self) -> None:
         runner = self._prng.choose([each for each in self._runners() if each.has_event])
@@ -337,11 +366,13 @@ class DeviceWorld:
             self._front = None
         if self._closing:
             return
+        if self._guest.state is not GuestState.RUNNING:
+            self._guest.go_on(self._back)
         if self._back is None and (self._quiet or self._prng.chance(30)):
             settings = self.faults.draw_settings(self._prng, Path(self._directory.name))
             self._back = BackProcess(self._host, self._store, self._clock, BACK)
             self._back.begin(self._storage, settings, self._resize_storage)
-        if self._front is None and (self._quiet or self._prng.chance(30)):
+        if self._front is None and self._guest.exists and (self._quiet or self._prng.chance(30)):
             self._front = FrontProcess(self._host, self._store, self._clock, GUEST)
             self._front.begin(self.faults.draw_front_settings(self._prng))
 
@@ -356,7 +387,10 @@ class DeviceWorld:
         self._model.resize(sectors)
 
     def _maybe_suffer(self) -> None:
-        for fault in ("back_death", "front_death", "power_loss", "store_loss", "journal", "tool"):
+        in_use = self._front is not None and self._front.connected
+        if not in_use and self._prng.below(self.faults.spared):
+            return
+        for fault in _FAULTS:
             if self._prng.chance(getattr(self.faults, fault)):
                 self._digest.update(fault.encode())
                 getattr(self, f"_suffer_{fault}")()
@@ -405,7 +439,7 @@ class DeviceWorld:
                 path.write_bytes(data)
 
     def _suffer_tool(self) -> None:
-        if not self._tool.idle:
+        if not self._tool.idle or self._guest.state is not GuestState.RUNNING:
             return
         wish = self._prng.choose(("attach", "detach", "force", "resize", "resize", "set"))
         self._actions += 1
@@ -414,6 +448,20 @@ class DeviceWorld:
             self._tool.wish(wish)
         elif self._back is not None and self._back.alive:
             self._back.change(wish, self._prng.between(_SECTORS_MIN, _SECTORS_MAX), self._prng)
+
+    def _suffer_no_storage(self) -> None:
+        """Let whoever opens the storage from now on find none, or find it again."""
+        self._storage.missing = not self._storage.missing
+        self._causes += 1
+
+    def _suffer_guest_end(self) -> None:
+        """Destroy the guest's domain, whatever the others do."""
+        if self._guest.state is not GuestState.RUNNING:
+            return
+        self._suffer_front_death()
+        self._causes += 1
+        self._ends += 1
+        self._guest.destroy(nodes_too=self._prng.chance(2))
 
 
 def _memory() -> str | None:

@@ -31,8 +31,9 @@ class SteppedRunner:
     """A queue that the scheduler steps in the place of a thread; a `Runner`."""
 
     def __init__(
-        self, process: "Process", queue: Queue, on_exit: OnExit, options: LoopOptions
+        self, process: "Process", queue: Queue, name: str, on_exit: OnExit, options: LoopOptions
     ) -> None:
+        self.name = name
         self.awake = True
         self.due_ns = 0
         self._process = process
@@ -73,20 +74,21 @@ class SteppedRunner:
         """One step, then sleep if there is nothing to do; `step_flag`s."""
         now_ns = self._process.clock.now_ns
         if self._leaving:
-            return self._end()
+            self._end()
+            return _DRAINED
         if isinstance(self._queue, BackendQueue):
             self._queue.set_time(now_ns)
         flags = self._stepped.step(budget)
         if flags & _DRAINED:
-            return self._end()
+            self._end()
+            return flags
         self.awake = bool(flags & _WORKED) or not self._stepped.may_sleep()
         self.due_ns = min(filter(None, (now_ns + self._watchdog_ns, self._stepped.due_ns)))
         return flags
 
-    def _end(self) -> int:
+    def _end(self) -> None:
         self._process.runners.remove(self)
         self.tell_end()
-        return _DRAINED
 
     def tell_end(self) -> None:
         """Tell who waits for it that it runs no more."""
@@ -120,9 +122,9 @@ class Process:
 
     # ---- Runtime ----
 
-    def run(self, queue: Queue, name: str, on_exit: OnExit, options: LoopOptions) -> Runner:  # noqa: ARG002
+    def run(self, queue: Queue, name: str, on_exit: OnExit, options: LoopOptions) -> Runner:
         """See `Runtime.run`."""
-        self.runners.append(SteppedRunner(self, queue, on_exit, options))
+        self.runners.append(SteppedRunner(self, queue, name, on_exit, options))
         return self.runners[-1]
 
     async def call(self, work: Callable[..., _T], *arguments: object) -> _T:

@@ -9,8 +9,12 @@ import errno
 
 from xvd.engines.bridge import BridgeChannel, Operation
 from xvd.engines.memory import MemoryEngine
+from xvd.errors import EngineError
 from xvd.sim.checkers import SECTOR
 from xvd.sim.prng import Prng
+
+MISSING = "the simulated storage is not there"
+"""Why it cannot be opened."""
 
 
 class SimStorage:
@@ -21,12 +25,19 @@ class SimStorage:
 
     def __init__(self, prng: Prng, sectors: int, sectors_max: int) -> None:
         self.sectors = sectors
+        self.missing = False
+        """Whether it cannot be opened now; who has it open has it."""
         self._prng = prng
         self._engine = MemoryEngine(sectors_max * SECTOR)
         self._channels: list[BridgeChannel] = []
         self._held: list[Operation] = []
         self._on_medium: dict[int, bytes] = {}
         """Of each sector that the cache holds another content of."""
+
+    def open(self) -> None:
+        """Raise `EngineError` if it cannot be opened."""
+        if self.missing:
+            raise EngineError(errno.ENOENT, MISSING)
 
     def open_channel(self) -> BridgeChannel:
         """A queue's way in."""
