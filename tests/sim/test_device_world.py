@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disks whose whole life must come to a good end, and some whose must not."""
 
+import asyncio
 import struct
 from mmap import mmap
 
@@ -11,12 +12,17 @@ from xvd.backend.state import DiskState, Journal
 from xvd.blkif.handshake import BACKEND, BackendState
 from xvd.blkif.handshake import BackendEvent as B
 from xvd.engines.bridge import Operation
+from xvd.machine.emulated.host import Host
+from xvd.machine.emulated.xenstore import XenstoreStore
 from xvd.machine.xs.client import Transaction
 from xvd.sim.checkers import CheckFailed
+from xvd.sim.clock import Clock
 from xvd.sim.device_faults import DeviceFaults
 from xvd.sim.device_world import DeviceOptions, DeviceWorld
+from xvd.sim.process import Process
 from xvd.sim.storage import SimStorage
 from xvd.sim.tool_process import VBD
+from xvd.types import DOM0
 from xvd.xenbus import actor
 from xvd.xenbus.actor import NO_NODES
 from xvd.xenbus.links import BackLink
@@ -203,3 +209,24 @@ def forget_one(memory: bytearray | mmap) -> None:
             entry.pack_into(memory, at, 0)
             header.pack_into(memory, 0, magic, entries, req_cons, rsp_prod + 1)
             return
+
+
+def test_what_waits_in_its_own_end_is_unwound_with_its_process() -> None:
+    async def wait_twice() -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.create_future()
+        finally:
+            await loop.create_future()
+
+    host = Host()
+    host.create_domain(DOM0)
+    process = Process(host, XenstoreStore(), Clock(), DOM0)
+    task = process.spawn(wait_twice())
+    process.loop.round()
+    process.kill()
+
+    process.bury()
+
+    assert task.cancelled()
+    host.close()

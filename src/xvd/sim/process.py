@@ -24,7 +24,7 @@ from xvd.xenbus.runner import LoopOptions, OnExit, Runner
 
 _T = TypeVar("_T")
 _WORKED, _DRAINED = 1, 4
-_ROUNDS_MAX = 1000
+_ROUNDS_MAX, _CANCELS_MAX = 1000, 10
 
 
 class SteppedRunner:
@@ -159,22 +159,30 @@ class Process:
         self.machine.close()
 
     def bury(self) -> None:
-        """Let what is left of a dead process's tasks unwind, when nothing it did can matter."""
-        for task in asyncio.all_tasks(self.loop):
-            task.cancel()
+        """Let what is left of a dead process's tasks unwind, when nothing it did can matter.
+
+        What waits while it unwinds, for somebody who is dead too, is cancelled again: a coroutine
+        that the collector finds waiting complains of its end on stderr.
+        """
         for runner in self._left:
             runner.tell_end()
+        for _ in range(_CANCELS_MAX):
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
+            self._unwind()
+        self.loop.close()
+
+    def _unwind(self) -> None:
         for _ in range(_ROUNDS_MAX):
             if not asyncio.all_tasks(self.loop):
-                break
+                return
             while self.calls:
                 self.calls.pop()()
             if not self.loop.ready:
                 if self.loop.due_ns is None:
-                    break
+                    return
                 self.clock.jump(self.loop.due_ns)
             self.loop.round()
             for runner in list(self.runners):
                 runner.abandon()
                 runner.step(1)
-        self.loop.close()
