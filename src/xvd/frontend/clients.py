@@ -2,18 +2,18 @@
 """A disk's clients: in the threads of its queues while there are any, else in the event loop.
 
 A client is compiled (dataplane/front/clients.pyx): it takes its requests off a descriptor, and the
-thread of one of the queues steps it. When the disk changes its backend, its clients wait in a room
-that the event loop steps, and go on to the next queues with everything they have under way.
+thread of one of the queues steps it. Before a queue's first client comes, its thread steps nothing
+but the queue. When the disk changes its backend, its clients wait in a room that the event loop
+steps, and go on to the next queues with everything they have under way.
 """
 
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 from xvd.blkif.features import BackendFeatures
 from xvd.dataplane.front.clients import Clients, ClientSet
-from xvd.dataplane.front.queue import FrontQueue
 from xvd.dataplane.front.range_lock import RangeLock
 from xvd.dataplane.front.waiting_room import WaitingRoom
 from xvd.dataplane.types import HasPorts, StepFlag, Wish
@@ -27,7 +27,7 @@ class DiskClients:
     def __init__(self) -> None:
         self._lock = RangeLock()
         self._room = WaitingRoom(self._lock)
-        self._queues: list[Clients] = []
+        self._queues: dict[int, Clients] = {}
         self._connection: Connection | None = None
         self._where: dict[HasPorts, ClientSet] = {}
         self._watched: dict[int, int] = {}
@@ -36,11 +36,6 @@ class DiskClients:
         self._write_ended: asyncio.Future[None] | None = None
 
     # ---- Connections ----
-
-    def steppers(self, queues: Sequence[FrontQueue]) -> Sequence[Clients]:
-        """Return what steps each of these queues from now on."""
-        self._queues = [Clients(self._lock, queue) for queue in queues]
-        return self._queues
 
     def connected(self, connection: Connection) -> None:
         """The queues run: everybody goes there."""
@@ -52,11 +47,11 @@ class DiskClients:
     def disconnected(self) -> None:
         """Take the clients from queues that have ended and that nothing steps any more."""
         self._connection = None
-        for queue in self._queues:
+        for queue in self._queues.values():
             for client in queue.take_back():
                 self._where[client] = self._room
                 self._room.join(client)
-        self._queues = []
+        self._queues.clear()
         self._step_soon()
 
     def ended(self) -> None:
@@ -95,15 +90,28 @@ class DiskClients:
         where = self._where.get(client)
         if where is self._room:
             self._step_soon()
-        elif where in self._queues and self._connection is not None:
-            self._connection.wake(self._queues.index(where))
+        elif self._connection is not None:
+            for number, queue in self._queues.items():
+                if queue is where:
+                    self._connection.wake(number)
 
     def _join(self, client: HasPorts) -> None:
         """Add a client to the queue that has the fewest: it belongs to one queue."""
-        queue = min(self._queues, key=len)
+        assert self._connection is not None
+        numbers = range(len(self._connection.queues))
+        queue = self._clients_of(min(numbers, key=lambda it: len(self._queues.get(it, ()))))
         self._where[client] = queue
         queue.join(client)
         self.wake(client)
+
+    def _clients_of(self, number: int) -> Clients:
+        """Return a queue's clients, which from now on are stepped in its place."""
+        assert self._connection is not None
+        if number not in self._queues:
+            queue = Clients(self._lock, self._connection.queues[number])
+            self._queues[number] = queue
+            self._connection.replace(number, queue)
+        return self._queues[number]
 
     # ---- The room ----
 

@@ -69,7 +69,6 @@ class Disk(DiskInfo):
             self,
             abi=abi,
             settings=settings,
-            stepper=self._clients.steppers,
             runtime=runtime,
         )
         self._connection: Connection | None = None

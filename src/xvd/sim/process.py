@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from xvd.dataplane.back.queue import BackendQueue
 from xvd.dataplane.loop.stepped import Stepped
 from xvd.dataplane.loop.thread import Queue
+from xvd.dataplane.types import HasPorts
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.emulated.xenstore import XenstoreStore
@@ -46,6 +47,11 @@ class SteppedRunner:
     def wake(self) -> None:
         """See `Runner.wake`."""
         self.awake = True
+
+    def replace(self, queue: HasPorts) -> None:
+        """See `Runner.replace`."""
+        self._stepped = Stepped(queue)
+        self.wake()
 
     def drain(self) -> None:
         """See `Runner.drain`."""

@@ -223,6 +223,11 @@ class Links(Generic[_L]):
         for number in range(len(self.links)):
             self.wake(number)
 
+    def replace(self, number: int, queue: HasPorts) -> None:
+        """Step this in the place of one queue, if that is still run: see `Runner.replace`."""
+        if (runner := self.links[number].runner) is not None:
+            runner.replace(queue)
+
     def release(self) -> None:
         """Give everything back; only when nothing runs. Idempotent."""
         while self.links:

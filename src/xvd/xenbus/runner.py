@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from xvd.dataplane.loop.thread import BUDGET, Queue, QueueThread
+from xvd.dataplane.types import HasPorts
 
 _T = TypeVar("_T")
 
@@ -33,6 +34,9 @@ class Runner(Protocol):
 
     def wake(self) -> None:
         """Let the queue be stepped now. Any thread."""
+
+    def replace(self, queue: HasPorts) -> None:
+        """Step this in the queue's place from now on, which steps the queue in turn."""
 
     def drain(self) -> None:
         """Finish what is in flight and nothing more."""

@@ -345,9 +345,10 @@ def test_a_socket_wakes_the_thread_of_the_queue() -> None:
     with QueueWorld() as world, world.running():
         pages = world.guest.grants.share(world.backend.domid, 32 * 11)
         front = FrontQueue(world.ring_pages.view, 32, 0, pages, world.port, FrontOptions())
-        clients = Clients(open_lock(), front)
-        thread = threading.Thread(target=(loop := Loop(clients)).run)
+        thread = threading.Thread(target=(loop := Loop(front)).run)
         thread.start()
+        clients = Clients(open_lock(), front)
+        loop.replace(clients)
         several = [new_client() for _ in range(3)]
         for client in several:
             clients.join(client.transmission)

@@ -285,7 +285,3 @@ cdef class Clients(ClientSet):
     def ports(self):
         """Capsule ``xvd.stepper_ports``, for a `Loop`."""
         return wrap(&self.table, "xvd.stepper_ports")
-
-    def stop(self):
-        """Put nothing more on the ring; what is on it is waited for by further steps."""
-        self.queue.stop()

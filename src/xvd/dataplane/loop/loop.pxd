@@ -17,6 +17,8 @@ cdef enum wake_tag:
 cdef struct loop_state:
     io_uring ring
     stepper_ports *stepper
+    stepper_ports *following     # what takes its place
+    uint32_t replaced            # `following` is there and not stepped yet
     int control_fd
     int budget
     long long watchdog_ns

@@ -22,7 +22,7 @@ from libc.stdint cimport int32_t, uint8_t, uint64_t
 from posix.unistd cimport close, read, write
 
 from xvd.dataplane.abi cimport STEP_BROKEN, STEP_DRAINED, STEP_WORKED
-from xvd.dataplane.c cimport monotonic_ns, xvd_pause
+from xvd.dataplane.c cimport monotonic_ns, xvd_exchange32, xvd_pause, xvd_store_release
 from xvd.dataplane.liburing cimport (
     IORING_CQE_F_MORE, IORING_SETUP_CLAMP, __kernel_timespec, io_uring_cq_ready, io_uring_cqe,
     io_uring_cqe_seen, io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_poll_multishot,
@@ -89,6 +89,15 @@ cdef void drain_fd(int fd) noexcept nogil:
     read(fd, &count, 8)
 
 
+cdef void change_stepper(loop_state *s) noexcept nogil:
+    """At a control wake-up only: a step that is never replaced does not pay for it."""
+    if not xvd_exchange32(&s.replaced, 0):
+        return
+    s.stepper = s.following
+    if s.stepper.engine != NULL:
+        s.stepper.engine.attach(s.stepper.engine.ctx, &s.ring)
+
+
 cdef void dispatch(loop_state *s, io_uring_cqe *cqe) noexcept nogil:
     cdef uint64_t tag = cqe.user_data
     cdef completion *told = <completion *>tag
@@ -101,6 +110,8 @@ cdef void dispatch(loop_state *s, io_uring_cqe *cqe) noexcept nogil:
         s.event = 1
     elif tag > 0:
         drain_fd(fd_of(s, <uint32_t>tag))
+        if tag == TAG_CONTROL:
+            change_stepper(s)
 
 
 cdef uint32_t reap(loop_state *s) noexcept nogil:
@@ -276,6 +287,14 @@ cdef class Loop:
         """Let the thread step now. Any thread."""
         cdef uint64_t one = 1
         write(self.s.control_fd, &one, 8)
+
+    def replace(self, queue):
+        """Let the thread step this in the place of what it steps, which it steps in turn: on the
+        same event channel, with no storage of its own. Any thread, once."""
+        self.keep = (self.keep, queue)
+        self.s.following = stepper_of(queue)
+        xvd_store_release(&self.s.replaced, 1)
+        self.wake()
 
     def leave(self):
         """Let the thread return as soon as it can, whatever is in flight. Any thread."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from xvd.dataplane.loop.loop import Loop
+from xvd.dataplane.types import HasPorts
 
 BUDGET = 8
 """Requests of one step, where grants stay mapped: few, so that both ends work at once."""
@@ -44,6 +45,8 @@ class QueueThread:
         self._on_exit = on_exit
         self._events = asyncio.get_running_loop()
         self.loop = Loop(queue, poll_s=poll_s, watchdog_s=watchdog_s, budget=budget)
+        self.wake = self.loop.wake
+        """Let the queue be stepped now. Any thread."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -62,9 +65,9 @@ class QueueThread:
         self._thread.join()
         self._on_exit(failure)
 
-    def wake(self) -> None:
-        """Let the queue be stepped now. Any thread."""
-        self.loop.wake()
+    def replace(self, queue: HasPorts) -> None:
+        """Step this in the queue's place from now on, which steps the queue in turn."""
+        self.loop.replace(queue)
 
     def drain(self) -> None:
         """Finish what is in flight and nothing more; ends in `on_exit`."""
