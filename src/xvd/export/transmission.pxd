@@ -40,6 +40,20 @@ cdef enum slot_state:
     SLOT_ANSWERED = 4            # on its way back from there
     SLOT_READY = 5               # its reply is being sent
 
+# How far a connection is; whether there are more requests decides what it may still become.
+cdef enum progress:
+    PROGRESS_HEADER = 0          # the next header is to come
+    PROGRESS_PAYLOAD = 1         # or what is missing of the payload of `filling`
+    PROGRESS_BLOCKED = 2         # the header is there, and no room for its request yet
+    PROGRESS_OVER = 3            # no further request; those that were begun are answered
+    PROGRESS_GONE = 4            # no further reply either: nobody is there to read it
+
+# What Python has asked for.
+cdef enum wanted:
+    WANTED_MORE = 0
+    WANTED_OVER = 1
+    WANTED_GONE = 2
+
 cdef enum news:
     NEWS_OVER = 1                # no further request will come
     NEWS_MALFORMED = 2           # because one made no sense; the connection is cut
@@ -86,19 +100,18 @@ cdef struct transmission:
     uint64_t held                # bytes charged
     uint64_t idle                # bytes of buffers in free slots
     uint64_t last_number
+    uint32_t progress            # PROGRESS_*
     # Bytes in
     uint8_t *input
     size_t start, end
     slot *filling
     size_t filled
-    uint32_t blocked             # the next request has no room
     uint32_t long_payloads       # read no further than the next header
-    uint32_t over                # NEWS_*
     # Replies out
     slot_list ready
     size_t sent                  # of the first
     # Shared with Python's thread
-    uint32_t finishing, cut      # asked for
+    uint32_t wanted              # WANTED_*
     uint32_t answers             # there are some
     pthread_mutex_t mutex        # guards the rest
     slot_list asked, answered

@@ -18,7 +18,8 @@ from libc.string cimport memcpy
 from posix.unistd cimport close
 
 from xvd.dataplane.abi cimport CLIENT_READS, CLIENT_WRITES, STEP_DRAINED, STEP_WORKED
-from xvd.dataplane.c cimport monotonic_ns, xvd_exchange32, xvd_load_acquire, xvd_store_release
+from xvd.dataplane.c cimport (
+    monotonic_ns, xvd_cas32, xvd_exchange32, xvd_load_acquire, xvd_store_release)
 from xvd.dataplane.ports cimport client_host, wrap
 from xvd.export.transmission_ask cimport end_input, take_answers, tell
 from xvd.export.transmission_in cimport receive, relaunch
@@ -32,19 +33,18 @@ cdef uint32_t step(void *ctx, const client_host *host) noexcept nogil:
     """Replies first: the client works while we take what it has sent."""
     cdef transmission *t = <transmission *>ctx
     cdef bint moved = take_answers(t)
-    if xvd_load_acquire(&t.cut):
-        end_input(t, NEWS_GONE)
-    elif xvd_load_acquire(&t.finishing):
-        end_input(t, NEWS_OVER)
+    cdef uint32_t wanted = xvd_load_acquire(&t.wanted)
+    if wanted != WANTED_MORE:
+        end_input(t, NEWS_GONE if wanted == WANTED_GONE else NEWS_OVER)
     if t.ready.first != NULL and not t.ports.waiting & CLIENT_WRITES:
         moved |= send(t)
-    if not t.over and not t.ports.waiting & CLIENT_READS:
+    if t.progress < PROGRESS_OVER and not t.ports.waiting & CLIENT_READS:
         moved |= receive(t, host)
     if moved:
         t.active_ns = monotonic_ns()
     elif t.idle and xvd_load_acquire(&t.memory.starved):
         drop_idle(t)
-    if t.over and t.in_use == 0:
+    if t.progress >= PROGRESS_OVER and t.in_use == 0:
         end_input(t, NEWS_GONE)  # which ends the polls that still run
         return STEP_DRAINED
     return STEP_WORKED if moved else 0
@@ -53,7 +53,7 @@ cdef uint32_t step(void *ctx, const client_host *host) noexcept nogil:
 cdef uint32_t wishes(void *ctx) noexcept nogil:
     cdef const transmission *t = <const transmission *>ctx
     cdef uint32_t wanted = 0
-    if not t.over and not t.blocked:
+    if t.progress < PROGRESS_BLOCKED:
         wanted |= CLIENT_READS
     if t.ready.first != NULL:
         wanted |= CLIENT_WRITES
@@ -256,11 +256,11 @@ cdef class Transmission:
 
     def finish(self):
         """Take no more requests; the stepping thread is to be woken."""
-        xvd_exchange32(&self.t.finishing, 1)
+        xvd_cas32(&self.t.wanted, WANTED_MORE, WANTED_OVER)
 
     def cut(self):
         """Send no more replies; the stepping thread is to be woken."""
-        xvd_exchange32(&self.t.cut, 1)
+        xvd_exchange32(&self.t.wanted, WANTED_GONE)
 
     @property
     def in_progress(self):

@@ -11,8 +11,8 @@ from posix.unistd cimport write
 
 from xvd.dataplane.c cimport xvd_load_acquire, xvd_store_release
 from xvd.export.transmission cimport (
-    COMMAND_WRITE, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, SLOT_ASKED, pthread_mutex_lock,
-    pthread_mutex_unlock, put, slot, slot_list, take, transmission)
+    COMMAND_WRITE, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, PROGRESS_GONE, PROGRESS_OVER, SLOT_ASKED,
+    pthread_mutex_lock, pthread_mutex_unlock, put, slot, slot_list, take, transmission)
 from xvd.export.transmission_slots cimport free_slot, make_ready, unplace
 
 cdef extern from "<sys/socket.h>" nogil:
@@ -53,18 +53,21 @@ cdef inline void drop_replies(transmission *t) noexcept nogil:
 
 cdef inline void end_input(transmission *t, uint32_t news) noexcept nogil:
     """No further request. With GONE or MALFORMED no further reply either: nobody reads it."""
-    cdef uint32_t before = t.over
-    if news & (NEWS_MALFORMED | NEWS_GONE):
+    cdef bint gone = news & (NEWS_MALFORMED | NEWS_GONE)
+    cdef uint32_t before = t.progress, after = PROGRESS_GONE if gone else PROGRESS_OVER
+    if before >= after:
+        return
+    t.progress = after
+    if gone:
         news |= NEWS_GONE
-        if not before & NEWS_GONE:
-            shutdown(t.fd, SHUT_RDWR)
+        shutdown(t.fd, SHUT_RDWR)
         drop_replies(t)
-    t.over |= news | NEWS_OVER
+    if before < PROGRESS_OVER:
+        news |= NEWS_OVER
     if t.filling != NULL:
         free_slot(t, t.filling)
         t.filling = NULL
-    if t.over != before:
-        tell(t, t.over & ~before)
+    tell(t, news)
 
 
 cdef inline bint take_answers(transmission *t) noexcept nogil:
@@ -80,7 +83,7 @@ cdef inline bint take_answers(transmission *t) noexcept nogil:
     pthread_mutex_unlock(&t.mutex)
     s = take(&answered)
     while s != NULL:
-        if t.over & NEWS_GONE:
+        if t.progress == PROGRESS_GONE:
             free_slot(t, s)
         else:
             make_ready(t, s)

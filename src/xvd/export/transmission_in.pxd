@@ -18,8 +18,9 @@ from xvd.dataplane.c cimport xvd_get16, xvd_get32, xvd_get64
 from xvd.dataplane.ports cimport client_host
 from xvd.export.transmission cimport (
     COMMAND_DISC, COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, FLAG_DF, FLAG_FUA, HEADER_SIZE,
-    INPUT_SIZE, NEWS_EOF, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, REQUEST_MAGIC, SLOT_FILLING,
-    SLOT_ON_QUEUE, slot, transmission)
+    INPUT_SIZE, NEWS_EOF, NEWS_GONE, NEWS_MALFORMED, NEWS_OVER, PROGRESS_BLOCKED, PROGRESS_HEADER,
+    PROGRESS_OVER, PROGRESS_PAYLOAD, REQUEST_MAGIC, SLOT_FILLING, SLOT_ON_QUEUE, slot,
+    transmission)
 from xvd.export.transmission_ask cimport ask, end_input
 from xvd.export.transmission_slots cimport copy_data, data_parts, has_room, take_slot
 
@@ -126,6 +127,7 @@ cdef inline bint begin(transmission *t, const client_host *host) noexcept nogil:
     t.long_payloads = command == COMMAND_WRITE and length >= LONG
     if command == COMMAND_WRITE and length:
         s.state = SLOT_FILLING
+        t.progress = PROGRESS_PAYLOAD
         t.filling = s
         t.filled = 0
     else:
@@ -142,6 +144,7 @@ cdef inline bint fill(transmission *t, const client_host *host) noexcept nogil:
     t.filled += size
     if t.filled < s.length:
         return False
+    t.progress = PROGRESS_HEADER
     t.filling = NULL
     launch(t, s, host)
     return True
@@ -149,15 +152,16 @@ cdef inline bint fill(transmission *t, const client_host *host) noexcept nogil:
 
 cdef inline void take_units(transmission *t, const client_host *host) noexcept nogil:
     """Take every header and payload that is there and may be begun."""
-    t.blocked = 0
-    while not t.over:
-        if t.filling != NULL:
+    if t.progress == PROGRESS_BLOCKED:
+        t.progress = PROGRESS_HEADER
+    while t.progress < PROGRESS_OVER:
+        if t.progress == PROGRESS_PAYLOAD:
             if not fill(t, host):
                 return
         elif t.end - t.start < HEADER_SIZE:
             return
         elif not begin(t, host):
-            t.blocked = 1
+            t.progress = PROGRESS_BLOCKED
             return
 
 
@@ -172,7 +176,7 @@ cdef inline ssize_t receive_some(transmission *t, size_t *room) noexcept nogil:
     t.end -= t.start
     t.start = 0
     memset(&message, 0, sizeof(message))
-    if t.filling != NULL:
+    if t.progress == PROGRESS_PAYLOAD:
         left = t.filling.length - t.filled
         n = data_parts(t.filling, t.filled, left, parts, PARTS)
     for i in range(n):
@@ -200,7 +204,7 @@ cdef inline bint receive(transmission *t, const client_host *host) noexcept nogi
     cdef bint moved = False
     for calls in range(CALLS_MAX):
         take_units(t, host)
-        if t.over or t.blocked:
+        if t.progress >= PROGRESS_BLOCKED:
             break
         got = receive_some(t, &room)
         if got == 0:

@@ -14,7 +14,7 @@ from posix.uio cimport iovec
 
 from xvd.dataplane.c cimport xvd_put16, xvd_put32, xvd_put64
 from xvd.export.transmission cimport (
-    COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, NEWS_GONE, slot, take, transmission)
+    COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, NEWS_GONE, PROGRESS_GONE, slot, take, transmission)
 from xvd.export.transmission_ask cimport ask, end_input
 from xvd.export.transmission_in cimport MSG_DONTWAIT, msghdr
 from xvd.export.transmission_slots cimport data_parts, free_slot, make_ready
@@ -70,7 +70,7 @@ cdef inline void finish(transmission *t, slot *s) noexcept nogil:
     elif s.command == COMMAND_READ:
         t.count.bytes_read += s.length
         s.body_size = s.length
-    if t.over & NEWS_GONE:
+    if t.progress == PROGRESS_GONE:
         free_slot(t, s)
         return
     if t.structured and s.body_size:
