@@ -453,6 +453,23 @@ def test_the_docstring_of_a_function_says_what_it_does(path: Path) -> None:
     assert [text for text in docstrings(path) if RIDDLE.match(text)] == []
 
 
+def walks() -> dict[str, list[str]]:
+    """Of each walk of docs/architecture.md, the files in order."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    found = re.findall(r"^### (An? .*)\n((?:(?!#).*\n)+)", text, re.MULTILINE)
+    return {name: re.findall(r"^    (\S+\.p\w+)", body, re.MULTILINE) for name, body in found}
+
+
+def test_every_file_of_a_walk_is_there() -> None:
+    paths = [path.replace("...", "*") for walk in walks().values() for path in walk]
+    assert len(paths) > 50
+    assert [path for path in paths if not list(PACKAGE.glob(path))] == []
+
+
+def test_a_write_enters_sixteen_files_at_most() -> None:
+    assert len(set(walks()["A write"])) <= 16
+
+
 def test_counters_are_unsigned() -> None:
     """A figure that only grows never shows as a negative one."""
     text = (PACKAGE / "dataplane" / "back" / "pending.pxd").read_text()

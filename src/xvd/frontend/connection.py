@@ -99,12 +99,9 @@ class Connection(Links[FrontLink]):
         self._name = name
         self._settings = settings
         self._trusted = trusted
-        self._to_wake: set[int] = set()
         self._idle = asyncio.Event()
         self._on_end: Callable[[], None] | None = None
         self._scanner: asyncio.TimerHandle | None = None
-        self._turn = 0
-        self._ends: list[int] = []
         self.queues: list[FrontQueue] = []
         self.persistent = False
         self._take_rings(abi, queues, ring_page_order)
@@ -159,7 +156,6 @@ class Connection(Links[FrontLink]):
         )  # fmt: skip
         for link, pages in zip(self.links, pools, strict=True):
             self.queues.append(link.prepare(pages, options))
-        self._ends = [-1] * len(self.queues)
 
     def _take_pools(self, entries: int, segments: int) -> tuple[list[SharedPages], int]:
         """Pages for each queue, and the segments of a request that they are enough for."""
@@ -235,54 +231,16 @@ class Connection(Links[FrontLink]):
         Pages that the backend still maps are freed when it unmaps them, and not reused before.
         """
         self._stop_scanning()
-        self._to_wake.clear()
         self.queues.clear()
         self._on_end = None
         super().release()
 
     # ---- Use ----
 
-    def submit(
-        self,
-        operation: int,
-        sector_number: int,
-        nr_sectors: int,
-        buffer: bytes | bytearray | memoryview | None,
-        token: int,
-        *,
-        flag: int = 0,
-    ) -> None:
-        """Queue an operation on one of the queues: see `FrontQueue.submit`.
-
-        What goes on where a queue's last operation ended goes to that queue, which can join the
-        two; everything else goes round.
-        """
-        number = self._choose(sector_number)
-        self._ends[number] = sector_number + nr_sectors
-        queue = self.queues[number]
-        if queue.submit(operation, sector_number, nr_sectors, buffer, token, flag=flag):
-            if not self._to_wake:
-                asyncio.get_running_loop().call_soon(self._wake)
-            self._to_wake.add(number)
-
-    def _wake(self) -> None:
-        """Submit all of one round of the event loop at once, so that neighbours are joined."""
-        for number in self._to_wake:
-            self.wake(number)
-        self._to_wake.clear()
-
     @property
     def barrier_sectors_max(self) -> int:
         """Sectors of the largest barrier: it cannot be split."""
         return self.queues[0].barrier_sectors_max
-
-    def _choose(self, sector_number: int) -> int:
-        if len(self.queues) == 1:
-            return 0
-        if sector_number in self._ends:
-            return self._ends.index(sector_number)
-        self._turn = (self._turn + 1) % len(self.queues)
-        return self._turn
 
     def statistics(self) -> Statistics:
         """The figures of each queue."""

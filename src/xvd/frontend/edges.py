@@ -6,22 +6,36 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 from xvd.blkif.abi import Op
 from xvd.frontend.clients import DiskClients
-from xvd.frontend.info import DiskInfo
 from xvd.frontend.pending import Pending
 from xvd.types import RING_SECTOR_SIZE
 
 
+class Blocks(Protocol):
+    """What is written to, in blocks."""
+
+    @property
+    def logical_block_size(self) -> int:
+        """Bytes."""
+
+    def blocks_of(self, offset: int, length: int) -> tuple[int, int]:
+        """Return the blocks that a range of bytes touches, as (first sector, sectors)."""
+
+
 class Edges:
-    """The changes of whole blocks that are under way on one disk."""
+    """The changes of whole blocks that are under way on one disk.
+
+    changes: (first sector, the one behind the last, what does it); mostly none, and then nobody has
+    to wait.
+    """
 
     def __init__(self, pending: Pending, clients: DiskClients) -> None:
         self._pending = pending
         self._clients = clients
-        self._changes: list[tuple[int, int, asyncio.Task[None]]] = []
+        self.changes: list[tuple[int, int, asyncio.Task[None]]] = []
 
     async def wait(self, first: int, end: int) -> None:
         """Wait for every unaligned write in progress that touches these sectors."""
@@ -29,10 +43,10 @@ class Edges:
         def touches(a: int, b: int) -> bool:
             return a < end and first < b
 
-        while waiting := [w for a, b, w in self._changes if touches(a, b) and not w.done()]:
+        while waiting := [w for a, b, w in self.changes if touches(a, b) and not w.done()]:
             await asyncio.wait(waiting)
 
-    async def write(self, disk: DiskInfo, offset: int, data: memoryview) -> None:
+    async def write(self, disk: Blocks, offset: int, data: memoryview) -> None:
         """Read the blocks at the edges, change them, and write all."""
         first, sectors = disk.blocks_of(offset, len(data))
         await self.hold(first, first + sectors, partial(self._read_and_write, disk, offset, data))
@@ -42,8 +56,8 @@ class Edges:
         await self.wait(first, end)
         change = asyncio.create_task(self._change(first, end, work))
         entry = (first, end, change)
-        self._changes.append(entry)
-        change.add_done_callback(lambda _: self._changes.remove(entry))
+        self.changes.append(entry)
+        change.add_done_callback(lambda _: self.changes.remove(entry))
         # A caller that gives up does not end it: what is on the ring would still be written, and
         # over the next writer's data in these blocks.
         await asyncio.shield(change)
@@ -55,7 +69,7 @@ class Edges:
                 await asyncio.wait([done])
             await work()
 
-    async def _read_and_write(self, disk: DiskInfo, offset: int, data: memoryview) -> None:
+    async def _read_and_write(self, disk: Blocks, offset: int, data: memoryview) -> None:
         """Read the blocks at the edges, change them, write."""
         reads, writes, changes = [], [], []
         for at, piece in _pieces(disk.logical_block_size, offset, data):

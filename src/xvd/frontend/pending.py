@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations that persist over connections.
 
-An operation is submitted to the connection that is up, or waits for one; what a backend took and
-never answered goes to the next one, in the order of submission, and is cut anew by its limits. What
-the next one does not offer any more ends as if it had said so itself (EOPNOTSUPP): whoever asked
-falls back as in any other case.
+An operation is submitted to a queue of the connection that is up, or waits for one; what a backend
+took and never answered goes to the next one, in the order of submission, and is cut anew by its
+limits. What the next one does not offer any more ends as if it had said so itself (EOPNOTSUPP):
+whoever asked falls back as in any other case.
 """
 
 import asyncio
@@ -69,6 +69,9 @@ class Pending:
     def __init__(self) -> None:
         self._connection: Connection | None = None
         self._features: BackendFeatures | None = None
+        self._ends: list[int] = []
+        self._turn = 0
+        self._to_wake: set[int] = set()
         self._operations: dict[int, Operation] = {}
         self._next_token = 0
         self._ended: OSError | None = None
@@ -78,6 +81,7 @@ class Pending:
     def connected(self, connection: Connection, features: BackendFeatures) -> None:
         """A connection is up: everything outstanding goes on it."""
         self._connection, self._features = connection, features
+        self._ends = [-1] * len(connection.queues)
         for queue in connection.queues:
             asyncio.get_running_loop().add_reader(queue.done_fd, self._reap, queue)
         for token in list(self._operations):
@@ -90,6 +94,7 @@ class Pending:
             self._reap(queue)
             asyncio.get_running_loop().remove_reader(queue.done_fd)
         self._connection = None
+        self._to_wake.clear()
 
     def ended(self, error: OSError) -> None:
         """Fail whatever waits, and what comes: there will be no connection again."""
@@ -130,9 +135,32 @@ class Pending:
         if too_long or not one.is_offered(self._features):
             self._over(token, errno.EOPNOTSUPP)
             return
-        self._connection.submit(
+        number = self._choose(one.sector_number)
+        self._ends[number] = one.sector_number + one.nr_sectors
+        if self._connection.queues[number].submit(
             one.operation, one.sector_number, one.nr_sectors, one.buffer, token, flag=one.flag
-        )
+        ):
+            if not self._to_wake:
+                asyncio.get_running_loop().call_soon(self._wake)
+            self._to_wake.add(number)
+
+    def _choose(self, sector_number: int) -> int:
+        """Which queue an operation goes to: what goes on where a queue's last one ended goes to
+        that queue, which can join the two; everything else goes round."""
+        if len(self._ends) == 1:
+            return 0
+        if sector_number in self._ends:
+            return self._ends.index(sector_number)
+        self._turn = (self._turn + 1) % len(self._ends)
+        return self._turn
+
+    def _wake(self) -> None:
+        """Let the queues take all of one round of the event loop at once: neighbours are joined."""
+        for number in self._to_wake:
+            assert self._connection is not None
+            if (runner := self._connection.links[number].runner) is not None:
+                runner.wake()
+        self._to_wake.clear()
 
     async def run(
         self,

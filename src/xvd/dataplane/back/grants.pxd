@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 # Inline header of dataplane/back/.
 """Where a request's data lies: its grants mapped, or its data copied, for a whole step's requests
-by one call; and giving back what was mapped."""
+by one call; and giving back what was mapped, at once or when it is not worth keeping any more."""
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t
 from posix.uio cimport iovec
 
 from xvd.dataplane.abi cimport (
-    BLKIF_SECTOR_SIZE, GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, REFUSAL_BAD_GRANT)
-from xvd.dataplane.back.answer cimport refuse
+    BLKIF_SECTOR_SIZE, GNTST_NO_DEVICE_SPACE, GNTST_NO_SPACE, REFUSAL_BAD_GRANT, REFUSAL_NONE)
 from xvd.dataplane.back.buffers cimport touch
-from xvd.dataplane.back.pending cimport COPIES, PAUSE_NS, backend_queue, pending
-from xvd.dataplane.back.persistent cimport NOBODY, find, hold, keep, persistent_grant, release_grant
+from xvd.dataplane.back.pending cimport COPIES, backend_queue, pending
+from xvd.dataplane.back.persistent cimport (
+    NOBODY, find, hold, keep, next_to_purge, persistent_grant, release_grant, scan)
 from xvd.dataplane.back.request cimport reads_disk
 from xvd.dataplane.ports cimport grant_copy
 
@@ -123,7 +123,7 @@ cdef inline void map_passing(backend_queue *q) noexcept nogil:
             p.mapped = 1
             q.count.mapped += p.mapping.count
         else:
-            p.failed = 1
+            p.refusal = REFUSAL_BAD_GRANT
             p.starved |= is_shortage(p.mapping.status)
 
 
@@ -140,7 +140,7 @@ cdef inline void find_data(backend_queue *q, pending *p) noexcept nogil:
             page = p.mapping.base + <size_t>passing * q.grants.stride
             passing += 1
         if page == NULL:
-            p.failed = 1
+            p.refusal = REFUSAL_BAD_GRANT
             return
         first = p.rq.first_sect[j] * BLKIF_SECTOR_SIZE
         add_data(p, page + first,
@@ -153,7 +153,7 @@ cdef inline void copy_instead(pending *p) noexcept nogil:
 
     Linux's gntdev does not tell what was wrong, so with it that is tried whatever it was.
     """
-    p.failed = 0
+    p.refusal = REFUSAL_NONE
     p.copying = 1
     p.io.iovcnt = 0
 
@@ -178,9 +178,9 @@ cdef inline void map_batch(backend_queue *q) noexcept nogil:
     map_passing(q)
     for i in range(q.nr_batch):
         p = q.batch[i]
-        if not p.failed and not p.copying:
+        if p.refusal == REFUSAL_NONE and not p.copying:
             find_data(q, p)
-        if p.failed and (p.starved or not q.grants.unmaps_at_once):
+        if p.refusal != REFUSAL_NONE and (p.starved or not q.grants.unmaps_at_once):
             copy_instead(p)
 
 
@@ -215,7 +215,7 @@ cdef inline void run_copies(backend_queue *q, uint32_t n) noexcept nogil:
     q.count.copied += n
     for i in range(n):
         if q.copies[i].status != 0:
-            q.owners[i].failed = 1
+            q.owners[i].refusal = REFUSAL_BAD_GRANT
             q.owners[i].starved |= is_shortage(q.copies[i].status)
 
 
@@ -272,31 +272,11 @@ cdef inline void copy_reads_out(backend_queue *q, uint32_t finished) noexcept no
 
 # ---- Both ------------------------------------------------------------------------------------
 
-cdef inline void pause(backend_queue *q) noexcept nogil:
-    """Take nothing for a millisecond: what was short may be there then, and a frontend that sends
-    the same again at once would make it no longer (blkback sleeps there)."""
-    q.resume_ns = q.now_ns + PAUSE_NS
-    q.count.starved += 1
-
-
 cdef inline void resolve(backend_queue *q) noexcept nogil:
-    """Resolve the grants of the batch; those whose grants could not be had leave it."""
-    cdef uint32_t i, kept = 0
-    cdef pending *p
+    """Resolve the grants of the batch; those whose grants could not be had are marked."""
     if not q.copying:
         map_batch(q)
     copy_batch(q)
-    for i in range(q.nr_batch):
-        p = q.batch[i]
-        if p.failed:
-            if p.starved:
-                pause(q)
-            unmap(q, &p, 1)
-            refuse(q, p, REFUSAL_BAD_GRANT)
-        else:
-            q.batch[kept] = p
-            kept += 1
-    q.nr_batch = kept
 
 
 cdef inline void give_back(backend_queue *q, uint32_t finished) noexcept nogil:
@@ -304,3 +284,37 @@ cdef inline void give_back(backend_queue *q, uint32_t finished) noexcept nogil:
     copy_reads_out(q, finished)
     if not q.copying:
         unmap(q, q.batch, finished)
+
+
+# ---- What is not worth keeping ----------------------------------------------------------------
+
+cdef inline bint purge_some(backend_queue *q, bint all_of_them) noexcept nogil:
+    """Unmap as many as one call takes; True if there may be more."""
+    cdef uint32_t n = 0
+    cdef persistent_grant *g
+    while n < q.nr_sets:
+        g = next_to_purge(&q.kept, q.now_ns, all_of_them)
+        if g == NULL:
+            break
+        q.sets[n].grefs = &g.gref
+        q.sets[n].count = 1
+        q.sets[n].base, q.sets[n].handle = g.page, g.handle
+        n += 1
+    if n:
+        q.count.unmap_calls += 1
+        q.grants.unmap(q.grants.ctx, q.sets, n)
+        q.count.unmapped += n
+        q.count.persistent_purged += n
+    return n == q.nr_sets
+
+
+cdef inline bint purge(backend_queue *q) noexcept nogil:
+    """In each step: purge what is due. True if there is more to be done at once."""
+    scan(&q.kept, q.now_ns)
+    return purge_some(q, False)
+
+
+cdef inline void purge_all(backend_queue *q) noexcept nogil:
+    """At the end: nothing stays mapped. Only when no request is in flight."""
+    while purge_some(q, True):
+        pass

@@ -12,7 +12,6 @@ from libc.stdint cimport uint8_t, uint32_t
 
 from xvd.dataplane.abi cimport (
     BLKIF_SEGMENTS_PER_INDIRECT_PAGE, REFUSAL_BAD_GRANT, REFUSAL_NONE, XEN_PAGE_SIZE)
-from xvd.dataplane.back.answer cimport refuse
 from xvd.dataplane.back.grants cimport hold_grant, is_shortage, map_fresh, next_copy, run_copies
 from xvd.dataplane.back.pending cimport backend_queue, pending
 from xvd.dataplane.back.persistent cimport NOBODY, release_grant
@@ -43,9 +42,9 @@ cdef inline bint read_kept(backend_queue *q, pending *p, uint32_t page,
     if at != NULL:
         xvd_copy_slot(p.room.descriptors + page * XEN_PAGE_SIZE, at, size)
     elif not may_copy:
-        p.failed = 1
+        p.refusal = REFUSAL_BAD_GRANT
     release_grant(&q.kept, number, q.now_ns)
-    return at != NULL or p.failed
+    return at != NULL or not may_copy
 
 
 cdef inline void read_descriptors(backend_queue *q, pending *p, uint32_t *n) noexcept nogil:
@@ -65,18 +64,15 @@ cdef inline void read_descriptors(backend_queue *q, pending *p, uint32_t *n) noe
         op.to_grant = 0
 
 
-cdef inline int judge_descriptors(backend_queue *q, pending *p) noexcept nogil:
-    if p.failed:
-        return REFUSAL_BAD_GRANT
-    parse_segments(p.room.descriptors, q.ring.layout, p.rq.nr_segments, &p.rq)
-    return check_data(&p.rq, &q.limits)
+cdef inline void judge_descriptors(backend_queue *q, pending *p) noexcept nogil:
+    if p.refusal == REFUSAL_NONE:
+        parse_segments(p.room.descriptors, q.ring.layout, p.rq.nr_segments, &p.rq)
+        p.refusal = <uint8_t>check_data(&p.rq, &q.limits)
 
 
 cdef inline void fetch_indirect(backend_queue *q) noexcept nogil:
-    """Give the batch's indirect requests their segments, by one copy; refuse those that are bad."""
-    cdef uint32_t i, kept = 0, n = 0
-    cdef int refusal
-    cdef pending *p
+    """Give the batch's indirect requests their segments, by one copy; mark those that are bad."""
+    cdef uint32_t i, n = 0
     if q.persistent:
         for i in range(q.nr_batch):
             if q.batch[i].rq.indirect:
@@ -87,11 +83,5 @@ cdef inline void fetch_indirect(backend_queue *q) noexcept nogil:
             read_descriptors(q, q.batch[i], &n)
     run_copies(q, n)
     for i in range(q.nr_batch):
-        p = q.batch[i]
-        refusal = judge_descriptors(q, p) if p.rq.indirect else REFUSAL_NONE
-        if refusal != REFUSAL_NONE:
-            refuse(q, p, refusal)
-            continue
-        q.batch[kept] = p
-        kept += 1
-    q.nr_batch = kept
+        if q.batch[i].rq.indirect:
+            judge_descriptors(q, q.batch[i])

@@ -46,11 +46,12 @@ cdef struct pending:
     grant_mapping mapping        # what is mapped for this request only
     uint32_t passing             # how many of its references are mapped for it only
     uint32_t copying             # 1: its data goes through pages of our own
-    # How far it is with its grants; side by side, so that a new request clears them at once.
+    # What it has of its grants, and what became of them; side by side, so that a new request
+    # clears all at once.
     uint8_t mapped               # 1: `mapping` is to be unmapped
     uint8_t holding              # 1: the persistent grants in `room.held` are to be released
-    uint8_t failed               # 1: a grant could not be had
-    uint8_t starved              # 1: for want of room or memory of our own
+    uint8_t refusal              # REFUSAL_*, once there is a reason to refuse it
+    uint8_t starved              # 1: a grant was not had for want of room or memory of our own
     space *own                   # for a direct request's segments
     space *room                  # where this request's segments are: `own`, or a large one
     engine_io io
@@ -77,6 +78,7 @@ cdef struct backend_queue:
     uint32_t nr_free
     pending **batch              # requests accepted in this step
     uint32_t nr_batch
+    uint32_t nr_indirect         # of those, with segments in pages of their own
     space_pool small             # one for each request
     space_pool large             # for the segments of indirect requests
     persistent_grants kept

@@ -22,9 +22,8 @@ from xvd.dataplane.abi cimport (
     BLKIF_OP_INDIRECT, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE, REFUSAL_COUNT, REFUSAL_NONE,
     STEP_BROKEN, STEP_DRAINED, STEP_WORKED, blkif_layouts, blkif_operation, blkif_operations,
     blkif_refusal_names)
-from xvd.dataplane.back.answer cimport publish_responses, refuse, use_space
 from xvd.dataplane.back.buffers cimport reuse, shrink
-from xvd.dataplane.back.grants cimport resolve, unmap
+from xvd.dataplane.back.grants cimport purge, purge_all, resolve, unmap
 from xvd.dataplane.back.indirect cimport fetch_indirect
 from xvd.dataplane.back.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of,
@@ -33,11 +32,11 @@ from xvd.dataplane.back.pending cimport (
     BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, TAKING_OVER, backend_queue, pending)
 from xvd.dataplane.back.persistent cimport (
     NOBODY, close_book, idle_too_long, open_book, persistent_grant)
-from xvd.dataplane.back.purge cimport purge, purge_all
 from xvd.dataplane.back.request cimport parse, request, validate
 from xvd.dataplane.back.space cimport (
     LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space, take_space)
-from xvd.dataplane.back.storage cimport collect, start
+from xvd.dataplane.back.storage cimport (
+    collect, publish_responses, refuse, refuse_marked, start, use_space)
 from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
 from xvd.dataplane.latency cimport count_kind, kind_figures, latency_lists
 from xvd.dataplane.ports cimport (
@@ -130,7 +129,7 @@ cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
     """Into the batch with a request, or refuse it."""
     q.in_flight += 1
     p.begun_ns = q.now_ns
-    p.mapped = p.holding = p.failed = p.starved = 0
+    p.mapped = p.holding = p.refusal = p.starved = 0
     p.copying = q.copying
     if p.rq.indirect and refusal == REFUSAL_NONE:
         use_space(p, take_space(&q.large))
@@ -142,6 +141,7 @@ cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
         q.barrier = p
     q.batch[q.nr_batch] = p
     q.nr_batch += 1
+    q.nr_indirect += p.rq.indirect
 
 
 cdef void take_over(backend_queue *q) noexcept nogil:
@@ -238,12 +238,15 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     if not q.given_time:
         q.now_ns = monotonic_ns()
     if not q.stopping and not q.broken:
-        q.nr_batch = 0
+        q.nr_batch = q.nr_indirect = 0
         if q.now_ns >= q.resume_ns:
             moved = take_new(q, budget)
-        fetch_indirect(q)
+        if q.nr_indirect:
+            fetch_indirect(q)
+            refuse_marked(q)
         admit(q)
         resolve(q)
+        refuse_marked(q)
         start(q)
     moved += collect(q)
     publish_responses(q)

@@ -1,21 +1,102 @@
 # SPDX-License-Identifier: Apache-2.0
 # Inline header of dataplane/back/.
-"""A request at the storage: handing it over, and taking what is finished to its response."""
+"""The last stage of a request: the storage, its one response, and making responses visible
+together."""
 
 from libc.errno cimport EOPNOTSUPP
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int16_t, uint32_t, uint64_t
 from posix.unistd cimport write
 
 from xvd.dataplane.abi cimport (
     BLKIF_FLAG_OPTIONAL, BLKIF_OFFER_SECURE, BLKIF_RSP_EOPNOTSUPP, BLKIF_RSP_ERROR, BLKIF_RSP_OKAY,
-    REFUSAL_BAD_GRANT, blkif_operation, blkif_operations)
-from xvd.dataplane.back.answer cimport answer, refuse
-from xvd.dataplane.back.grants cimport give_back, pause
-from xvd.dataplane.back.pending cimport backend_queue, pending
-from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
+    REFUSAL_NONE, blkif_operation, blkif_operations, blkif_refusal_status)
+from xvd.dataplane.back.buffers cimport set_idle
+from xvd.dataplane.back.grants cimport give_back, unmap
+from xvd.dataplane.back.journal cimport mark_answering, strike
+from xvd.dataplane.back.pending cimport PAUSE_NS, backend_queue, pending
+from xvd.dataplane.back.space cimport give_space, space
+from xvd.dataplane.c cimport DEBUG_ASSERT, monotonic_ns, xvd_clear_bits
 from xvd.dataplane.latency cimport count_latency
 from xvd.dataplane.ports cimport ENGINE_SECURE, engine_io
+from xvd.dataplane.ring.ring cimport back_push, back_respond
 
+
+# ---- The response ----------------------------------------------------------------------------
+
+cdef inline void use_space(pending *p, space *room) noexcept nogil:
+    """Let a request's segments lie there."""
+    p.room = room
+    p.rq.grefs, p.rq.first_sect, p.rq.last_sect = room.grefs, room.first_sect, room.last_sect
+    p.io.iov = room.iov
+
+
+cdef inline void respond(backend_queue *q, pending *p, int16_t status) noexcept nogil:
+    """Write the response and strike the request from the journal, in steps that can be resumed."""
+    mark_answering(p.entry, q.ring.rsp_prod_pvt, status)
+    back_respond(&q.ring, p.rq.id, p.rq.operation, status)
+    strike(q.journal, p.entry, q.ring.rsp_prod_pvt)
+
+
+cdef inline void answer(backend_queue *q, pending *p, int16_t status) noexcept nogil:
+    """The one place where a request gets its one response."""
+    DEBUG_ASSERT(q.in_flight > 0)
+    respond(q, p, status)
+    q.count.responses += 1
+    if status != BLKIF_RSP_OKAY:
+        q.count.errors += 1
+    q.in_flight -= 1
+    if q.barrier == p:
+        q.barrier = NULL
+    q.unpushed += 1
+    set_idle(q, p.room)
+    if p.room != p.own:
+        give_space(&q.large, p.room)
+        use_space(p, p.own)
+    q.free_list[q.nr_free] = p
+    q.nr_free += 1
+
+
+cdef inline void pause(backend_queue *q) noexcept nogil:
+    """Take nothing for a millisecond: what was short may be there then, and a frontend that sends
+    the same again at once would make it no longer (blkback sleeps there)."""
+    q.resume_ns = q.now_ns + PAUSE_NS
+    q.count.starved += 1
+
+
+cdef inline void refuse(backend_queue *q, pending *p, int refusal) noexcept nogil:
+    q.count.refusals[refusal] += 1
+    if p.starved:
+        pause(q)
+    answer(q, p, blkif_refusal_status[refusal])
+
+
+cdef inline void refuse_marked(backend_queue *q) noexcept nogil:
+    """Those of the batch that an earlier stage has found a reason against leave it."""
+    cdef uint32_t i, kept = 0
+    cdef pending *p
+    for i in range(q.nr_batch):
+        p = q.batch[i]
+        if p.refusal == REFUSAL_NONE:
+            q.batch[kept] = p
+            kept += 1
+        else:
+            unmap(q, &p, 1)
+            refuse(q, p, p.refusal)
+    q.nr_batch = kept
+
+
+cdef inline void publish_responses(backend_queue *q) noexcept nogil:
+    if q.unpushed == 0:
+        return
+    q.unpushed = 0
+    if back_push(&q.ring):
+        q.count.notified += 1
+        q.events.notify(q.events.ctx)
+    else:
+        q.count.suppressed += 1
+
+
+# ---- The storage -----------------------------------------------------------------------------
 
 cdef inline void start(backend_queue *q) noexcept nogil:
     cdef uint32_t i
@@ -85,10 +166,8 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
     for i in range(finished):
         p = q.batch[i]
         count_latency(&q.latency, blkif_operations[p.rq.operation].kind, q.now_ns - p.begun_ns)
-        if p.failed:
-            if p.starved:
-                pause(q)
-            refuse(q, p, REFUSAL_BAD_GRANT)
+        if p.refusal != REFUSAL_NONE:
+            refuse(q, p, p.refusal)
         elif p.io.result == 0:
             answer(q, p, BLKIF_RSP_OKAY)
         else:
