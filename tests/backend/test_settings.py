@@ -15,9 +15,9 @@ from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op
 from xvd.blkif.messages import Segment
+from xvd.dataplane.loop.waiting import sleep_cost_s
 from xvd.errors import ConfigError
 from xvd.frontend.settings import Settings as FrontendSettings
-from xvd.machine.emulated.machine import EmulatedMachine
 
 BLKBACKS = {
     "max_queues": 0, "max_buffer_pages": 1024, "max_persistent_grants": 1056,
@@ -135,18 +135,23 @@ def test_figures_are_logged_from_when_that_is_set(caplog: pytest.LogCaptureFixtu
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="nobody polls on a single CPU")
-@pytest.mark.parametrize(("set_to", "polls"), [(None, True), (0, False)])
-def test_how_long_to_look_is_the_machines_affair_unless_it_is_set(
-    set_to: int | None, polls: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("set_to", "most_ns"), [(None, None), (0, 0), (700, 700_000)])
+def test_a_thread_polls_for_as_long_as_a_sleep_costs_unless_it_is_set(
+    set_to: int | None, most_ns: int | None
 ) -> None:
-    monkeypatch.setattr(EmulatedMachine, "poll_us", 10_000)
-
     async def work() -> None:
-        async with disk_world(settings=Settings(poll_us=set_to)) as world, await world.disk():
+        async with (
+            disk_world(settings=Settings(poll_us=set_to, max_queues=1)) as world,
+            await world.disk(),
+        ):
             assert world.server is not None
             connection = world.server.device("1/51712").disk.connection
             assert connection is not None
-            assert (connection.loop_counters().poll_ns > 0) is polls
+            found = connection.loop_counters().poll_max_ns
+            if most_ns is None:
+                assert found >= int(sleep_cost_s() * 1e9) > 0
+            else:
+                assert found == most_ns
 
     run(work())
 

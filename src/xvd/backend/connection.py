@@ -160,9 +160,9 @@ class Connection(Links[BackLink]):
         operations that the storage turned out not to do, as bits.
         """
         self._on_end, self._on_failure, self._on_withdrawn = on_end, on_failure, on_withdrawn
-        wanted = self.plan.settings.poll_us
-        poll_us = self.plan.machine.poll_us if wanted is None else wanted
-        options = LoopOptions(poll_s=poll_us / 1e6, watchdog_s=WATCHDOG_S, budget=self.plan.budget)
+        options = LoopOptions(
+            poll_s=self.plan.settings.poll_s, watchdog_s=WATCHDOG_S, budget=self.plan.budget
+        )
         queues = [link.queue for link in self.links]
         try:
             self.start(queues, self._name, runtime, options, self._all_ended)

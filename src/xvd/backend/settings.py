@@ -59,10 +59,10 @@ class Settings(SettingsBase):
     )
     poll_us: int | None = setting(
         None, 0, 10_000,
-        "microseconds for which a ring's thread polls before it sleeps, at most; it finds out how "
-        "long pays, lets others go first, and never does on a single CPU. On Xen it takes the CPU "
-        "from guests where there are more virtual CPUs than CPUs: set it where there are not",
-        usual="100, on Xen 0",
+        "microseconds for which a ring's thread polls before it sleeps, at most: by itself as long "
+        "as a sleep costs on this machine, and not while others need the CPU. It finds out how "
+        "long pays, and never polls on a single CPU",
+        usual="what a sleep costs",
     )  # fmt: skip
     large_sectors: bool = setting(
         False, 0, 1,
@@ -74,6 +74,11 @@ class Settings(SettingsBase):
     def persistent_grants_of(self, ring_pages: int) -> int:
         """How many grants of a ring of so many pages stay mapped."""
         return self.max_persistent_grants * (ring_pages if self.scale_persistent_grants else 1)
+
+    @property
+    def poll_s(self) -> float | None:
+        """`poll_us` in seconds; None: as long as a sleep costs."""
+        return None if self.poll_us is None else self.poll_us / 1e6
 
     @property
     def indirect_segments_offered(self) -> int:

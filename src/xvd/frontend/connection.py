@@ -187,10 +187,9 @@ class Connection(Links[FrontLink]):
     ) -> None:
         """Run the queues. See `Links.start`; `end` is due in any case."""
         queues = stepper(self.queues) if stepper is not None else self.queues
-        wanted = self._settings.poll_us
-        poll_us = self._machine.poll_us if wanted is None else wanted
+        options = LoopOptions(poll_s=self._settings.poll_s)
         self._on_end = on_exit
-        self.start(queues, self._name, runtime, LoopOptions(poll_s=poll_us / 1e6), self._all_ended)
+        self.start(queues, self._name, runtime, options, self._all_ended)
         if self.persistent:
             self._scan_later()
 

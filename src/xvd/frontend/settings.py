@@ -54,7 +54,7 @@ class Settings(SettingsBase):
     )
     poll_us: int | None = setting(
         None, 0, 10_000, "microseconds for which a queue's thread polls before it sleeps, at most",
-        usual="100, on Xen 0",
+        usual="what a sleep costs",
     )  # fmt: skip
     large_sectors: bool = setting(
         False, 0, 1,
@@ -62,6 +62,11 @@ class Settings(SettingsBase):
         "never with one that takes no notice, as Linux's: data is written to where it does not "
         "belong",
     )  # fmt: skip
+
+    @property
+    def poll_s(self) -> float | None:
+        """`poll_us` in seconds; None: as long as a sleep costs."""
+        return None if self.poll_us is None else self.poll_us / 1e6
 
     def segments(self, features: BackendFeatures) -> int:
         """Pages of data in one request, by what such a backend offers."""

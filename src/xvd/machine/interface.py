@@ -165,14 +165,6 @@ class Machine(Protocol):
         """The domain this process runs in."""
 
     @property
-    def poll_us(self) -> int:
-        """The microseconds for which it is worth while here to poll for an event before sleeping.
-
-        A sleep costs both ends an event. Polling takes a CPU that others may need: those who are
-        ready to run in this kernel go first, but not the guests of a hypervisor beneath it.
-        """
-
-    @property
     def grants(self) -> GrantTable:
         """Granting and mapping."""
 

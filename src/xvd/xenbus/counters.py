@@ -94,6 +94,7 @@ class LoopCounters(Counters):
     watchdogs: int = 0
     spurious: int = 0
     poll_ns: int = 0
+    poll_max_ns: int = 0
 
 
 def _sum(one: Any, other: Any) -> Any:

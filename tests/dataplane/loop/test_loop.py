@@ -9,6 +9,7 @@ from rig_queue import QueueWorld, rq
 
 from xvd.blkif.abi import Op
 from xvd.dataplane.loop.loop import Loop
+from xvd.dataplane.loop.waiting import sleep_cost_s
 from xvd.engines.bridge import BridgeChannel
 from xvd.engines.interface import EngineInfo
 from xvd.engines.memory import MemoryEngine
@@ -122,3 +123,25 @@ def test_a_thread_that_waits_long_each_time_looks_less_and_less() -> None:
         loop.wake()
         thread.join()
         assert loop.counters()["sleeps"] > 0
+
+
+def test_what_a_sleep_costs_is_measured_once() -> None:
+    cost_s = sleep_cost_s()
+
+    assert 1e-9 <= cost_s == sleep_cost_s()
+
+
+def test_the_longest_look_follows_what_the_threads_own_sleeps_cost() -> None:
+    # No sleep is cheaper than one between two threads; this one's are of the same kind.
+    with QueueWorld() as world:
+        loop = Loop(world.queue, poll_s=None, watchdog_s=0.0001)
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        while loop.counters()["sleeps"] < 100:
+            pass
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        found = loop.counters()
+        assert found["poll_max_ns"] >= int(sleep_cost_s() * 1e9)
+        assert found["poll_ns"] <= found["poll_max_ns"]

@@ -4,6 +4,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from xvd.dataplane.liburing cimport io_uring
+from xvd.dataplane.loop.waiting cimport waiting
 from xvd.dataplane.ports cimport stepper_ports
 
 
@@ -28,8 +29,7 @@ cdef struct loop_state:
     uint32_t worked              # something was done since the last one was
     uint32_t idle_events         # in a row that led to nothing
     uint64_t event_due_ns        # when it is to be acknowledged; 0: not decided
-    uint64_t poll_max_ns, poll_ns  # how long to look before a sleep: at most, and as of now
-    uint64_t idle_since_ns       # nothing was to be done since then; 0: something was
+    waiting wait                 # for how long to look before a sleep
     uint64_t yielded_ns          # when others last had the CPU offered
     uint64_t sleeps, wakeups, watchdogs, spurious
 

@@ -5,7 +5,12 @@ from xvd.dataplane.types import HasPorts
 @disjoint_base
 class Loop:
     def __init__(
-        self, queue: HasPorts, *, budget: int = 8, watchdog_s: float = 5.0, poll_s: float = 0.0
+        self,
+        queue: HasPorts,
+        *,
+        budget: int = 8,
+        watchdog_s: float = 5.0,
+        poll_s: float | None = 0.0,
     ) -> None: ...
     def run(self) -> None: ...
     def wake(self) -> None: ...

@@ -12,9 +12,8 @@ peer that sends events with nothing behind them is heard less and less often: it
 in only after a pause that doubles each time, from a millisecond to a second (XSA-332, XSA-391;
 Linux's late EOI). One with something behind them never waits: work of any kind ends the row.
 
-Before it sleeps a thread may look again and again for a while, which saves both ends an event. How
-long is found out by what it would have gained, as KVM does for idle CPUs: twice as long after a
-sleep that was shorter than the longest wait allowed, half as long after another.
+Before it sleeps a thread may look again and again for a while, which saves both ends an event:
+waiting.pyx says for how long.
 """
 
 from libc.errno cimport EINTR, ETIME
@@ -28,6 +27,7 @@ from xvd.dataplane.liburing cimport (
     io_uring_cqe_seen, io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_poll_multishot,
     io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe,
     io_uring_sqe_set_data64, io_uring_submit, io_uring_submit_and_wait_timeout)
+from xvd.dataplane.loop.waiting cimport begin_waiting, has_work, look_on, thread_cpu_ns, wakes
 from xvd.dataplane.ports cimport completion, stepper_of
 
 import errno
@@ -53,9 +53,9 @@ cdef enum:
     IDLE_EVENTS_FREE = 1         # in a row, before they are let in later and later
     PAUSE_NS = 1000000
     PAUSE_DOUBLINGS = 10
-    POLL_LEAST_NS = 4000
-    SPINS = 32                   # looks at the ring from one step to the next
     YIELD_NS = 2000              # a system call each time would be most of what looking costs
+    SLEEPS_EACH = 16             # of which one is measured
+    SPINS = 32                   # looks at the ring from one step to the next
 
 
 cdef int fd_of(loop_state *s, uint32_t tag) noexcept nogil:
@@ -184,15 +184,13 @@ cdef void spin(loop_state *s) noexcept nogil:
 
 
 cdef bint poll_on(loop_state *s) noexcept nogil:
-    """Whether to look once more instead of sleeping; whoever else is ready to run does not wait for
-    long."""
+    """Wait for a moment instead of sleeping, if that pays; whoever else is ready to run in this
+    kernel gets the CPU offered."""
     cdef uint64_t now
-    if s.poll_max_ns == 0:
+    if s.wait.longest_ns == 0:
         return False
     now = monotonic_ns()
-    if s.idle_since_ns == 0:
-        s.idle_since_ns = now
-    if now - s.idle_since_ns >= s.poll_ns:
+    if not look_on(&s.wait, now):
         return False
     if now - s.yielded_ns >= YIELD_NS:
         sched_yield()
@@ -201,15 +199,20 @@ cdef bint poll_on(loop_state *s) noexcept nogil:
     return True
 
 
-cdef void adapt(loop_state *s) noexcept nogil:
-    """After a sleep: would looking for longer have spared it?"""
-    if s.poll_max_ns == 0:
-        return
-    if monotonic_ns() - s.idle_since_ns < s.poll_max_ns:
-        s.poll_ns = min(max(s.poll_ns * 2, <uint64_t>POLL_LEAST_NS), s.poll_max_ns)
-    else:
-        s.poll_ns = s.poll_ns // 2 if s.poll_ns > POLL_LEAST_NS else 0
-    s.idle_since_ns = 0
+cdef int wait(loop_state *s) noexcept nogil:
+    """Sleep, and learn from it; 0 or -errno."""
+    cdef uint64_t cpu_ns = 0
+    cdef bint measured = s.wait.longest_ns != 0 and s.sleeps % SLEEPS_EACH == 0
+    cdef int rc
+    if measured:
+        cpu_ns = thread_cpu_ns()
+    rc = sleep(s)
+    if measured:
+        cpu_ns = thread_cpu_ns() - cpu_ns
+    if s.wait.longest_ns:
+        wakes(&s.wait, monotonic_ns(), cpu_ns)
+    reap(s)
+    return rc
 
 
 cdef int run(loop_state *s) noexcept nogil:
@@ -226,7 +229,7 @@ cdef int run(loop_state *s) noexcept nogil:
         if reap(s) or flags & STEP_WORKED:
             if io_uring_sq_ready(&s.ring):
                 io_uring_submit(&s.ring)
-            s.idle_since_ns = 0
+            has_work(&s.wait)
             continue
         if poll_on(s):
             if io_uring_sq_ready(&s.ring):
@@ -234,11 +237,9 @@ cdef int run(loop_state *s) noexcept nogil:
             continue
         acknowledge(s)
         if s.stepper.may_sleep(s.stepper.ctx):
-            rc = sleep(s)
+            rc = wait(s)
             if rc < 0:
                 return rc
-            adapt(s)
-            reap(s)
     return 0
 
 
@@ -248,18 +249,17 @@ cdef class Loop:
     queue: an object with the stepper's capsule as ``ports``. budget: requests of one step; few, so
     that both ends work at once: one has the first while the other does the rest. watchdog_s:
     longest sleep, seconds. poll_s: longest time that is spent looking before a sleep, seconds; 0:
-    none, as on a single CPU.
+    none, as on a single CPU; None: as long as a sleep costs here.
     """
 
-    def __init__(self, queue, *, int budget=8, double watchdog_s=5.0, double poll_s=0.0):
+    def __init__(self, queue, *, int budget=8, double watchdog_s=5.0, poll_s=0.0):
         if self.open:
             raise LocalProtocolError("a loop is made once")
         self.keep = queue
         self.s.stepper = stepper_of(queue)
         self.s.budget = budget
         self.s.watchdog_ns = <long long>(watchdog_s * 1e9)
-        if len(os.sched_getaffinity(0)) > 1:  # on a single CPU it would only keep the peer from it
-            self.s.poll_max_ns = self.s.poll_ns = <uint64_t>(poll_s * 1e9)
+        begin_waiting(&self.s.wait, -1.0 if poll_s is None else poll_s)
         self.s.unarmed = (1 << TAG_EVENT) | (1 << TAG_CONTROL) | (1 << TAG_ENGINE)
         rc = io_uring_queue_init(RING_ENTRIES, &self.s.ring, IORING_SETUP_CLAMP)
         if rc < 0:
@@ -304,7 +304,8 @@ cdef class Loop:
     def counters(self):
         """How often the thread slept, was woken, by the watchdog, and by events for nothing.
 
-        poll_ns: for how long it looks before it sleeps, as of now.
+        poll_ns: for how long it looks before it sleeps, as of now. poll_max_ns: at most.
         """
         return {"sleeps": self.s.sleeps, "wakeups": self.s.wakeups, "watchdogs": self.s.watchdogs,
-                "spurious": self.s.spurious, "poll_ns": self.s.poll_ns}
+                "spurious": self.s.spurious, "poll_ns": self.s.wait.look_ns,
+                "poll_max_ns": self.s.wait.longest_ns}

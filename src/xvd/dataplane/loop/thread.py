@@ -37,7 +37,7 @@ class QueueThread:
         name: str,
         on_exit: Callable[[Exception | None], None],
         *,
-        poll_s: float = 0.0,
+        poll_s: float | None = 0.0,
         watchdog_s: float = 5.0,
         budget: int = BUDGET,
     ) -> None:

@@ -48,8 +48,6 @@ class EmulatedMachine:
     of those, as Linux's devices have it on ARM64 with pages of 16 or 64 KiB.
     """
 
-    poll_us = 100
-
     def __init__(
         self,
         calls: Calls,

@@ -31,8 +31,6 @@ class XenMachine:
     process that dies held.
     """
 
-    poll_us = 0  # the guest may need the physical CPU
-
     def __init__(self, domid: Domid) -> None:
         self.domid = domid
         self._made: weakref.WeakSet[_Closable] = weakref.WeakSet()

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
+"""For how long a thread looks for work before it sleeps.
+
+A sleep costs both ends an event, and time; looking costs a CPU. Whoever looks for as long as a
+sleep and a wake-up cost, and sleeps then, has never used more than twice the least (the ski rental
+problem). What they cost here is measured once in a process, between two threads, and followed by
+what this thread's own sleeps cost it since: an event of Xen takes hypercalls, one of the emulated
+machine does not, and an emulated CPU is slow at either.
+
+That is the longest look. The next one is found out by what it would have gained, as KVM does for
+idle CPUs: twice as long after a sleep that it would have spared, half as long after another, so an
+idle disk does not look at all.
+
+A CPU may be needed by others. Those who are ready to run in this kernel get it offered. A guest
+beneath the same hypervisor cannot say so, but its turn shows, as theirs does, by a gap between two
+looks: then there are none for a while, which doubles each time, from a millisecond to a second.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
+from posix.unistd cimport close, read, write
+
+from xvd.dataplane.c cimport monotonic_ns
+
+import os
+import threading
+
+cdef enum:
+    HOPS = 8                     # there and back, of one measurement
+    MEASUREMENTS = 4             # the best is believed: the others were disturbed
+    LOOK_LEAST_NS = 4000
+    GAP_LEAST_NS = 100000
+    GAP_HOPS = 8                 # so many times what a wake-up takes is no look that went on
+    BAR_LEAST_NS = 1000000
+    BAR_MOST_NS = 1000000000
+
+cdef uint64_t BY_COST = <uint64_t>-1
+
+# Of this process, in nanoseconds; 0: not measured yet.
+cdef uint64_t hop_ns = 0         # from a thread's word to where another, which slept, has it
+cdef uint64_t hop_cpu_ns = 0     # CPU of the one that slept
+
+
+cdef uint64_t thread_cpu_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
+
+
+cdef void bounce(int mine, int theirs, uint32_t times, bint first) noexcept nogil:
+    """Wait for a word and give one back, `times`; or the other way round."""
+    cdef uint64_t word = 1
+    cdef uint32_t i
+    for i in range(times):
+        if first:
+            write(theirs, &word, 8)
+        read(mine, &word, 8)
+        if not first:
+            write(theirs, &word, 8)
+
+
+def _answer(int mine, int theirs, uint32_t times):
+    with nogil:
+        bounce(mine, theirs, times, False)
+
+
+cdef measure_hops():
+    """Let two threads wake each other in turns; the best of some tries."""
+    global hop_ns, hop_cpu_ns
+    cdef int mine = os.eventfd(0, os.EFD_CLOEXEC), theirs = os.eventfd(0, os.EFD_CLOEXEC)
+    cdef uint64_t begun, cpu, best = BY_COST, best_cpu = 0
+    other = threading.Thread(target=_answer, args=(theirs, mine, HOPS * MEASUREMENTS), daemon=True)
+    other.start()
+    for _ in range(MEASUREMENTS):
+        with nogil:
+            cpu = thread_cpu_ns()
+            begun = monotonic_ns()
+            bounce(mine, theirs, HOPS, True)
+            begun = monotonic_ns() - begun
+            cpu = thread_cpu_ns() - cpu
+        if begun < best:
+            best, best_cpu = begun, cpu
+    other.join()
+    close(mine)
+    close(theirs)
+    hop_ns = max(best // (2 * HOPS), <uint64_t>1)
+    hop_cpu_ns = max(best_cpu // HOPS, <uint64_t>1)
+
+
+def sleep_cost_s():
+    """What a sleep and a wake-up cost here, in seconds, as measured once in this process."""
+    if hop_ns == 0:
+        measure_hops()
+    return hop_ns / 1e9
+
+
+cdef void begin_waiting(waiting *w, double most_s):
+    """most_s: the longest look, in seconds; negative: what a sleep costs.
+
+    On a single CPU nobody looks: it would only keep the other end from its work.
+    """
+    sleep_cost_s()
+    start(w, hop_ns, hop_cpu_ns, BY_COST if most_s < 0 else <uint64_t>(most_s * 1e9))
+    if len(os.sched_getaffinity(0)) < 2:
+        start(w, hop_ns, hop_cpu_ns, 0)
+
+
+# ---- The rule: it knows no clock but the one it is told ------------------------------------------
+
+cdef void start(waiting *w, uint64_t hop_ns, uint64_t hop_cpu_ns, uint64_t set_ns) noexcept nogil:
+    w.hop_ns, w.hop_cpu_ns, w.set_ns = hop_ns, hop_cpu_ns, set_ns
+    w.sleep_cpu_ns = hop_cpu_ns
+    w.bar_ns = BAR_LEAST_NS
+    set_longest(w)
+    w.look_ns = w.longest_ns
+
+
+cdef void set_longest(waiting *w) noexcept nogil:
+    if w.set_ns != BY_COST:
+        w.longest_ns = w.set_ns
+    else:  # no sleep is cheaper than one between two threads
+        w.longest_ns = max(w.hop_ns, w.hop_ns * w.sleep_cpu_ns // w.hop_cpu_ns)
+
+
+cdef bint was_interrupted(const waiting *w, uint64_t now) noexcept nogil:
+    """Whether the last look is too long ago for a thread that had its CPU. Whoever was told by hand
+    how long to look does it."""
+    return (w.looked_ns and w.set_ns == BY_COST
+            and now - w.looked_ns > max(GAP_HOPS * w.hop_ns, <uint64_t>GAP_LEAST_NS))
+
+
+cdef bint look_on(waiting *w, uint64_t now) noexcept nogil:
+    """Whether to look once more instead of sleeping, after nothing was found."""
+    if w.idle_since_ns == 0:
+        w.idle_since_ns = now
+    if was_interrupted(w, now):
+        w.barred_ns = now + w.bar_ns
+        w.bar_ns = min(w.bar_ns * 2, <uint64_t>BAR_MOST_NS)
+    if now < w.barred_ns or now - w.idle_since_ns >= w.look_ns:
+        return False
+    w.looked_ns = now
+    return True
+
+
+cdef void has_work(waiting *w) noexcept nogil:
+    """Something was found."""
+    if w.looked_ns and w.bar_ns > BAR_LEAST_NS:
+        w.bar_ns //= 2
+    w.idle_since_ns = w.looked_ns = 0
+
+
+cdef void wakes(waiting *w, uint64_t now, uint64_t cpu_ns) noexcept nogil:
+    """After a sleep: what did it cost, and would looking for longer have spared it?
+
+    cpu_ns: what it cost this thread; 0: not measured.
+    """
+    if cpu_ns:
+        w.sleep_cpu_ns += (<int64_t>cpu_ns - <int64_t>w.sleep_cpu_ns) // 4
+        set_longest(w)
+    # What came while it slept was heard that much later.
+    if now - w.idle_since_ns < w.longest_ns + w.hop_ns:
+        w.look_ns = min(max(w.look_ns * 2, <uint64_t>LOOK_LEAST_NS), w.longest_ns)
+    else:
+        w.look_ns = w.look_ns // 2 if w.look_ns > LOOK_LEAST_NS else 0
+    w.idle_since_ns = w.looked_ns = 0
+
+
+cdef class Waiting:
+    """The rule as an object, for tests: nanoseconds by any clock. set_ns: None for what a sleep
+    costs."""
+
+    cdef waiting w
+
+    def __init__(self, uint64_t hop_ns, uint64_t hop_cpu_ns, set_ns=None):
+        start(&self.w, hop_ns, hop_cpu_ns, BY_COST if set_ns is None else set_ns)
+
+    def look_on(self, uint64_t now):
+        """See `look_on`; 0 is no time."""
+        return bool(look_on(&self.w, now))
+
+    def has_work(self):
+        """Say that the last look found something."""
+        has_work(&self.w)
+
+    def wakes(self, uint64_t now, uint64_t cpu_ns=0):
+        """Say that a sleep has ended."""
+        wakes(&self.w, now, cpu_ns)
+
+    @property
+    def longest_ns(self):
+        """The longest look."""
+        return self.w.longest_ns
+
+    @property
+    def look_ns(self):
+        """The next look."""
+        return self.w.look_ns

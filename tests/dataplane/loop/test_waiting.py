@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For how long a thread looks before it sleeps, by a clock that the test moves."""
+
+import pytest
+
+from xvd.dataplane.loop.waiting import Waiting
+
+US, MS, S = 1000, 1_000_000, 1_000_000_000
+HOP, HOP_CPU = 20 * US, 4 * US
+
+
+def looks(waiting: Waiting, begun: int, every: int = US) -> int:
+    """Look until told to sleep; for how long that was."""
+    now = begun
+    while waiting.look_on(now):
+        now += every
+    return now - begun
+
+
+def test_a_look_is_as_long_as_a_sleep_costs() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+
+    assert looks(waiting, S) == HOP
+
+
+def test_where_sleeps_cost_more_looks_are_longer() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    for turn in range(1, 50):
+        waiting.look_on(turn * S)
+        waiting.wakes(turn * S + US, cpu_ns=3 * HOP_CPU)
+
+    assert waiting.longest_ns == pytest.approx(3 * HOP, rel=0.01)
+    assert looks(waiting, 60 * S) == pytest.approx(3 * HOP, rel=0.05)
+
+
+def test_where_sleeps_seem_to_cost_nothing_a_look_is_still_that_of_two_threads() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    for turn in range(1, 50):
+        waiting.look_on(turn * S)
+        waiting.wakes(turn * S + US, cpu_ns=1)
+
+    assert waiting.longest_ns == HOP
+
+
+def test_an_idle_disk_soon_looks_no_more() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    found = []
+    for turn in range(1, 6):
+        found.append(looks(waiting, turn * S))
+        waiting.wakes(turn * S + S // 2)
+
+    assert found == [20 * US, 10 * US, 5 * US, 3 * US, 0]
+
+
+def test_a_sleep_that_a_look_would_have_spared_makes_looks_longer() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    for turn in range(1, 6):
+        looks(waiting, turn * S)
+        waiting.wakes(turn * S + S // 2)
+    found = []
+    for turn in range(6, 11):
+        waiting.look_on(turn * S)
+        waiting.wakes(turn * S + HOP + HOP // 2)
+        found.append(waiting.look_ns)
+
+    assert found == [4 * US, 8 * US, 16 * US, 20 * US, 20 * US]
+
+
+def test_a_thread_whose_cpu_was_taken_looks_no_more_for_a_while_that_doubles() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    now, pauses = S, []
+    for _ in range(12):
+        assert waiting.look_on(now)
+        now += MS  # nobody was here meanwhile
+        assert not waiting.look_on(now)
+        taken = now
+        while True:
+            waiting.wakes(now)
+            now += MS // 4
+            if waiting.look_on(now):
+                break
+        pauses.append((now - taken) // MS)
+        waiting.wakes(now)
+
+    assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000]
+
+
+def test_looks_that_find_something_shorten_the_next_pause() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    waiting.look_on(S)
+    waiting.look_on(S + MS)  # barred for a millisecond, the next time for two
+    now = 2 * S
+    waiting.wakes(now)
+    waiting.look_on(now)
+    waiting.has_work()
+    waiting.look_on(now + 10 * MS)
+    waiting.look_on(now + 11 * MS)
+    waiting.wakes(now + 11 * MS)
+
+    assert not waiting.look_on(now + 12 * MS - US)
+    assert waiting.look_on(now + 12 * MS)
+
+
+def test_what_was_set_by_hand_is_done_whatever_it_costs_others() -> None:
+    waiting = Waiting(HOP, HOP_CPU, set_ns=10 * MS)
+    waiting.look_on(S)
+
+    assert waiting.look_on(S + 9 * MS)
+    assert not waiting.look_on(S + 10 * MS)
+
+
+def test_polling_that_was_switched_off_stays_off() -> None:
+    waiting = Waiting(HOP, HOP_CPU, set_ns=0)
+    waiting.wakes(S, cpu_ns=HOP_CPU)
+
+    assert not waiting.look_on(S)
