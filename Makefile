@@ -20,7 +20,8 @@ help:
 	@echo 'make fuzz      long runs of the property tests'
 	@echo 'make xen       the tests on real Xen, in software emulation, of two generations;'
 	@echo '               SUITE=bookworm or trixie: of one'
-	@echo 'make wheel     build the wheel and try it in a clean environment'
+	@echo 'make wheel     build the wheel and try it in a clean environment; ARCH=arm64: build the'
+	@echo '               one for ARM64 with Python 3.13 (PYTHON=3.11), into dist/arm64'
 
 setup:
 	@tools/setup debug
@@ -62,7 +63,11 @@ fuzz: setup
 	HYPOTHESIS_PROFILE=long pytest -q -n 2 --timeout 1200 tests/differential tests/blkif $(PYTEST_ARGS)
 
 wheel: setup
+ifdef ARCH
+	@tools/cross_wheel $(ARCH) $(or $(PYTHON),3.13) dist/$(ARCH)
+else
 	tools/try_wheel
+endif
 
 xen: setup
 	@for suite in $(or $(SUITE),bookworm trixie); do xen-rig/test $$suite $(PYTEST_ARGS) || exit; done
