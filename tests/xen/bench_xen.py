@@ -29,8 +29,8 @@ from xvd.machine.xen.machine import XenMachine
 FIGURES = Path(os.environ.get("XVD_FIGURES", "/tmp/figures.jsonl"))
 ROUNDS, BUDGET_S = 5, 210
 """Rounds for either frontend, and how long they may take: fewer on a slower machine."""
-POLL_US = int(os.environ.get("XVD_POLL_US", "0"))
-"""For how long xvd's backend polls before it sleeps; on Xen, by itself, not at all."""
+POLL_US = os.environ.get("XVD_POLL_US")
+"""For how long xvd's backend polls before it sleeps, if not for as long as a sleep costs."""
 SECONDS = 2
 NULL = "null:1G,read-zeroes=off"
 TRIED = 500
@@ -90,7 +90,7 @@ def peers(backend: Backend) -> Iterator[list[Peer]]:
     """Linux's backend serves backend/vbd meanwhile, and ours only the tap slot."""
     sh("modprobe xen-blkback max_queues=1; modprobe null_blk gb=1 nr_devices=2")
     assert backend.stop() == 0
-    backend.start("--kind", "vbd3", "--set", f"poll_us={POLL_US}")
+    backend.start("--kind", "vbd3", *(("--set", f"poll_us={POLL_US}") if POLL_US else ()))
     qdisk = "format=raw,vdev=xvdd,access=rw,backendtype=qdisk,target=/dev/nullb1"
     yield [
         Peer("xvd", "xvdb", Slot.TAP.line(NULL, "xvdb"), lambda _: [backend.pid]),

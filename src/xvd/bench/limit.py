@@ -66,9 +66,9 @@ def limit(run: Run) -> Report:
         "The limit: a C program that only does the work",
         "Memory storage of 256 MiB, persistent grants, depth 32 unless said; the probe has the "
         "same ring, the same two copies and the same events, between two threads. By events is "
-        "with `poll_us=0`; polled is as xvd does it by default, which polls for at most 100 us "
-        "before it sleeps, beside a probe that never sleeps. Null storage leaves data alone, xvd's "
-        "as the probe's; the frontends copy as ever.",
+        "with `poll_us=0`; polled is as xvd does it by default, which polls for as long as a sleep "
+        "costs, beside a probe that never sleeps. Null storage leaves data alone, xvd's as the "
+        "probe's; the frontends copy as ever.",
         [Table(columns, rows)],
         Plot("", "IOPS, the probe being 1", bars),
         ratios=ratios,

@@ -170,7 +170,7 @@ METHOD = """An image of 256 MiB in tmpfs, opened with O_DIRECT; one queue, depth
 for 256 KiB. qemu-storage-daemon exports it by vhost-user-blk with one iothread, to a client by
 libblkio in another process that sleeps when it has nothing to do, or never; its buffers are shared
 with the server. xvd is frontend, ring and backend straight on the image, by two threads; its load
-keeps its data in granted pages, and each end polls for at most 100 us before it sleeps."""
+keeps its data in granted pages, and each end polls for as long as a sleep costs."""
 
 
 def vhost_user(run: Run) -> Report:

@@ -17,6 +17,7 @@ __all__ = [
     "OFFERED_BY",
     "OFFER_SECURE",
     "OPERATIONS",
+    "ROW_OF",
     "Data",
     "Kind",
     "Operation",
@@ -98,6 +99,8 @@ OPERATIONS: Final = (
     ),
 )  # fmt: skip
 """By number; RESERVED_1 has no row, and is as unknown as any number that blkif.h does not have."""
+
+ROW_OF: Final = {row.op: row for row in OPERATIONS}
 
 OFFER_SECURE: Final = 1 << 16
 """Among the bits ``1 << op`` of what a backend offers: a discard may ask for secure erase."""

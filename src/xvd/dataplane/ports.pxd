@@ -134,6 +134,9 @@ cdef struct stepper_ports:
     engine_ports *engine         # NULL when there is none
     # When to step again though nothing happens, by the monotonic clock; 0: never. NULL: never.
     const uint64_t *due_ns
+    # How many requests the other end has: while it has none, no event can have been lost. NULL: the
+    # other end may send at any time.
+    const uint32_t *outstanding
 
 
 # ---- Operations of a frontend queue, and who has them done by its thread ----------------------

@@ -14,7 +14,8 @@ import os
 from dataclasses import dataclass, field
 
 from xvd.blkif.abi import DiscardFlag, Op
-from xvd.blkif.features import BackendFeatures
+from xvd.blkif.features import BackendFeatures, offered_operations
+from xvd.blkif.operations import OFFER_SECURE, ROW_OF, Data
 from xvd.dataplane.front.queue import FrontQueue
 from xvd.frontend.connection import Connection
 from xvd.types import RING_SECTOR_SIZE
@@ -40,27 +41,23 @@ class Operation:
     def writes_to(self, first: int, end: int) -> bool:
         """Whether this is a write that touches the sectors from `first` to before `end`."""
         touches = self.sector_number < end and first < self.sector_number + self.nr_sectors
-        return touches and self.operation in (Op.WRITE, Op.WRITE_BARRIER)
+        return touches and ROW_OF[self.operation].data is Data.TO_DISK
 
     def fits_blocks(self, features: BackendFeatures) -> bool:
         """Whether it is whole blocks of such a backend; a discard is a hint, and always is."""
         block = features.sector_size // RING_SECTOR_SIZE
-        moves_data = self.operation in (Op.READ, Op.WRITE, Op.WRITE_BARRIER)
+        moves_data = ROW_OF[self.operation].data is not Data.NONE
         return not moves_data or (self.sector_number % block == 0 == self.nr_sectors % block)
 
-    def is_offered(self, features: BackendFeatures) -> bool:
-        """Whether such a backend takes it."""
-        match self.operation:
-            case Op.FLUSH_DISKCACHE:
-                return features.flush
-            case Op.WRITE_BARRIER:
-                return features.barrier
-            case Op.DISCARD:
-                return (
-                    features.discard_secure if self.flag & DiscardFlag.SECURE else features.discard
-                )
-            case _:
-                return True
+    def is_offered(self, offered: int) -> bool:
+        """Whether a backend takes it that offers these bits of `offered_operations`."""
+        secure = self.flag & DiscardFlag.SECURE
+        return bool(offered & (OFFER_SECURE if secure else 1 << self.operation))
+
+    def is_longer_than(self, sectors: int) -> bool:
+        """Whether it has more data than goes into one request, and cannot be cut."""
+        row = ROW_OF[self.operation]
+        return row.data is not Data.NONE and not row.divisible and self.nr_sectors > sectors
 
 
 class Pending:
@@ -69,6 +66,7 @@ class Pending:
     def __init__(self) -> None:
         self._connection: Connection | None = None
         self._features: BackendFeatures | None = None
+        self._offered = 0
         self._ends: list[int] = []
         self._turn = 0
         self._to_wake: set[int] = set()
@@ -81,6 +79,7 @@ class Pending:
     def connected(self, connection: Connection, features: BackendFeatures) -> None:
         """A connection is up: everything outstanding goes on it."""
         self._connection, self._features = connection, features
+        self._offered = offered_operations(features)
         self._ends = [-1] * len(connection.queues)
         for queue in connection.queues:
             asyncio.get_running_loop().add_reader(queue.done_fd, self._reap, queue)
@@ -129,10 +128,8 @@ class Pending:
         if not one.fits_blocks(self._features):
             self._over(token, BlocksChanged())
             return
-        too_long = one.operation is Op.WRITE_BARRIER and (
-            one.nr_sectors > self._connection.barrier_sectors_max
-        )
-        if too_long or not one.is_offered(self._features):
+        too_long = one.is_longer_than(self._connection.barrier_sectors_max)
+        if too_long or not one.is_offered(self._offered):
             self._over(token, errno.EOPNOTSUPP)
             return
         number = self._choose(one.sector_number)

@@ -5,6 +5,7 @@ import os
 import threading
 
 import pytest
+from rig_front import FrontWorld
 from rig_queue import QueueWorld, rq
 
 from xvd.blkif.abi import Op
@@ -80,6 +81,22 @@ def test_the_watchdog_finds_a_request_whose_event_was_lost() -> None:
         thread.join()
         assert answer.status == 0
         assert loop.counters()["watchdogs"] > 0
+
+
+def test_a_frontend_that_waits_for_nothing_needs_no_watchdog() -> None:
+    with FrontWorld() as world:
+        loop = Loop(world.queue, watchdog_s=1e-6)
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        for _ in range(20):
+            slept = loop.counters()["sleeps"]
+            loop.wake()
+            while loop.counters()["sleeps"] == slept:
+                os.sched_yield()
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        assert loop.counters()["watchdogs"] == 0
 
 
 def test_a_broken_ring_ends_the_loop() -> None:

@@ -280,6 +280,7 @@ cdef class Clients(ClientSet):
         self.table.may_sleep = may_sleep
         self.table.events = queue.table.events
         self.table.engine = &self.poller
+        self.table.outstanding = queue.table.outstanding
 
     @property
     def ports(self):

@@ -183,6 +183,7 @@ cdef class FrontQueue:
         self.table.peek = front_peek
         self.table.events = self.q.events
         self.table.engine = NULL
+        self.table.outstanding = &self.q.in_flight
 
     cdef set_limits(self, uint32_t pages, uint32_t segments_max, uint32_t block_sectors,
                     uint32_t page_grants):

@@ -5,7 +5,7 @@
 The thread blocks in a single io_uring wait that covers the event channel, the storage's completions
 and a control wake-up. Before it blocks it asks the peer for an event and looks at the ring once
 more (`may_sleep`). A watchdog ends each sleep after some seconds: a lost event costs a delay, not
-the disk.
+the disk. A frontend that waits for nothing can lose none, and sleeps until it is woken.
 
 An event is acknowledged when the thread is about to sleep, and the ring is looked at after that. A
 peer that sends events with nothing behind them is heard less and less often: its next event is let
@@ -56,6 +56,8 @@ cdef enum:
     YIELD_NS = 2000              # a system call each time would be most of what looking costs
     SLEEPS_EACH = 16             # of which one is measured
     SPINS = 32                   # looks at the ring from one step to the next
+
+cdef long long NOTHING_TO_MISS_NS = 3600 * <long long>1000000000
 
 
 cdef int fd_of(loop_state *s, uint32_t tag) noexcept nogil:
@@ -157,6 +159,8 @@ cdef int sleep(loop_state *s) noexcept nogil:
     cdef io_uring_cqe *cqe = NULL
     cdef int rc
     cdef long long ns = s.watchdog_ns
+    if s.stepper.outstanding != NULL and s.stepper.outstanding[0] == 0:
+        ns = NOTHING_TO_MISS_NS
     if s.event:
         ns = min(ns, max(<long long>(s.event_due_ns - monotonic_ns()), <long long>0))
     if s.stepper.due_ns != NULL and s.stepper.due_ns[0]:
