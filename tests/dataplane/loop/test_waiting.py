@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """For how long a thread looks before it sleeps, by a clock that the test moves."""
 
+import subprocess
+import sys
+
 import pytest
 
 from xvd.dataplane.loop.waiting import Waiting
@@ -114,3 +117,30 @@ def test_polling_that_was_switched_off_stays_off() -> None:
     waiting.wakes(S, cpu_ns=HOP_CPU)
 
     assert not waiting.look_on(S)
+
+
+DISTURBED = """
+import signal, threading
+from xvd.dataplane.loop.waiting import sleep_cost_s
+signal.signal(signal.SIGUSR1, lambda *_: None)
+main, over, begun = threading.get_ident(), threading.Event(), threading.Event()
+
+def disturb():
+    while not over.is_set():
+        signal.pthread_kill(main, signal.SIGUSR1)
+        begun.set()
+
+threading.Thread(target=disturb, daemon=True).start()
+begun.wait()
+print(sleep_cost_s() > 0)
+over.set()
+"""
+
+
+def test_signals_do_not_disturb_the_measurement() -> None:
+    # A word that a signal was taken for left both threads waiting for each other for ever.
+    result = subprocess.run(
+        [sys.executable, "-c", DISTURBED], check=False, capture_output=True, text=True, timeout=60
+    )
+
+    assert (result.returncode, result.stdout) == (0, "True\n"), result.stderr

@@ -17,6 +17,7 @@ beneath the same hypervisor cannot say so, but its turn shows, as theirs does, b
 looks: then there are none for a while, which doubles each time, from a millisecond to a second.
 """
 
+from libc.errno cimport EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 from posix.unistd cimport close, read, write
@@ -48,6 +49,13 @@ cdef uint64_t thread_cpu_ns() noexcept nogil:
     return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
 
 
+cdef void hear(int fd) noexcept nogil:
+    """Wait for a word; a signal is none."""
+    cdef uint64_t word
+    while read(fd, &word, 8) < 0 and errno == EINTR:
+        pass
+
+
 cdef void bounce(int mine, int theirs, uint32_t times, bint first) noexcept nogil:
     """Wait for a word and give one back, `times`; or the other way round."""
     cdef uint64_t word = 1
@@ -55,7 +63,7 @@ cdef void bounce(int mine, int theirs, uint32_t times, bint first) noexcept nogi
     for i in range(times):
         if first:
             write(theirs, &word, 8)
-        read(mine, &word, 8)
+        hear(mine)
         if not first:
             write(theirs, &word, 8)
 
@@ -100,10 +108,11 @@ cdef void begin_waiting(waiting *w, double most_s):
 
     On a single CPU nobody looks: it would only keep the other end from its work.
     """
+    if most_s == 0 or len(os.sched_getaffinity(0)) < 2:
+        start(w, 1, 1, 0)
+        return
     sleep_cost_s()
     start(w, hop_ns, hop_cpu_ns, BY_COST if most_s < 0 else <uint64_t>(most_s * 1e9))
-    if len(os.sched_getaffinity(0)) < 2:
-        start(w, hop_ns, hop_cpu_ns, 0)
 
 
 # ---- The rule: it knows no clock but the one it is told ------------------------------------------
