@@ -2,6 +2,7 @@
 """The verbs at work, as real processes."""
 
 import json
+import mmap
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import pytest
 from xvd_process import Daemon, FourProcesses, run_xvd
 
 from xvd.cli.app import VERBS
+from xvd.cli.doctor import page_size
 from xvd.cli.serve import split_ends
 from xvd.engines.uri import LAYERS, SCHEMES
 
@@ -202,6 +204,25 @@ def test_doctor_says_how_many_disks_there_is_room_for_and_what_ends_first() -> N
     assert set(disks["backend"]) == {"mappings", "grants", "memory", "descriptors"}
     assert disks["backend"][disks["limited_by"]] == min(disks["backend"].values())
     assert disks["frontend"]["xenstore nodes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "detail", "remedy"),
+    [
+        (4096, "4 KiB, as Xen's", ""),
+        (65536, "64 KiB, each for 4 KiB of a disk", "pool_pages"),
+    ],
+)
+def test_doctor_says_what_large_pages_cost(
+    size: int, detail: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mmap, "PAGESIZE", size)
+
+    found = page_size()
+
+    assert found.ok
+    assert found.detail.startswith(detail)
+    assert remedy in found.remedy
 
 
 def test_sim_prints_seed_and_options_first() -> None:

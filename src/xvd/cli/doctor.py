@@ -2,6 +2,7 @@
 """``xvd doctor``: what this machine can do, and what stands in the way."""
 
 import contextlib
+import mmap
 import os
 import resource
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from xvd.machine.emulated.limits import Limits
 from xvd.machine.xen import xenstore
 from xvd.machine.xen.machine import available
 from xvd.packages import find_tool, package_of
-from xvd.types import Gref, Port
+from xvd.types import PAGE_SIZE, Gref, Port
 
 NODES_QUOTA: Final = 1000
 """Nodes that xenstored lets an unprivileged domain have."""
@@ -170,6 +171,21 @@ def _guests_disks() -> Finding:
     return Finding("frontend's disks", room[least] > 0, "disks of one guest", detail)
 
 
+def page_size() -> Finding:
+    """What the size of this kernel's pages costs: each page that is granted takes one."""
+    needed, size = "pages that are granted", mmap.PAGESIZE
+    if size == PAGE_SIZE:
+        return Finding("page size", True, needed, "4 KiB, as Xen's")
+    front = FrontSettings()
+    pages = front.max_queues * (front.pool_pages + (1 << front.max_ring_page_order))
+    detail = (
+        f"{size >> 10} KiB, each for 4 KiB of a disk: a frontend takes {pages * size >> 20} MiB of "
+        f"memory for one of the default features, a backend as much address space"
+    )
+    remedy = "where that is too much, set pool_pages, max_queues and max_ring_page_order lower"
+    return Finding("page size", True, needed, detail, remedy)
+
+
 _ESSENTIAL: tuple[Callable[[], Finding], ...] = (_io_uring, _memfd, _maps, _descriptors)
 _OPTIONAL: tuple[Callable[[], Finding], ...] = (
     _tool("qemu-img", "converting and comparing images"),
@@ -185,6 +201,7 @@ _OPTIONAL: tuple[Callable[[], Finding], ...] = (
         "/dev/xen/gntalloc", "a frontend on real Xen", "only on a Xen domain: modprobe xen-gntalloc"
     ),
     _xenstore,
+    page_size,
 )
 _ON_XEN: tuple[Callable[[], Finding], ...] = (
     _free("vbd", "disks of phy and of driver domains"),
