@@ -172,7 +172,7 @@ def _guests_disks() -> Finding:
 
 
 def page_size() -> Finding:
-    """What the size of this kernel's pages costs: each page that is granted takes one."""
+    """Tell what the size of this kernel's pages costs: each page that is granted takes one."""
     needed, size = "pages that are granted", mmap.PAGESIZE
     if size == PAGE_SIZE:
         return Finding("page size", True, needed, "4 KiB, as Xen's")
