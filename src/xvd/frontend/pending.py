@@ -143,7 +143,7 @@ class Pending:
 
     def _choose(self, sector_number: int) -> int:
         """Which queue an operation goes to: what goes on where a queue's last one ended goes to
-        that queue, which can join the two; everything else goes round."""
+        that queue, which can join the two; anything else goes to the next queue in turn."""
         if len(self._ends) == 1:
             return 0
         if sector_number in self._ends:
