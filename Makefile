@@ -19,7 +19,8 @@ help:
 	@echo 'make sanitize  the data plane under ASan and UBSan'
 	@echo 'make fuzz      long runs of the property tests'
 	@echo 'make xen       the tests on real Xen, in software emulation, of two generations;'
-	@echo '               SUITE=bookworm or trixie: of one'
+	@echo '               SUITE=bookworm or trixie: of one; SUITE=arm64: on ARM64, with guests and'
+	@echo '               dom0 of larger pages'
 	@echo 'make wheel     build the wheel and try it in a clean environment; ARCH=arm64: build the'
 	@echo '               one for ARM64 with Python 3.13 (PYTHON=3.11), into dist/arm64'
 

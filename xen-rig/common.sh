@@ -6,14 +6,33 @@ project=$(dirname "$rig")
 work=$project/build/xen-rig
 . "$project/tools/host.sh"
 
+# choose_suite SUITE: the table of the suites, and what goes with an architecture.
 choose_suite() {
+    debian=${1-} arch=amd64
     case ${1-} in
-    bookworm) suite=bookworm; python=3.11 ;;   # Xen 4.17, Linux 6.1
-    trixie) suite=trixie; python=3.13 ;;       # Xen 4.20, Linux 6.12
-    *) echo "${0##*/}: the first argument is the Debian suite: bookworm or trixie" >&2; exit 2 ;;
+    bookworm) python=3.11 ;;                       # Xen 4.17, Linux 6.1
+    trixie) python=3.13 ;;                         # Xen 4.20, Linux 6.12
+    arm64) debian=trixie arch=arm64 python=3.13 ;; # the same, and Linux with larger pages
+    *) echo "${0##*/}: the first argument is the suite: bookworm, trixie or arm64" >&2; exit 2 ;;
     esac
+    suite=$1
     out=$work/$suite
     mkdir -p "$out"
+    case $arch in
+    amd64)
+        triplet=x86_64-linux-gnu loader=lib64/ld-linux-x86-64.so.2 tools= qemu=qemu-system-x86_64
+        bus=pci transport=pci
+        more_packages=(qemu-system-xen grub-xen-host) flavours=() built_kernels=() dom0_kernels=()
+        ;;
+    arm64)
+        triplet=aarch64-linux-gnu loader=lib/ld-linux-aarch64.so.1 tools=aarch64-linux-gnu-
+        qemu=qemu-system-aarch64 bus=mmio transport=device
+        # Kernels with larger pages beside the suite's own, /boot/vmlinux-NAME: flavours that Debian
+        # has, those that `kernel` builds, as NAME:DEBIAN:VERSION, and which of them dom0 runs too.
+        more_packages=() flavours=(16k) built_kernels=(64k:trixie:6.12 64k-6.1:bookworm:6.1)
+        dom0_kernels=(16k 64k)
+        ;;
+    esac
 }
 
 started=$(date +%s%N)

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""fio_stubs.py ROOT DEST: put ROOT's fio into an initramfs at DEST, without its heavy engines.
+"""fio_stubs.py ROOT DEST TRIPLET LOADER TOOLS: fio for an initramfs, without its heavy engines.
+
+It is ROOT's, and goes to DEST. TRIPLET, as x86_64-linux-gnu, is the directory of its libraries, LOADER
+the path of its dynamic linker, TOOLS what the names of compiler and nm begin with, or nothing.
 
 Debian's fio is linked to the client libraries of several storage clusters, 85 MB with all they
 need. Each of these becomes a stub that has the symbols fio asks for and nothing in them, which is
@@ -15,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 KEPT = re.compile(r"lib(c|m|z|aio|numa)\.so")
-LIBRARIES = "usr/lib/x86_64-linux-gnu"
 
 
 def output(*command: str | Path) -> str:
@@ -23,16 +25,16 @@ def output(*command: str | Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def wanted_symbols(program: Path) -> set[str]:
+def wanted_symbols(tools: str, program: Path) -> set[str]:
     """The undefined symbols of a program, ``name`` or ``name@version``."""
-    text = output("nm", "-D", "--undefined-only", program)
+    text = output(f"{tools}nm", "-D", "--undefined-only", program)
     return set(re.findall(r"^\s+U (\S+)$", text, re.MULTILINE))
 
 
-def stub(library: Path, name: str, wanted: set[str], dest: Path) -> None:
-    """A shared library `name` with those symbols of `library` that are wanted, by version."""
+def stub(tools: str, library: Path, wanted: set[str], made: Path) -> None:
+    """A shared library `made` with those symbols of `library` that are wanted, by version."""
     plain = {symbol.split("@")[0] for symbol in wanted}
-    text = output("nm", "-D", "--defined-only", library)
+    text = output(f"{tools}nm", "-D", "--defined-only", library)
     versions: dict[str, set[str]] = {}
     for symbol, version in re.findall(r"^\S+ [TWDBRVi] ([^@\s]+)@?@?(\S*)$", text, re.MULTILINE):
         if symbol in plain and (not version or f"{symbol}@{version}" in wanted):
@@ -47,19 +49,19 @@ def stub(library: Path, name: str, wanted: set[str], dest: Path) -> None:
             if version
         ]
         script.write_text("".join(blocks) or "{ global: *; };\n")
-        made = dest / LIBRARIES / name
         output(
-            "gcc", "-shared", "-fPIC", "-nostdlib", "-w", "-s", "-o", made, source,
-            f"-Wl,-soname,{name}", f"-Wl,--version-script={script}",
+            f"{tools}gcc", "-shared", "-fPIC", "-nostdlib", "-w", "-s", "-o", made, source,
+            f"-Wl,-soname,{made.name}", f"-Wl,--version-script={script}",
         )  # fmt: skip
 
 
 def main() -> None:
     """Copy fio, the linker and the small libraries; stub the rest."""
     root, dest = Path(sys.argv[1]), Path(sys.argv[2])
+    libraries, loader, tools = f"usr/lib/{sys.argv[3]}", sys.argv[4], sys.argv[5]
 
     def find(name: str) -> Path:
-        return next((root / LIBRARIES).glob(name)).resolve()
+        return next((root / libraries).glob(name)).resolve()
 
     def copy(source: Path, path: str) -> None:
         (dest / path).parent.mkdir(parents=True, exist_ok=True)
@@ -67,14 +69,14 @@ def main() -> None:
 
     fio = root / "usr/bin/fio"
     copy(fio, "usr/bin/fio")
-    copy(find("ld-linux-x86-64.so.2"), "lib64/ld-linux-x86-64.so.2")
-    wanted = wanted_symbols(fio)
+    copy((root / loader).resolve(), loader)
+    wanted = wanted_symbols(tools, fio)
     needed = re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", fio))
     for name in needed:
         if KEPT.match(name):
-            copy(find(name), f"{LIBRARIES}/{name}")
+            copy(find(name), f"{libraries}/{name}")
         elif not name.startswith("ld-linux"):
-            stub(find(name), name, wanted, dest)
+            stub(tools, find(name), wanted, dest / libraries / name)
 
 
 if __name__ == "__main__":
