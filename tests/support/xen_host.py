@@ -3,13 +3,19 @@
 
 import contextlib
 import enum
+import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+
+ON_ARM = platform.machine() == "aarch64"
 
 REPORT = Path(os.environ.get("XVD_REPORT", "/tmp/xvd-report"))
 
@@ -41,6 +47,28 @@ class Slot(enum.Enum):
     def line(self, target: object, vdev: str = "xvda", access: str = "rw") -> str:
         """A disk's line for xl; the target takes the rest of it, so it comes last."""
         return f"format=raw,vdev={vdev},access={access},{self.value},target={target}"
+
+
+class Kind(enum.Enum):
+    """A guest's kind, by the words that make `domu` boot one."""
+
+    PV = ("-t", "pv")
+    PVH = ("-t", "pvh")
+    PAGES_4K = ()
+    PAGES_16K = ("-K", "16k")
+    PAGES_64K = ("-K", "64k")
+    PAGES_64K_LINUX_6_1 = ("-K", "64k-6.1")
+
+
+KINDS = list(Kind)[2:] if ON_ARM else list(Kind)[:2]
+"""Those that this host can have. What xl calls PVH is the only kind of ARM, where Linux' pages may
+be larger."""
+
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name.lower())
+two_kinds = pytest.mark.parametrize(
+    "kind", KINDS[::2] if ON_ARM else KINDS, ids=lambda kind: kind.name.lower()
+)
+"""For what takes minutes: on ARM the smallest pages and the largest."""
 
 
 def backend_nodes() -> str:
@@ -96,6 +124,13 @@ def typed(guest: str, command: str) -> str:
     )
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
+
+
+def counter(domid: int, name: str, vdev: str = "xvda") -> int:
+    """What the daemon in dom0 has counted of a guest's disk, by blkback's name for it."""
+    disks = json.loads(sh("xvd stats --json"))["backend-0"]
+    [found] = [disk for disk in disks if disk["disk"] == f"{domid}/{vdev}"]
+    return int(found["counters"][name])
 
 
 _PRIVATE = {"backend", "frontend", "params", "script", "physical-device-path", "physical-device"}

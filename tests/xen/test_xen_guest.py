@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 from xen_host import (
     COMPLAINTS,
+    KINDS,
+    ON_ARM,
     VERIFY,
     Backend,
+    Kind,
     Slot,
     domu,
+    each_kind,
     negotiated,
     report,
     sh,
+    two_kinds,
     typed,
     whatever_is_lost,
 )
@@ -50,12 +55,12 @@ LOAD = (
 )
 
 
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
+@two_kinds
 def test_a_file_system_survives_the_guests_reboot_and_is_in_the_image(
     slot: Slot,
     make_image: Callable[..., Path],
     image: Path,
-    kind: str,
+    kind: Kind,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The guest's root comes through our backend too."""
@@ -63,21 +68,21 @@ def test_a_file_system_survives_the_guests_reboot_and_is_in_the_image(
 
     def boot() -> str:
         line = slot.line(make_image())
-        return domu("-r", "-t", kind, "-R", "-d", line, TREE_THEN_REBOOT)
+        return domu("-r", *kind.value, "-R", "-d", line, TREE_THEN_REBOOT)
 
     said = whatever_is_lost(boot)
     assert f"md5 {hashlib.md5(image.read_bytes()).hexdigest()}" in said
 
 
-@pytest.mark.parametrize("kind", ["pv", "pvh"])
+@each_kind
 @pytest.mark.parametrize("target", ["{image}", "memory:64M"])
 def test_a_guest_verifies_what_it_wrote(
-    best_slot: Slot, image: Path, kind: str, target: str
+    best_slot: Slot, image: Path, kind: Kind, target: str
 ) -> None:
-    size = "" if kind == "pv" else "--size=4m"  # PVH is slow without hardware's help
+    size = "--size=4m" if kind is Kind.PVH else ""  # slow without hardware's help
     line = best_slot.line(target.format(image=image))
     script = f"{VERIFY} {size} && ! {COMPLAINTS}"
-    whatever_is_lost(lambda: domu("-t", kind, "-d", line, script))
+    whatever_is_lost(lambda: domu(*kind.value, "-d", line, script))
 
 
 def test_a_guest_uses_the_null_engine(best_slot: Slot) -> None:
@@ -90,16 +95,17 @@ def test_both_ends_publish_what_they_agreed_on(slot: Slot, image: Path) -> None:
     table = negotiated(int(sh("xl domid u1")))
     report(f"Linux {sh('uname -r').strip()} with a disk of {slot.name.lower()}", table)
     assert table["state"] == ("4", "4")
-    assert table["protocol"] == ("x86_64-abi", "")
+    assert table["protocol"] == ("arm-abi" if ON_ARM else "x86_64-abi", "")
     assert table["sectors"] == ("", "131072")
     assert table["feature-flush-cache"] == ("", "1")
     assert table["feature-discard"] == ("", "1")
 
 
+@pytest.mark.parametrize("kind", KINDS[::3], ids=lambda kind: kind.name.lower())
 def test_a_guest_destroyed_under_load_leaves_nothing(
-    slot: Slot, image: Path, eventually: Callable[..., None]
+    slot: Slot, image: Path, kind: Kind, eventually: Callable[..., None]
 ) -> None:
-    domu("-n", "u1", "-b", "-d", slot.line(image))
+    domu("-n", "u1", *kind.value, "-b", "-d", slot.line(image))
     typed("u1", f"({LOAD} > /dev/null 2>&1 &)")
     eventually(lambda: image.stat().st_blocks > 2048)
     sh("xl destroy u1")
