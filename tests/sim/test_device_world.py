@@ -121,6 +121,29 @@ def test_canary_a_state_that_is_written_late_brings_a_removed_disk_back(
         run_all()
 
 
+def test_canary_a_node_that_is_written_after_the_removal_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unregister = Device._do_unregister
+
+    async def unregister_and_write(device: Device) -> None:
+        await unregister(device)
+        await asyncio.sleep(2)  # the toolstack has removed everything
+        await device._store.write(f"{device.path}/state", "6")
+
+    monkeypatch.setattr(Device, "_do_unregister", unregister_and_write)
+
+    with pytest.raises(CheckFailed, match=r"of a removed disk there is still \['/local/domain/0/"):
+        DeviceWorld(calm(1)).run()
+
+
+def test_canary_a_journal_that_outlives_its_disk_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiskState, "_remove", lambda state, pattern: None)
+
+    with pytest.raises(CheckFailed, match=r"of a removed disk there is still \['vbd"):
+        DeviceWorld(calm(1)).run()
+
+
 def test_canary_an_error_that_has_no_cause_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     settled = DeviceWorld._settle
 

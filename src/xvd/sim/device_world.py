@@ -197,18 +197,22 @@ class DeviceWorld:
         self._closing = True
         self._tool.wish("detach")
         self._run_until(lambda: self._tool.idle)
-        if left := self._tool.left():
-            raise CheckFailed(f"of a removed disk there is still {left}")
+        self._check_left(self._tool.left())
         self._run_until(lambda: self._back is not None and not self._back.serves)
-        if left := [path.name for path in Path(self._directory.name).rglob("*") if path.is_file()]:
-            raise CheckFailed(f"of a removed disk there is still {left}")
+        kept = [path.name for path in Path(self._directory.name).rglob("*") if path.is_file()]
+        self._check_left(kept)
         assert self._front is not None
         assert self._back is not None
         self._front.ask_to_end()
         self._back.ask_to_end()
         self._run_until(lambda: self._front is None and self._back is None)
+        self._check_left(self._tool.left())
         self._tool.kill()
         check_balanced(self._host.accounting())
+
+    def _check_left(self, left: list[str]) -> None:
+        if left:
+            raise CheckFailed(f"of a removed disk there is still {left}")
 
     def _run_until(self, condition: Callable[[], bool]) -> None:
         """Go on without faults until it holds."""
@@ -246,8 +250,8 @@ class DeviceWorld:
             if process.loop.failures:
                 raise process.loop.failures[0]
         self._check_refusal()
-        if self._tool.removed and (left := self._tool.left()):
-            raise CheckFailed(f"of a removed disk there is still {left}")
+        if self._tool.removed:
+            self._check_left(self._tool.left())
 
     def _check_refusal(self) -> None:
         """Check that a toolstack whose disk has no storage is told so, where nothing else failed
