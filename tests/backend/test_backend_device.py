@@ -191,6 +191,7 @@ def test_a_successor_that_would_offer_less_keeps_what_was_promised() -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("mapping")
 @pytest.mark.parametrize(
     ("ours", "theirs", "copying", "mode"),
     [

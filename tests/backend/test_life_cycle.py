@@ -48,6 +48,7 @@ async def waiting_at_the_storage(world: World, engines: list[ByHand]) -> tuple[R
     return frontend, vbd
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_disconnect_waits_for_the_storage_and_gives_everything_back() -> None:
     """Linux 46464411: nothing may be unmapped under the storage, and nothing may stay."""
     engines: list[ByHand] = []

@@ -9,27 +9,13 @@ from rig_machine import KINDS, LARGE_PAGES, ON_XEN, Pair
 
 from xvd.machine.emulated.limits import Limits
 
-BEYOND_XEN = {
-    "accounting": "Xen keeps no accounting that a domain may read",
-    "inject": "Xen fails when it fails",
-    "third_domain": "needs a third domain",
-    "unknown_domain": "Linux's devices say so when a grant or port is used, not before",
-    "revoke": "gntalloc's grants last as long as the page",
-    "readonly_grants": "gntalloc's grants are writable",
-    "grant_table": "a domain's grant table is its kernel's",
-    "bound": "the evtchn device does not tell",
-}
-"""What the marker of this name says that a test uses and real Xen has not, and why."""
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     for item in items:
         if here not in item.path.parents or not isinstance(item, pytest.Function):
             continue
-        reasons = [
-            BEYOND_XEN[what] for mark in item.iter_markers("beyond_xen") for what in mark.args
-        ]
+        reasons = []
         if "pair" not in item.fixturenames and "tiny" not in item.fixturenames:
             reasons.append("has nothing to do with a Xen host")
         if "tiny" in item.fixturenames:

@@ -300,6 +300,7 @@ def test_a_closed_disk_refuses() -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("processes")
 def test_threads_share_a_blocking_disk() -> None:
     """The same disk for code without an event loop; its own loop leaves nothing behind."""
     from rig_machine import HostThread
@@ -351,6 +352,7 @@ def test_threads_share_a_blocking_disk() -> None:
     served.close()
 
 
+@pytest.mark.beyond_xen("speed")
 def test_fifty_connections_leave_nothing_behind() -> None:
     async def work() -> None:
         async with disk_world() as world:

@@ -121,6 +121,7 @@ def test_a_sequence_stays_on_its_queue_and_is_joined() -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_persistent_grants_need_both() -> None:
     async def counters(persistent: bool, feature_persistent: bool) -> tuple[int, int]:
         async with disk_world(serve=False) as world:
@@ -138,6 +139,7 @@ def test_persistent_grants_need_both() -> None:
     assert run(counters(True, False)) == (10, 0)
 
 
+@pytest.mark.beyond_xen("limits")
 def test_where_grants_are_short_there_are_fewer_queues_and_smaller_rings() -> None:
     async def work() -> None:
         small = Limits(pages=512, grefs=64, tracks=512, ports=64)
@@ -266,6 +268,7 @@ def test_a_store_without_room_for_one_ring_is_told() -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_grants_that_the_backend_has_dropped_are_ended_every_ten_seconds(monkeypatch) -> None:
     monkeypatch.setattr("xvd.frontend.connection.SCAN_S", 0.001)
 

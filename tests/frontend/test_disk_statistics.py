@@ -3,6 +3,7 @@
 
 import asyncio
 
+import pytest
 from rig_backend import RICH, model_disk
 from rig_disk import disk_world, run, until
 
@@ -74,6 +75,7 @@ def test_figures_outlive_a_connection() -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_persistent_grants_are_counted_as_hits_and_misses() -> None:
     async def work() -> None:
         async with disk_world(serve=False, limits=LARGE) as world:

@@ -99,6 +99,7 @@ def test_an_opening_that_is_cancelled_holds_nothing() -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("limits")
 def test_memory_that_runs_out_is_told_and_nothing_is_kept() -> None:
     async def work() -> None:
         async with disk_world(limits=Limits(pages=64, grefs=19, tracks=64, ports=8)) as world:
@@ -112,6 +113,7 @@ def test_memory_that_runs_out_is_told_and_nothing_is_kept() -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("limits")
 def test_where_memory_is_short_there_are_fewer_pages_and_the_disk_works() -> None:
     async def work() -> None:
         async with disk_world(limits=Limits(pages=64, grefs=40, tracks=64, ports=8)) as world:

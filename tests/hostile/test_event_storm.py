@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pytest
 from rig_front import FrontWorld
 from rig_queue import GUEST, QueueWorld, rq
 
@@ -25,6 +26,7 @@ def test_ten_thousand_events_leave_the_queue_serving() -> None:
         assert loop.counters()["wakeups"] <= 10_001
 
 
+@pytest.mark.beyond_xen("events")
 def test_events_collapse_while_nobody_looks() -> None:
     with QueueWorld() as world:
         world.backend_port.consume()
@@ -80,6 +82,7 @@ def test_xsa_332_a_frontend_that_floods_a_backend_is_heard_less_and_less() -> No
             assert time.monotonic() - begin > 0.127
 
 
+@pytest.mark.beyond_xen("events")
 def test_work_ends_the_pause() -> None:
     """A peer that has flooded and then behaves is served at once again."""
     with QueueWorld() as world, world.running() as loop:

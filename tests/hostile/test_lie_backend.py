@@ -160,6 +160,7 @@ def test_a_producer_too_far_ahead() -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_grant_kept_mapped_is_not_reused_for_anybody() -> None:
     """XSA-396: the page stays out of use until the backend lets go."""
 

@@ -129,6 +129,7 @@ def test_a_ring_that_breaks_while_connected(expect_log) -> None:
     run(work())
 
 
+@pytest.mark.beyond_xen("third_domain")
 def test_the_ring_of_somebody_else(expect_log) -> None:
     """A reference that another guest granted to the backend is none of this guest's."""
     expect_log("cannot connect to /local/domain/1")

@@ -56,6 +56,7 @@ def test_more_segments_than_eight_pages_hold(copying: bool, count: int) -> None:
         world.refused(claiming(world, count), "too_many_segments", Status.ERROR)
 
 
+@pytest.mark.beyond_xen("mapping")
 def test_a_write_on_a_read_only_disk_is_refused_before_its_pages_are_looked_at() -> None:
     with QueueWorld(read_only=True, indirect_max=32) as world:
         request = IndirectRequest(Op.WRITE, RequestId(1), 0, 12, (bad_gref(),))

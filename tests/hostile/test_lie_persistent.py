@@ -15,6 +15,7 @@ from xvd.errors import GrantError
 READ, WRITE = 0, 1
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_xsa_396_a_page_kept_without_persistent_grants_ends_the_device() -> None:
     """Both have to offer them: a backend that keeps pages all the same is not believed."""
     with FrontWorld(persistent=False, keeping=True) as world:
@@ -26,6 +27,7 @@ def test_xsa_396_a_page_kept_without_persistent_grants_ends_the_device() -> None
         assert world.queue.reap() == []
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_xsa_396_pages_that_are_kept_after_the_end_are_nobodys_until_let_go() -> None:
     async def work() -> None:
         async with disk_world(serve=False) as world:
@@ -85,6 +87,7 @@ def test_descriptors_that_the_backend_rewrites_are_not_read_back() -> None:
         world.reply(again)
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_grant_that_was_ended_cannot_be_mapped_again() -> None:
     with FrontWorld(persistent=True, keeping=True) as world:
         world.queue.submit(WRITE, 0, 8, bytes(4096), 1)

@@ -70,6 +70,7 @@ def test_another_operation_than_was_asked(operation: int) -> None:
         assert world.queue.breach == "wrong_operation"
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_page_still_mapped_after_its_response() -> None:
     """XSA-396: such a page can be neither reused nor freed."""
     with FrontWorld() as world:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole emulated machine in one event loop: host, store, backend, guests and their disks.
+"""A whole machine in one event loop: host, store, backend, guests and their disks.
+
+It is emulated, or has the grants and event channels of real Xen (rig_xen.py).
 
 `disk_world` gives everything back at its end, and the machine's accounting must show it.
 """
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rig_queue import NOTHING, SMALL
+from rig_xen import HOST_SERVICE
 
 from xvd.backend.budget import Budget
 from xvd.backend.device import StorageOpener
@@ -150,7 +153,7 @@ async def disk_world(
 ) -> AsyncIterator[World]:
     """A host with a backend in domain 0; `layers` go in front of every disk's storage. The kernels
     of the two domains have pages of such sizes."""
-    async with EmulatedHost(limits) as host:
+    async with HOST_SERVICE(limits) as host:
         dom0 = host.machine(Domid(0), dom0_page)
         world = World(host, dom0, await dom0.xenstore(), guest_page)
         if serve:

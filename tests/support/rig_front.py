@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One frontend queue on an emulated machine, with a backend that may answer what it likes."""
+"""One frontend queue, with a backend that may answer what it likes."""
 
 from types import TracebackType
 from typing import Self
 
-from rig_queue import BACKEND, GUEST, NOTHING, SMALL, machine
+from rig_queue import BACKEND, GUEST, NOTHING, SMALL
+from rig_xen import HOST, open_machine
 
 from xvd.blkif.abi import SEGMENTS_PER_INDIRECT_PAGE, Abi, Op
 from xvd.blkif.messages import (
@@ -18,7 +19,6 @@ from xvd.blkif.messages import (
 )
 from xvd.blkif.ring import BackRing, Outcome
 from xvd.dataplane.front.options import FrontOptions
-from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.interface import Mapping
 from xvd.types import Gref, RequestId
@@ -46,9 +46,9 @@ class FrontWorld:
         trusted: bool = True,
         limits: Limits = SMALL,
     ) -> None:
-        self.host = Host(limits)
-        self.guest = machine(self.host, GUEST)
-        self.backend = machine(self.host, BACKEND)
+        self.host = HOST(limits)
+        self.guest = open_machine(self.host, GUEST)
+        self.backend = open_machine(self.host, BACKEND)
         self.abi = abi
         self.link = FrontLink(self.guest, BACKEND, ring_pages, abi)
         self.entries = self.link.entries

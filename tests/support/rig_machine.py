@@ -7,7 +7,6 @@ a disk is attached to it. What the suites reach through `host` is the emulated m
 """
 
 import asyncio
-import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rig_queue import NOTHING, SMALL, machine, no_store
+import rig_xen
+from rig_queue import NOTHING, SMALL
+from rig_xen import ON_XEN, no_store
 
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
@@ -27,7 +28,6 @@ from xvd.types import PAGE_SIZE, Domid
 
 EACH = 16
 LARGE_PAGES = "pages of 64 KiB"
-ON_XEN = os.environ.get("XVD_CONTRACT") == "xen"
 GRANTER, MAPPER, OTHER = (Domid(0),) * 3 if ON_XEN else (Domid(1), Domid(0), Domid(2))
 
 
@@ -55,7 +55,7 @@ def one_process(limits: Limits = SMALL, page_size: int = PAGE_SIZE) -> Iterator[
         host.create_domain(domid)
 
     def open_machine(domid: Domid) -> EmulatedMachine:
-        return machine(host, domid, page_size)
+        return rig_xen.open_machine(host, domid, page_size)
 
     def open_existing(domid: Domid) -> EmulatedMachine:
         return EmulatedMachine(host.open(domid), no_store, page_size)

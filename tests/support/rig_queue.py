@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One backend queue on an emulated machine, with a frontend that may write what it likes.
+"""One backend queue, with a frontend that may write what it likes.
 
 `QueueWorld` is a context manager; at its end everything is given back, and the machine's accounting
 must show it.
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
+
+from rig_xen import HOST, ON_XEN, open_machine
 
 from xvd.blkif.abi import Abi, Op, Status
 from xvd.blkif.messages import (
@@ -32,10 +34,7 @@ from xvd.dataplane.loop.loop import Loop
 from xvd.dataplane.types import StepFlag
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
-from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
-from xvd.machine.emulated.machine import EmulatedMachine
-from xvd.machine.xs.client import XenstoreClient
 from xvd.types import PAGE_SIZE, Domid, Gref, RequestId
 from xvd.xenbus.links import BackLink
 
@@ -45,15 +44,6 @@ SMALL = Limits(pages=4096, grefs=2048, tracks=8192, ports=64)
 NOTHING = {"sessions": 0, "pins": 0, "mappings": 0, "ports": 0, "pages": 0}
 
 WORKED, BROKEN, DRAINED = StepFlag
-
-
-async def no_store() -> XenstoreClient:
-    raise AssertionError("a queue needs no xenstore")
-
-
-def machine(host: Host, domid: Domid, page_size: int = PAGE_SIZE) -> EmulatedMachine:
-    host.create_domain(domid)
-    return EmulatedMachine(host.open(domid), no_store, page_size)
 
 
 def rq(
@@ -90,9 +80,9 @@ class QueueWorld:
         max_pages: int = 1024,
         unmaps_at_once: bool = True,
     ) -> None:
-        self.host = Host(SMALL)
-        self.guest = machine(self.host, GUEST)
-        self.backend = machine(self.host, BACKEND)
+        self.host = HOST(SMALL)
+        self.guest = open_machine(self.host, GUEST)
+        self.backend = open_machine(self.host, BACKEND)
         self.abi = abi
         self.ring_pages = self.guest.grants.share(BACKEND, 1)
         self.pages = self.guest.grants.share(BACKEND, data_pages)
@@ -107,7 +97,8 @@ class QueueWorld:
         self.link = BackLink(self.backend, GUEST, nodes, abi)
         self.mapping, self.backend_port = self.link.ring, self.link.channel
         self.grants = self.link.grants
-        self.grants.unmaps_at_once = unmaps_at_once
+        if not ON_XEN:
+            self.grants.unmaps_at_once = unmaps_at_once
         self.journal = bytearray(journal_size(self.link.entries))
         self.options = BackOptions(
             capacity=self.engine.info.size // 512,

@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import pytest
 from rig_engines import ByHand
 from rig_queue import QueueWorld, rq
 
@@ -37,6 +38,7 @@ def test_pages_that_data_was_copied_through_are_kept() -> None:
         assert kept(world) == (22, 0)
 
 
+@pytest.mark.beyond_xen("mapping")
 def test_a_mapping_queue_keeps_none() -> None:
     with QueueWorld() as world:
         write(world, 11, 11)

@@ -42,6 +42,7 @@ def test_a_grant_is_mapped_once_and_stays() -> None:
         assert mapped(world) == [0, 1]
 
 
+@pytest.mark.beyond_xen("mapping")
 def test_without_the_frontend_everything_is_unmapped() -> None:
     with QueueWorld() as world:
         read(world, 0, 1)

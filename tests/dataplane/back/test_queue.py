@@ -206,6 +206,7 @@ def test_a_refused_request_has_no_latency() -> None:
         assert sum(map(sum, latency.values())) == 0  # type: ignore[attr-defined]
 
 
+@pytest.mark.beyond_xen("mapping")
 def test_one_call_maps_for_all_requests_of_a_step() -> None:
     with QueueWorld() as world:
         world.ask(*(rq(Op.READ, 0, world.segment(i), id=i) for i in range(8)))

@@ -67,6 +67,7 @@ def test_data_that_is_written_lies_in_the_pages_granted(abi: Abi) -> None:
         assert request.handle == 0xCA00
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_page_that_is_written_from_is_granted_read_only() -> None:
     with FrontWorld() as world:
         world.queue.submit(WRITE, 0, 1, bytes(512), 1)
@@ -230,6 +231,7 @@ def test_a_stopped_queue_is_drained_when_its_last_answer_came() -> None:
         assert world.queue.reap() == [(1, 0)]
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_grants_are_taken_back_with_each_answer() -> None:
     with FrontWorld() as world:
         world.queue.submit(WRITE, 0, 88, bytes(45056), 1)

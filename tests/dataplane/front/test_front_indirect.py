@@ -66,6 +66,7 @@ def test_data_of_any_length_arrives_and_comes_back(abi: Abi, segments: int) -> N
     assert buffer == data
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_the_backend_may_only_read_the_descriptors() -> None:
     with FrontWorld(segments_max=32) as world:
         world.queue.submit(READ, 0, 256, bytearray(256 * 512), 1)
@@ -109,6 +110,7 @@ def test_no_other_operation_may_be_named(sectors: int, operation: int) -> None:
         assert world.queue.breach == "wrong_operation"
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_descriptors_still_mapped_after_the_answer() -> None:
     """XSA-396 holds for them too."""
     with FrontWorld(segments_max=32) as world:

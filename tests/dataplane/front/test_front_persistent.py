@@ -31,6 +31,7 @@ def one_write(world: FrontWorld, sectors: int, data: bytes = b"") -> AnyRequest:
     return request
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_page_is_granted_once_and_reused() -> None:
     with keeping() as world:
         first = grefs(world, one_write(world, 24))
@@ -40,6 +41,7 @@ def test_a_page_is_granted_once_and_reused() -> None:
         assert (counters["granted"], counters["reused"], counters["revoked"]) == (3, 27, 0)
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_persistent_grant_is_writable_whatever_it_is_first_used_for() -> None:
     with keeping() as world:
         [gref] = grefs(world, one_write(world, 8))
@@ -70,6 +72,7 @@ def test_the_hot_pages_stay_hot() -> None:
         assert len({tuple(grefs(world, one_write(world, 8))) for _ in range(20)}) == 1
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_page_that_the_backend_did_not_keep_is_granted_again() -> None:
     """It maps what is above its limit for one request only; the page then goes last."""
     with keeping() as world:
@@ -85,6 +88,7 @@ def test_a_page_that_the_backend_did_not_keep_is_granted_again() -> None:
         assert (counters["granted"], counters["revoked"], counters["reused"]) == (2, 1, 1)
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_backend_that_keeps_nothing_costs_what_it_cost_before() -> None:
     with FrontWorld(pool=64, persistent=True) as world:
         for _ in range(5):
@@ -93,6 +97,7 @@ def test_a_backend_that_keeps_nothing_costs_what_it_cost_before() -> None:
         assert (counters["granted"], counters["revoked"], counters["reused"]) == (10, 10, 0)
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_scan_ends_the_grants_that_the_backend_has_dropped() -> None:
     """It forgets what it has not used for a minute, and says nothing (Linux 4b422cb9)."""
     with keeping() as world:
@@ -106,6 +111,7 @@ def test_a_scan_ends_the_grants_that_the_backend_has_dropped() -> None:
         assert world.queue.counters()["granted"] == 8 + 5
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_a_scan_leaves_alone_what_is_in_flight() -> None:
     with keeping() as world:
         world.queue.submit(WRITE, 0, 8, bytes(4096), 1)
@@ -125,6 +131,7 @@ def test_a_scan_without_persistent_grants_does_nothing() -> None:
         assert world.queue.counters()["revoked"] == 1
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_pages_of_descriptors_are_persistent_too() -> None:
     with keeping(32) as world:
         first = one_write(world, 256)

@@ -253,6 +253,7 @@ def test_a_load_that_has_no_place_is_told_so(wrong: dict[str, int]) -> None:
 # ---- The pool ----
 
 
+@pytest.mark.beyond_xen("lasting")
 def test_pages_that_were_neighbours_stay_neighbours() -> None:
     """A request's pages go back in their order, so that they are one piece of memory again."""
     with FrontWorld(**KEPT) as world:

@@ -67,6 +67,7 @@ def test_leave_ends_a_loop_with_requests_in_flight() -> None:
         operation.complete(0)
 
 
+@pytest.mark.beyond_xen("events")
 def test_the_watchdog_finds_a_request_whose_event_was_lost() -> None:
     with QueueWorld() as world:
         loop = Loop(world.queue, watchdog_s=0.01)
