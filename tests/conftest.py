@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 from hypothesis import HealthCheck
-from rig_xen import BEYOND_XEN, ON_XEN
+from rig_xen import ON_XEN, reason_of
 
 from xvd.packages import find_tool, package_of
 
@@ -34,8 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On real Xen, skip what it cannot do."""
     for item in items:
         for mark in item.iter_markers("beyond_xen") if ON_XEN else ():
-            reason = f"beyond real Xen: {BEYOND_XEN[mark.args[0]]}"
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(pytest.mark.skip(reason=reason_of(mark.args[0])))
 
 
 @pytest.fixture(scope="session")

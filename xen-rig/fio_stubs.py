@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """fio_stubs.py ROOT DEST TRIPLET LOADER TOOLS: fio for an initramfs, without its heavy engines.
 
-It is ROOT's, and goes to DEST. TRIPLET, as x86_64-linux-gnu, is the directory of its libraries, LOADER
-the path of its dynamic linker, TOOLS what the names of compiler and nm begin with, or nothing.
+It is ROOT's, and goes to DEST. TRIPLET, as x86_64-linux-gnu, is the directory of its libraries,
+LOADER the path of its dynamic linker, TOOLS what the names of compiler and nm begin with, or
+nothing.
 
 Debian's fio is linked to the client libraries of several storage clusters, 85 MB with all they
 need. Each of these becomes a stub that has the symbols fio asks for and nothing in them, which is

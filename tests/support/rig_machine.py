@@ -139,7 +139,8 @@ def real_xen() -> Iterator[Pair]:
     def open_machine(domid: Domid) -> Any:
         return XenMachine(domid)
 
-    pair = Pair(open_machine(GRANTER), open_machine(MAPPER), open_machine, None, open_machine)  # type: ignore[arg-type]
+    no_host: Any = None
+    pair = Pair(open_machine(GRANTER), open_machine(MAPPER), open_machine, no_host, open_machine)
     before = Path("/proc/self/maps").read_text().count("/dev/xen/")
     yield pair
     for each in [pair.granter, pair.mapper, *pair.opened]:

@@ -47,23 +47,31 @@ BEYOND_XEN = {
     "events": "the kernel hands an event on that came before the last one was acknowledged",
     "processes": "has a host of its own, in another thread",
     "speed": "takes longer in software emulation than a test may",
+    "kernel_pages": "kernels have the pages that they have",
+    "host": "nobody has the host's own tables",
+    "end_of_dom0": "dom0 cannot be destroyed",
 }
 """What the marker of this name says that a test uses and real Xen has not, and why."""
 
 _VMA = re.compile(r"^(\w+)-(\w+) .* /dev/xen/(gntdev|gntalloc)$", re.MULTILINE)
 
 
-def beyond(reason: str) -> NoReturn:
+def reason_of(what: str) -> str:
+    """Why a test that uses something of `BEYOND_XEN` is skipped."""
+    return f"beyond real Xen: {BEYOND_XEN[what]}"
+
+
+def beyond(what: str) -> NoReturn:
     """Skip the test that gets here."""
-    pytest.skip(f"beyond real Xen: {reason}")
+    pytest.skip(reason_of(what))
 
 
 class _Pages(XenSharedPages):
     def revoke(self, page: int) -> bool:
-        beyond("gntalloc's grants last as long as the page")
+        beyond("revoke")
 
     def grant(self, page: int, *, readonly: bool = False) -> None:
-        beyond("gntalloc's grants are writable")
+        beyond("readonly_grants")
 
 
 class _Grants(XenForeignGrants):
@@ -71,7 +79,7 @@ class _Grants(XenForeignGrants):
     """gntdev may put an unmap off, so single requests are copied."""
 
     def inject(self, statuses: list[int]) -> NoReturn:
-        beyond("Xen fails when it fails")
+        beyond("inject")
 
 
 class _GrantTable(XenGrantTable):
@@ -129,7 +137,7 @@ class XenHost:
         """Nothing of the host's is ours."""
 
     def __getattr__(self, name: str) -> NoReturn:
-        beyond(f"nobody has the host's {name}")
+        beyond("host")
 
 
 def _held() -> dict[str, int]:
@@ -162,7 +170,7 @@ class XenHostService(EmulatedHost):
 
     def machine(self, domid: Domid, page_size: int = PAGE_SIZE) -> Any:
         if page_size != PAGE_SIZE:
-            beyond("kernels have the pages that they have")
+            beyond("kernel_pages")
 
         async def connect() -> XenstoreClient:
             return await XenstoreClient.from_socket(self.server.connect_local(domid))
@@ -172,7 +180,7 @@ class XenHostService(EmulatedHost):
         return machine
 
     def destroy_domain(self, domid: Domid) -> None:
-        beyond("dom0 cannot be destroyed")
+        beyond("end_of_dom0")
 
 
 HOST: type[Any] = XenHost if ON_XEN else Host
