@@ -45,7 +45,10 @@ def test_who_is_idle_for_longest_makes_place_for_a_new_client(
     with NbdClient(path) as first, NbdClient(path) as second:
         first.go()
         second.go()
-        assert (second.read(0, 1), first.read(0, 1)) == (b"\0", b"\0")
+        for client in (second, first):
+            assert client.read(0, 1) == b"\0"
+            while served.call(figures(server))["held_bytes"]:
+                pass  # the client may have its reply before the server has noted that it has
 
         with NbdClient(path) as third:
             third.go()

@@ -96,7 +96,7 @@ class NbdConnection:
     def idle_s(self) -> float | None:
         """Seconds for which a client that has chosen an export has asked for nothing; None while
         something of it is in progress, or before that, or when it is on its way out."""
-        if self._ending or self._transmission is None or self.in_flight or self.held_bytes:
+        if self._ending or self._transmission is None or self._transmission.is_busy:
             return None
         return self._transmission.idle_s
 

@@ -40,9 +40,7 @@ cdef uint32_t step(void *ctx, const client_host *host) noexcept nogil:
         moved |= send(t)
     if t.progress < PROGRESS_OVER and not t.ports.waiting & CLIENT_READS:
         moved |= receive(t, host)
-    if moved:
-        t.active_ns = monotonic_ns()
-    elif t.idle and xvd_load_acquire(&t.memory.starved):
+    if not moved and t.idle and xvd_load_acquire(&t.memory.starved):
         drop_idle(t)
     if t.progress >= PROGRESS_OVER and t.in_use == 0:
         end_input(t, NEWS_GONE)  # which ends the polls that still run
@@ -266,6 +264,11 @@ cdef class Transmission:
     def in_progress(self):
         """Requests that are not answered yet."""
         return self.t.in_progress
+
+    @property
+    def is_busy(self):
+        """Whether anything is between a request's header and the last byte of its reply."""
+        return self.t.in_use > 0
 
     @property
     def held(self):

@@ -14,7 +14,7 @@ from posix.uio cimport iovec
 
 from xvd.dataplane.abi cimport (
     BLKIF_OP_FLUSH_DISKCACHE, BLKIF_OP_READ, BLKIF_OP_WRITE, BLKIF_SECTOR_SIZE)
-from xvd.dataplane.c cimport xvd_get16, xvd_get32, xvd_get64
+from xvd.dataplane.c cimport monotonic_ns, xvd_get16, xvd_get32, xvd_get64
 from xvd.dataplane.ports cimport client_host
 from xvd.export.transmission cimport (
     COMMAND_DISC, COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, FLAG_DF, FLAG_FUA, HEADER_SIZE,
@@ -191,6 +191,7 @@ cdef inline ssize_t receive_some(transmission *t, size_t *room) noexcept nogil:
     message.msg_iovlen = n
     got = recvmsg(t.fd, &message, MSG_DONTWAIT)
     if got > 0:
+        t.active_ns = monotonic_ns()  # before any of it is held
         t.filled += min(<size_t>got, payload)
         t.end += <size_t>got - min(<size_t>got, payload)
     return got

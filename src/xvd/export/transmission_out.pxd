@@ -12,7 +12,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.uio cimport iovec
 
-from xvd.dataplane.c cimport xvd_put16, xvd_put32, xvd_put64
+from xvd.dataplane.c cimport monotonic_ns, xvd_put16, xvd_put32, xvd_put64
 from xvd.export.transmission cimport (
     COMMAND_FLUSH, COMMAND_READ, COMMAND_WRITE, NEWS_GONE, PROGRESS_GONE, slot, take, transmission)
 from xvd.export.transmission_ask cimport ask, end_input
@@ -132,6 +132,7 @@ cdef inline bint send(transmission *t) noexcept nogil:
             if errno not in (EAGAIN, EINTR):
                 end_input(t, NEWS_GONE)
             break
+        t.active_ns = monotonic_ns()  # before the client has nothing in progress any more
         drop_sent(t, sent)
         moved = True
         if <size_t>sent < total:
