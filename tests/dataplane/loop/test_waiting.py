@@ -69,39 +69,35 @@ def test_a_sleep_that_a_look_would_have_spared_makes_looks_longer() -> None:
     assert found == [4 * US, 8 * US, 16 * US, 20 * US, 20 * US]
 
 
-def test_a_thread_whose_cpu_was_taken_looks_no_more_for_a_while_that_doubles() -> None:
-    waiting = Waiting(HOP, HOP_CPU)
-    now, pauses = S, []
-    for _ in range(12):
-        assert waiting.look_on(now)
-        now += MS  # nobody was here meanwhile
-        assert not waiting.look_on(now)
-        taken = now
-        while True:
-            waiting.wakes(now)
-            now += MS // 4
-            if waiting.look_on(now):
-                break
-        pauses.append((now - taken) // MS)
-        waiting.wakes(now)
-
-    assert pauses == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000, 1000]
-
-
-def test_looks_that_find_something_shorten_the_next_pause() -> None:
-    waiting = Waiting(HOP, HOP_CPU)
-    waiting.look_on(S)
-    waiting.look_on(S + MS)  # barred for a millisecond, the next time for two
-    now = 2 * S
-    waiting.wakes(now)
-    waiting.look_on(now)
+def interrupted(waiting: Waiting, now: int, gap: int) -> bool:
+    """Whether there was a look, which was interrupted for so long."""
+    looked = waiting.look_on(now)
+    if looked:
+        waiting.look_on(now + gap)
     waiting.has_work()
-    waiting.look_on(now + 10 * MS)
-    waiting.look_on(now + 11 * MS)
-    waiting.wakes(now + 11 * MS)
+    return looked
 
-    assert not waiting.look_on(now + 12 * MS - US)
-    assert waiting.look_on(now + 12 * MS)
+
+def test_what_a_host_takes_now_and_then_keeps_nobody_from_looking() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+
+    assert all(interrupted(waiting, S + turn * 20 * MS, MS) for turn in range(1000))
+
+
+def test_a_thread_whose_cpu_is_needed_by_others_looks_no_more_than_it_owes_them() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    found = [interrupted(waiting, S + turn * 4 * MS, 3 * MS) for turn in range(2500)]
+
+    # 100 ms of what is owed are noise; each gap costs a pause of 16 times 3 ms, for ten seconds.
+    assert sum(found) == (100 + 10_000) // 48 + 1
+
+
+def test_a_pause_is_a_second_at_most() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    interrupted(waiting, S, 60 * S)  # a host that was suspended
+
+    assert not interrupted(waiting, 62 * S - MS, 0)
+    assert interrupted(waiting, 62 * S, 0)
 
 
 def test_what_was_set_by_hand_is_done_whatever_it_costs_others() -> None:

@@ -13,8 +13,7 @@ cdef struct waiting:
     uint64_t look_ns             # for how long to look next
     uint64_t idle_since_ns       # nothing was to be done since then; 0: something was
     uint64_t looked_ns           # the last look since; 0: none
-    uint64_t barred_ns           # no look before then: somebody else needed the CPU
-    uint64_t bar_ns              # how long it is barred next time
+    uint64_t paid_ns             # when all that is owed for gaps will have passed
 
 
 cdef uint64_t thread_cpu_ns() noexcept nogil

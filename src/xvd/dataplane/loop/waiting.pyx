@@ -14,7 +14,8 @@ idle disk does not look at all.
 
 A CPU may be needed by others. Those who are ready to run in this kernel get it offered. A guest
 beneath the same hypervisor cannot say so, but its turn shows, as theirs does, by a gap between two
-looks: then there are none for a while, which doubles each time, from a millisecond to a second.
+looks. Every gap is owed a pause so many times as long, and pauses pass by themselves; while more is
+owed than a host's own noise comes to, there are no looks (the leaky bucket of RFC 2697, in time).
 """
 
 from libc.errno cimport EINTR, errno
@@ -33,8 +34,9 @@ cdef enum:
     LOOK_LEAST_NS = 4000
     GAP_LEAST_NS = 100000
     GAP_HOPS = 8                 # so many times what a wake-up takes is no look that went on
-    BAR_LEAST_NS = 1000000
-    BAR_MOST_NS = 1000000000
+    PAUSE_GAPS = 16              # a gap is owed a pause so many times as long
+    PAUSE_MOST_NS = 1000000000
+    OWED_MAX_NS = 100000000      # and so much of it is nothing but noise
 
 cdef uint64_t BY_COST = <uint64_t>-1
 
@@ -120,7 +122,6 @@ cdef void begin_waiting(waiting *w, double most_s):
 cdef void start(waiting *w, uint64_t hop_ns, uint64_t hop_cpu_ns, uint64_t set_ns) noexcept nogil:
     w.hop_ns, w.hop_cpu_ns, w.set_ns = hop_ns, hop_cpu_ns, set_ns
     w.sleep_cpu_ns = hop_cpu_ns
-    w.bar_ns = BAR_LEAST_NS
     set_longest(w)
     w.look_ns = w.longest_ns
 
@@ -144,9 +145,9 @@ cdef bint look_on(waiting *w, uint64_t now) noexcept nogil:
     if w.idle_since_ns == 0:
         w.idle_since_ns = now
     if was_interrupted(w, now):
-        w.barred_ns = now + w.bar_ns
-        w.bar_ns = min(w.bar_ns * 2, <uint64_t>BAR_MOST_NS)
-    if now < w.barred_ns or now - w.idle_since_ns >= w.look_ns:
+        w.paid_ns = min(max(w.paid_ns, now) + PAUSE_GAPS * (now - w.looked_ns),
+                        now + OWED_MAX_NS + PAUSE_MOST_NS)
+    if w.paid_ns > now + OWED_MAX_NS or now - w.idle_since_ns >= w.look_ns:
         return False
     w.looked_ns = now
     return True
@@ -154,8 +155,6 @@ cdef bint look_on(waiting *w, uint64_t now) noexcept nogil:
 
 cdef void has_work(waiting *w) noexcept nogil:
     """Something was found."""
-    if w.looked_ns and w.bar_ns > BAR_LEAST_NS:
-        w.bar_ns //= 2
     w.idle_since_ns = w.looked_ns = 0
 
 
