@@ -63,7 +63,7 @@ def test_a_sleep_that_a_look_would_have_spared_makes_looks_longer() -> None:
     found = []
     for turn in range(6, 11):
         waiting.look_on(turn * S)
-        waiting.wakes(turn * S + HOP + HOP // 2)
+        waiting.wakes(turn * S + 2 * HOP + HOP // 2)  # the other end had slept too
         found.append(waiting.look_ns)
 
     assert found == [4 * US, 8 * US, 16 * US, 20 * US, 20 * US]

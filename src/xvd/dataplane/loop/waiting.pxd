@@ -9,6 +9,7 @@ cdef struct waiting:
     uint64_t hop_cpu_ns          # and cost the one that slept, of CPU
     uint64_t sleep_cpu_ns        # what a sleep costs this thread, on average
     uint64_t set_ns              # the longest look, where it was set
+    uint64_t cost_ns             # what a sleep and a wake-up take this thread
     uint64_t longest_ns          # the longest look as of now
     uint64_t look_ns             # for how long to look next
     uint64_t idle_since_ns       # nothing was to be done since then; 0: something was
