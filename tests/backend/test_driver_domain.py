@@ -2,7 +2,7 @@
 """A backend outside dom0, and what xentop is told of a disk."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -85,15 +85,15 @@ def test_a_store_that_fails_once_costs_one_look(
     async def work() -> None:
         async with disk_world() as world:
             vbd = await world.attach()
-            read, failures = world.store.try_read, [XenstoreError("EINVAL")]
+            read, failures = world.store.try_read_each, [XenstoreError("EINVAL")]
 
-            async def try_read(path: str) -> str | None:
-                if failures and path.endswith("/online"):
-                    raise failures.pop()
-                return await read(path)
+            async def read_each(paths: Sequence[str]) -> list[str | XenstoreError | None]:
+                if failures and any(path.endswith("/online") for path in paths):
+                    return [failures.pop()] * len(paths)
+                return await read(paths)
 
             async with await world.open(vbd) as disk:
-                monkeypatch.setattr(world.store, "try_read", try_read)
+                monkeypatch.setattr(world.store, "try_read_each", read_each)
                 await world.store.write(f"backend/vbd/1/{vbd.vdev}/hotplug-status", "connected")
                 await until(lambda: not failures)
                 await disk.read(0, 512)

@@ -205,3 +205,7 @@ def test_many_who_resize_and_look_at_once_leave_one_size(image: Path) -> None:
             await until(lambda: disk.size == size_of(image) == sizes[-1])
 
     run(work())
+
+
+def test_many_disks_are_asked_for_their_sizes_more_rarely() -> None:
+    assert [server_module.rarity(disks) for disks in (0, 30, 60, 180, 2000)] == [1, 1, 2, 6, 6]

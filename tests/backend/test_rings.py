@@ -10,7 +10,6 @@ from rig_guest import RawFrontend, backend_error, backend_reaches, connected
 from rig_queue import NOTHING, rq
 
 from xvd.backend import device as device_module
-from xvd.backend import server as server_module
 from xvd.backend.device import Device
 from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op, Status
@@ -40,30 +39,6 @@ def test_a_ring_of_any_size_is_served_full_and_over_its_end(order: int) -> None:
                 answers = await frontend.queues[0].answers(count)
                 assert sorted(answer.id for answer in answers) == list(range(count))
                 assert {answer.status for answer in answers} == {Status.OKAY}
-            frontend.close()
-
-    run(work())
-
-
-def test_requests_that_no_event_told_of_are_found_by_the_daemon(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(server_module, "POLL_S", 0.0)
-
-    async def work() -> None:
-        async with disk_world(settings=WIDE) as world:
-            frontend, _ = await connected(world, queues=2)
-            connection = the_device(world).disk.connection
-            assert connection is not None
-            await until(lambda: all(link.runner is not None for link in connection.links))
-            loops = [link.runner.loop for link in connection.links if link.runner is not None]
-            await until(lambda: all(loop.counters()["sleeps"] for loop in loops))
-            ring = frontend.queues[1].ring
-            ring.put_request(rq(Op.READ, 0, Segment(frontend.pages.grefs[0])))
-            ring.push()
-            [answer] = await frontend.queues[1].answers(1)
-            assert answer.status == Status.OKAY
-            assert [loop.counters()["watchdogs"] for loop in loops] == [0, 0]
             frontend.close()
 
     run(work())

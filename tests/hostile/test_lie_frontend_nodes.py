@@ -2,7 +2,7 @@
 """Garbage in a frontend's directory: its device fails and says why; the next disk never notices."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from rig_disk import World, disk_world, run, until
@@ -14,11 +14,14 @@ from xvd.backend.settings import Settings
 from xvd.blkif.abi import Op
 from xvd.blkif.handshake import BackendState
 from xvd.blkif.messages import Segment
+from xvd.errors import XenstoreError
 from xvd.machine.xs.client import XenstoreClient
 from xvd.machine.xs.messages import MessageType
+from xvd.machine.xs.requests import Request
 
 GARBAGE = ["", " ", "-1", "0x10", "1e3", "99999999999999999999", "4294967296", "x", "1 2", "\u0661"]
 FAILED, CONNECTED = 6, 4
+READS = (MessageType.READ, MessageType.DIRECTORY)
 SMALLEST = Settings(max_ring_page_order=0, max_queues=1)
 
 
@@ -312,12 +315,14 @@ def test_a_directory_filled_with_nodes_costs_no_more_than_an_honest_one(
     name: str, expect_log: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the quota lets a guest write: 3000 nodes are 48 KB of names."""
-    asked: list[str] = []
-    real = XenstoreClient._ask_path
+    asked: list[bytes] = []
+    real = XenstoreClient.request_each
 
-    async def counting(store: XenstoreClient, kind: MessageType, path: str) -> bytes:
-        asked.append(path)
-        return await real(store, kind, path)
+    async def counting(
+        store: XenstoreClient, requests: Sequence[Request], tx_id: int = 0
+    ) -> list[bytes | XenstoreError]:
+        asked.extend(payload for kind, payload in requests if kind in READS)
+        return await real(store, requests, tx_id)
 
     expect_log("holds more nodes than any driver writes")
 
@@ -328,11 +333,11 @@ def test_a_directory_filled_with_nodes_costs_no_more_than_an_honest_one(
             for number in range(3000):
                 await world.store.write(f"{vbd.frontend}/{name.format(number)}", "1")
             frontend = RawFrontend(machine, world.store, vbd)  # domain 0 has no quota
-            monkeypatch.setattr(XenstoreClient, "_ask_path", counting)
+            monkeypatch.setattr(XenstoreClient, "request_each", counting)
             await frontend.publish({"multi-queue-num-queues": "1"})
             await backend_reaches(world, vbd, 5, 6)
             frontend.close()
 
     run(work())
-    read = [path for path in asked if path.startswith("/local/domain/1/device/vbd/51712")]
+    read = [path for path in asked if path.startswith(b"/local/domain/1/device/vbd/51712")]
     assert len(read) < 200

@@ -4,6 +4,8 @@
 `RawFrontend` plays a guest's driver against our backend, `RawBackend` a backend against our disk.
 """
 
+import asyncio
+
 from rig_disk import World, until
 
 from xvd.blkif.abi import Abi
@@ -22,8 +24,12 @@ async def backend_reaches(world: World, vbd: Vbd, *states: int) -> int:
 
 
 async def backend_error(world: World, vbd: Vbd) -> str:
+    """What the backend reports, once it has."""
     path = f"/local/domain/0/error/backend/vbd/{vbd.domid}/{vbd.vdev}/error"
-    return await world.store.try_read(path) or ""
+    async with asyncio.timeout(10):
+        while not (text := await world.store.try_read(path)):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    return text
 
 
 class RawQueue:

@@ -27,11 +27,9 @@ from xvd.xenbus.counters import LoopCounters, total
 from xvd.xenbus.links import BackLink, Links
 from xvd.xenbus.runner import LoopOptions, Runtime
 
-WATCHDOG_S: Final = 60.0
-"""How long a queue's thread sleeps at most.
-
-Short of storage that does not say that it has finished, what a thread has missed is found sooner,
-and for less, by `Connection.wake_overdue`."""
+WATCHDOG_S: Final = 10.0
+"""How long a queue's thread sleeps at most after it has done something, until a lost event is found
+out; see `Loop`."""
 
 QUIET_S: Final = 10.0
 """How long failures of the storage are not told again: a guest can cause any number of them."""
@@ -198,12 +196,6 @@ class Connection(Links[BackLink]):
         for link in self.links:
             link.queue.squeeze(seconds)
         self.wake_all()
-
-    def wake_overdue(self) -> None:
-        """Wake the threads that sleep though there is something to do: an event was lost, say."""
-        for number, link in enumerate(self.links):
-            if link.runner is not None and link.queue.overdue:
-                self.wake(number)
 
     def set_capacity(self, sectors: int) -> None:
         """Set where the disk ends, from the next request on."""

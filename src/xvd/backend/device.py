@@ -35,11 +35,11 @@ from xvd.blkif.handshake import (
 from xvd.blkif.nodes import Side, parse_state
 from xvd.blkif.vdev import disk_name
 from xvd.engines.interface import Engine
-from xvd.errors import EventChannelError, XvdError, describe
+from xvd.errors import EventChannelError, XenstoreError, XvdError, describe
 from xvd.loglimit import LogLimit
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
-from xvd.xenbus.actor import NO_NODES, Actor
+from xvd.xenbus.actor import NO_NODES, Actor, state_in
 from xvd.xenbus.directory import read_directory, report_error
 from xvd.xenbus.inbox import Order
 from xvd.xenbus.log import DeviceLog
@@ -149,12 +149,18 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         return foreign_state(self._written)
 
     async def _read_events(self) -> Sequence[BackendEvent]:
-        own = await self._store.try_read(f"{self.path}/state")
+        own, online, frontends = await self._store.try_read_each(
+            [f"{self.path}/state", f"{self.path}/online", f"{self._assigned.frontend}/state"]
+        )
+        if isinstance(own, XenstoreError):
+            raise own
+        if isinstance(online, XenstoreError):
+            raise online
         foreign = self._foreign_state()
         if foreign is not None and own == str(int(foreign)):
             return [BackendEvent.REPLACED]
-        frontend = await self._frontend_state()
-        stays = stays_online(await self._store.try_read(f"{self.path}/online"))
+        frontend = state_in(Side.FRONTEND, frontends)
+        stays = stays_online(online)
         return [*([] if stays else [removal_event(frontend)]), frontend_event(frontend)]
 
     async def _frontend_state(self) -> XenbusState:

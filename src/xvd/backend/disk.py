@@ -137,11 +137,6 @@ class ServedDisk:
         if self.connection is not None and self.opened is not None:
             await self.opened.follow_size()
 
-    def wake_overdue(self) -> None:
-        """A lost event is to cost a delay, not the disk."""
-        if self.connection is not None:
-            self.connection.wake_overdue()
-
     # ---- Figures ----
 
     def log_figures(self) -> None:

@@ -33,10 +33,20 @@ CLEAR_DELAY_S: Final = 0.5
 """How long a disk of a driver domain reads Closed before its nodes go."""
 
 POLL_S: Final = 10.0
-"""How often a disk's figures are logged, as in blkback, its storage is asked for its size, and its
-queues for what they have missed."""
+"""How often a disk's figures are logged, as in blkback, and its storage is asked for its size."""
+
+POLLED_TOGETHER: Final = 30
+RARITY_MAX: Final = 6.0
+"""More disks than that are asked for their sizes more rarely, up to so many times. A poll takes a
+microsecond for a disk in the CPU's caches. But where a hypervisor beneath has taken back the memory
+that nobody had touched for ten seconds, waking up alone takes 30 ms (docs/benchmarks.md)."""
 
 _GONE: Final = {"online": "0", "state": str(int(XenbusState.CLOSED))}
+
+
+def rarity(disks: int) -> float:
+    """Return by how much more rarely than every `POLL_S` so many disks are polled."""
+    return min(max(1.0, disks / POLLED_TOGETHER), RARITY_MAX)
 
 
 class Server:
@@ -74,6 +84,8 @@ class Server:
         self._overrides = {name: Settings.parse(t) for name, t in (overrides or {}).items()}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._again: set[asyncio.Task[None]] = set()
+        self._figures = asyncio.Event()
+        self._note_figures()
         self._closing = False
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
@@ -88,25 +100,32 @@ class Server:
             watch = await self._store.watch(f"backend/{kind}")
             self._watches.append(watch)
             self._followers.append(asyncio.create_task(self._follow(kind, watch)))
-        polls = (self._poll_queues(), self._poll_sizes())
+        polls = (self._log_figures(), self._poll_sizes())
         self._pollers = [asyncio.create_task(poll) for poll in polls]
 
     async def wait(self) -> None:
         """Return when the store is lost."""
         await asyncio.gather(*self._followers)
 
-    async def _poll_queues(self) -> None:
-        """Poll all disks by one timer: a thread that wakes up by itself costs fifty polls."""
+    async def _log_figures(self) -> None:
         while True:
+            await self._figures.wait()
             await asyncio.sleep(POLL_S)
             for device in self.devices.values():
-                device.disk.wake_overdue()
                 device.disk.log_figures()
+
+    def _note_figures(self) -> None:
+        """Wake up for figures only while some disk's are wanted."""
+        wanted = [self._settings.log_stats, *(o.get("log_stats") for o in self._overrides.values())]
+        if any(wanted):
+            self._figures.set()
+        else:
+            self._figures.clear()
 
     async def _poll_sizes(self) -> None:
         sizes: SizePoll[ServedDisk] = SizePoll(self._runtime)
         while True:
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(POLL_S * rarity(len(self.devices)))
             for disk in await sizes.poll([device.disk for device in self.devices.values()]):
                 following = asyncio.ensure_future(disk.follow_size())  # it may hang
                 self._again.add(following)
@@ -140,6 +159,7 @@ class Server:
             self._overrides[disk] = override
         else:
             changed = self._settings = self._settings.changed(values)
+        self._note_figures()
         for path, device in self.devices.items():
             device.disk.apply(self.settings_of(path))
         return changed.values()

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from xvd.backend.server import Server
+from xvd.backend.server import POLL_S, RARITY_MAX, Server
 from xvd.bench.report import Plot, Report, Table
 from xvd.bench.ring import ONE_QUEUE, PERSISTENT, backend_cpu
 from xvd.bench.run import Run
@@ -39,7 +39,7 @@ SETTINGS = replace(ONE_QUEUE, pool_pages=32)
 """Of many idle disks: a domain has grants for so many with so few pages each."""
 
 GUESTS = 10
-IDLE_S = 10.0
+IDLE_S = POLL_S * RARITY_MAX
 """As long as the daemon takes to poll everything that it polls."""
 
 ALONE = 15
@@ -48,10 +48,11 @@ ALONE = 15
 
 def disks(run: Run) -> Report:
     """One disk alone, again and again, and 200 disks of ten guests at once."""
-    each = max(2, round(20 * min(1.0, run.scale)))
+    scale = min(1.0, run.scale)
+    each = max(2, round(20 * scale))
     found = []
     for _ in range(run.rounds):
-        found.append(asyncio.run(_round(each, max(3, round(ALONE * min(1.0, run.scale))))))
+        found.append(asyncio.run(_round(each, max(3, round(ALONE * scale)), IDLE_S * scale)))
         run.tick("disks")
     figures = {name: median_of([one[name] for one in found]) for name in found[0]}
     alone = [
@@ -90,7 +91,7 @@ async def _daemon(directory: str) -> AsyncIterator[tuple[EmulatedHost, XenstoreC
             await store.close()
 
 
-async def _round(each: int, alone: int) -> dict[str, float]:
+async def _round(each: int, alone: int, idle_s: float) -> dict[str, float]:
     others = threading.enumerate()
     with tempfile.TemporaryDirectory(prefix="xvd-bench-") as directory:
         async with _daemon(directory) as (host, store):
@@ -105,9 +106,9 @@ async def _round(each: int, alone: int) -> dict[str, float]:
             await asyncio.gather(*(_tell(guest) for guest in guests))
             attached = time.monotonic() - begun
             used = (_resident() - memory) / (GUESTS * each)
-            await asyncio.sleep(IDLE_S / 10)  # what connecting has left to do
+            await asyncio.sleep(1.0)  # what connecting has left to do
             cpu_s = -backend_cpu(others) - time.thread_time()
-            await asyncio.sleep(IDLE_S)
+            await asyncio.sleep(idle_s)
             cpu_s += backend_cpu(others) + time.thread_time()
             await asyncio.gather(*(_tell(guest) for guest in guests))
             for vbd in itertools.chain.from_iterable(vbds):
@@ -117,7 +118,7 @@ async def _round(each: int, alone: int) -> dict[str, float]:
         "attach to first I/O, alone, ms": first * 1000,
         "attached and read from, all, s": attached,
         "memory of the daemon for each, KiB": used / 1024,
-        "CPU of the daemon while all idle, ms/s": cpu_s / IDLE_S * 1000,
+        "CPU of the daemon while all idle, ms/s": cpu_s / idle_s * 1000,
     }
 
 

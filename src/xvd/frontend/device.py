@@ -44,7 +44,7 @@ from xvd.frontend.user import User
 from xvd.loglimit import LogLimit
 from xvd.machine.interface import Claim, Machine
 from xvd.machine.xs.client import XenstoreClient
-from xvd.xenbus.actor import NO_NODES, Actor
+from xvd.xenbus.actor import NO_NODES, Actor, state_in
 from xvd.xenbus.directory import read_directory, report_error
 from xvd.xenbus.log import DeviceLog
 from xvd.xenbus.runner import THREADS, Runtime
@@ -130,10 +130,12 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
         return assignment
 
     async def _read_events(self) -> Sequence[FrontendEvent]:
-        own = await self._state_of(Side.FRONTEND, self.path)
-        if own is foreign_state(self._written):
+        own, backends = await self._store.try_read_each(
+            [f"{self.path}/state", f"{self._known.backend}/state"]
+        )
+        if state_in(Side.FRONTEND, own) is foreign_state(self._written):
             return [FrontendEvent.RESUMED]
-        return [backend_event(await self._backend_state())]
+        return [backend_event(state_in(Side.BACKEND, backends))]
 
     async def _backend_state(self) -> XenbusState:
         return await self._state_of(Side.BACKEND, self._known.backend)

@@ -7,13 +7,16 @@ theirs. The copy under /libxl is the toolstack's own memory: it never trusts the
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.vdev import disk_name, format_vdev
 from xvd.errors import ConfigError, PeerClosed, XenstoreError
+from xvd.machine.xs import requests
 from xvd.machine.xs.client import Transaction, XenstoreClient
+from xvd.machine.xs.requests import Request
 from xvd.toolstack.xldisk import XlDisk
 from xvd.types import DOM0, Domid
 
@@ -60,23 +63,23 @@ async def create_guest(store: XenstoreClient, domid: Domid, name: str) -> None:
     await store.introduce(domid, 0, 1)  # type: ignore[arg-type]
 
     async def work(tx: Transaction) -> None:
-        await tx.mkdir(home)
-        await tx.set_perms(home, ["n0", f"r{domid}"])
-        await tx.write(f"{home}/name", name)
-        await tx.write(f"{home}/domid", str(domid))
-        await tx.mkdir(f"{home}/device/vbd")
+        changes = [
+            requests.mkdir(home),
+            requests.set_perms(home, ["n0", f"r{domid}"]),
+            requests.write(f"{home}/name", name),
+            requests.write(f"{home}/domid", str(domid)),
+            requests.mkdir(f"{home}/device/vbd"),
+        ]
         for own in ("data", "error", "feature", "attr"):
-            await tx.mkdir(f"{home}/{own}")
-            await tx.set_perms(f"{home}/{own}", [f"n{domid}"])
+            changes += _directory(f"{home}/{own}", [f"n{domid}"])
+        await tx.ask_all(changes)
 
     await store.transact(work)
 
 
 async def destroy_guest(store: XenstoreClient, domid: Domid) -> None:
     """Remove a domain's place in the store; its disks' backends see their frontends vanish."""
-    for path in (f"/local/domain/{domid}", f"/libxl/{domid}"):
-        if await store.exists(path):
-            await store.rm(path)
+    await _remove(store, f"/local/domain/{domid}", f"/libxl/{domid}")
     await store.release(domid)
 
 
@@ -123,28 +126,29 @@ def _frontend_nodes(vbd: Vbd, disk: XlDisk) -> dict[str, str]:
     }
 
 
+def _directory(
+    path: str, perms: list[str], nodes: Mapping[str, str] = MappingProxyType({})
+) -> list[Request]:
+    """Make a directory with these nodes; they have its permissions."""
+    written = [requests.write(f"{path}/{name}", value) for name, value in nodes.items()]
+    return [requests.mkdir(path), requests.set_perms(path, perms), *written]
+
+
 async def add(store: XenstoreClient, domid: Domid, disk: XlDisk, backend_domid: Domid) -> Vbd:
     """Make a disk's directories; `ConfigError` if the guest has such a disk already."""
     vbd = Vbd(domid, disk.number, backend_domid)
     back, front = [f"n{backend_domid}", f"r{domid}"], [f"n{domid}", f"r{backend_domid}"]
 
     async def work(tx: Transaction) -> None:
-        if await tx.exists(vbd.frontend) or await tx.exists(vbd.backend):
+        if await tx.which_exist([vbd.frontend, vbd.backend]):
             raise ConfigError(f"{vbd.name} exists already; detach it first, or choose another vdev")
-        await tx.mkdir(vbd.private)
-        await tx.set_perms(vbd.private, ["n0"])
         await _open_to_driver_domain(tx, backend_domid)
-        for path, perms, nodes in (
-            (vbd.backend, back, _backend_nodes(vbd, disk)),
-            (vbd.frontend, front, _frontend_nodes(vbd, disk)),
-        ):
-            await tx.mkdir(path)
-            await tx.set_perms(path, perms)
-            for name, value in nodes.items():
-                await tx.write(f"{path}/{name}", value)
-        for name, value in _backend_nodes(vbd, disk).items():
-            await tx.write(f"{vbd.private}/{name}", value)
-        await tx.write(f"{vbd.private}/backend", vbd.backend)
+        nodes = _backend_nodes(vbd, disk)
+        await tx.ask_all(
+            _directory(vbd.backend, back, nodes)
+            + _directory(vbd.frontend, front, _frontend_nodes(vbd, disk))
+            + _directory(vbd.private, ["n0"], nodes | {"backend": vbd.backend})
+        )
 
     await store.transact(work)
     return vbd
@@ -259,21 +263,17 @@ async def _wait_until_closed(store: XenstoreClient, vbd: Vbd, timeout_s: float) 
         return
 
 
-async def _remove(store: XenstoreClient, path: str) -> None:
-    try:
-        await store.rm(path)
-    except XenstoreError as error:
-        if error.code != "ENOENT":
-            raise
+async def _remove(store: XenstoreClient, *paths: str) -> None:
+    for answer in await store.ask_each([requests.rm(path) for path in paths]):
+        if isinstance(answer, XenstoreError) and answer.code != "ENOENT":
+            raise answer
 
 
 async def remove_nodes(store: XenstoreClient, vbd: Vbd) -> None:
     """Remove everything the toolstack wrote for a disk."""
     relative = vbd.backend.removeprefix(f"/local/domain/{vbd.backend_domid}/")
     error = f"/local/domain/{vbd.backend_domid}/error/{relative}"
-    for path in (vbd.frontend, vbd.backend, vbd.private, error):
-        if await store.exists(path):
-            await _remove(store, path)
+    await _remove(store, vbd.frontend, vbd.backend, vbd.private, error)
 
 
 @dataclass(frozen=True, slots=True)

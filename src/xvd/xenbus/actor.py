@@ -36,6 +36,14 @@ _A = TypeVar("_A", bound=BackendAction | FrontendAction)
 NO_NODES = NodeChanges({})
 
 
+def state_in(side: Side, text: str | XenstoreError | None) -> XenbusState:
+    """Make sense of what was read of a ``state`` node; UNKNOWN where there is none."""
+    try:
+        return XenbusState.UNKNOWN if isinstance(text, XenstoreError) else parse_state(side, text)
+    except PeerProtocolError:
+        return XenbusState.UNKNOWN
+
+
 class Actor(ABC, Generic[_S, _E, _A]):
     """One device's end. For the event loop's thread.
 
@@ -176,10 +184,8 @@ class Actor(ABC, Generic[_S, _E, _A]):
 
     async def _state_of(self, side: Side, directory: str) -> XenbusState:
         """Return what a ``state`` node says; UNKNOWN where there is none, or no sense."""
-        try:
-            return parse_state(side, await self._store.try_read(f"{directory}/state"))
-        except (PeerProtocolError, XenstoreError):
-            return XenbusState.UNKNOWN
+        (text,) = await self._store.try_read_each([f"{directory}/state"])
+        return state_in(side, text)
 
     # ---- Work beside the actor ----
 

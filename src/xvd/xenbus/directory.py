@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from xvd.errors import XenstoreError
+from xvd.machine.xs import requests
 from xvd.machine.xs.client import Transaction, XenstoreClient
 
 READS_MAX: Final = 2048
@@ -34,12 +35,12 @@ async def read_directory(
             paths += [f"{queue}/{child}" for child in children if wanted(child)]
         if len(paths) > READS_MAX:
             raise XenstoreError("E2BIG", f"{path} holds more than {READS_MAX} nodes")
-    for name in paths:
-        try:
-            found[name] = (await store.read_bytes(f"{path}/{name}")).decode("ascii", "replace")
-        except XenstoreError as error:
-            if error.code not in _ABSENT:
-                raise
+    values = await store.ask_each([requests.read(f"{path}/{name}") for name in paths])
+    for name, value in zip(paths, values, strict=True):
+        if isinstance(value, bytes):
+            found[name] = value.decode("ascii", "replace")
+        elif value.code not in _ABSENT:
+            raise value
     return found
 
 
@@ -77,14 +78,16 @@ async def change_device(
         now = await tx.try_read(f"{path}/state")
         if now is None or (not_in is not None and now == str(int(not_in))):
             return False
-        for name in remove:
-            if await tx.exists(f"{path}/{name}"):
-                await tx.rm(f"{path}/{name}")
-        for name, value in (write or {}).items():
-            await tx.write(f"{path}/{name}", value)
-        if state is not None:
-            await tx.write(f"{path}/state", str(state))
+        changes = [requests.rm(f"{path}/{name}") for name in remove]
+        changes += [requests.write(f"{path}/{name}", value) for name, value in nodes.items()]
+        for answer in await tx.ask_each(changes):
+            if isinstance(answer, XenstoreError) and answer.code != "ENOENT":
+                raise answer
         return True
+
+    nodes = dict(write or {})
+    if state is not None:
+        nodes["state"] = str(state)
 
     return await store.transact(work)
 
@@ -97,10 +100,9 @@ async def remove_device(store: XenstoreClient, path: str, only_if: Mapping[str, 
     """
 
     async def remove(tx: Transaction) -> None:
-        for name, value in only_if.items():
-            if await tx.try_read(f"{path}/{name}") != value:
-                return
-        await tx.rm(path)
+        found = await tx.ask_each([requests.read(f"{path}/{name}") for name in only_if])
+        if found == [value.encode() for value in only_if.values()]:
+            await tx.rm(path)
 
     async def tidy(tx: Transaction) -> None:
         if not await _children(tx, domain):
@@ -115,9 +117,13 @@ async def remove_device(store: XenstoreClient, path: str, only_if: Mapping[str, 
 async def report_error(store: XenstoreClient, path: str, text: str) -> None:
     """Write a device's error where Linux writes it: ``error/<path>/error`` of our own domain.
 
-    `path` is relative to our domain. A store that refuses (quota) is no second failure.
+    `path` is relative to our domain. A store that refuses (quota) is no second failure. Of a device
+    that the toolstack has removed nothing is written: nobody would remove it again.
     """
-    try:
-        await store.write(f"error/{path}/error", text)
-    except XenstoreError:
-        return
+
+    async def work(tx: Transaction) -> None:
+        if await tx.exists(path):
+            await tx.write(f"error/{path}/error", text)
+
+    with contextlib.suppress(XenstoreError):
+        await store.transact(work)

@@ -22,8 +22,8 @@ OnExit = Callable[[Exception | None], None]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopOptions:
     """How a queue is run. poll_s: for how long at most one looks for more before one sleeps,
-    seconds; None: as long as a sleep costs here. watchdog_s: the longest sleep. budget: most
-    requests of one step."""
+    seconds; None: as long as a sleep costs here. watchdog_s: the longest sleep after something was
+    done. budget: most requests of one step."""
 
     poll_s: float | None = None
     watchdog_s: float = 5.0

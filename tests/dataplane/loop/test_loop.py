@@ -84,6 +84,20 @@ def test_the_watchdog_finds_a_request_whose_event_was_lost() -> None:
         assert loop.counters()["watchdogs"] > 0
 
 
+def test_a_watchdog_that_finds_nothing_comes_later_and_later() -> None:
+    with QueueWorld() as world:
+        loop = Loop(world.queue, watchdog_s=0.0001)
+        assert loop.nap_s == 0.0001
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        while loop.nap_s < 0.0006:
+            os.sched_yield()
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        assert loop.nap_s == 0.0006
+
+
 def test_a_frontend_that_waits_for_nothing_needs_no_watchdog() -> None:
     with FrontWorld() as world:
         loop = Loop(world.queue, watchdog_s=1e-6)

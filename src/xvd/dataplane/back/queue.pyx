@@ -31,7 +31,7 @@ from xvd.dataplane.back.journal cimport (
 from xvd.dataplane.back.pending cimport (
     BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, TAKING_OVER, backend_queue, pending)
 from xvd.dataplane.back.persistent cimport (
-    NOBODY, close_book, idle_too_long, open_book, persistent_grant)
+    close_book, open_book, persistent_grant)
 from xvd.dataplane.back.request cimport parse, request, validate
 from xvd.dataplane.back.space cimport (
     LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space, take_space)
@@ -494,20 +494,6 @@ cdef class BackendQueue:
     def due_ns(self):
         """When to step again though nothing happens, as `set_time` counts; 0: not at all."""
         return self.q.resume_ns
-
-    @property
-    def overdue(self):
-        """Whether a thread that sleeps has missed something: requests that were not taken, or
-        grants unused for too long. Any thread. Of one that is awake it says nothing.
-        """
-        cdef backend_queue *q = &self.q
-        cdef uint32_t oldest = q.kept.oldest
-        if q.broken or q.stopping:
-            return False
-        if back_has_news(&q.ring):
-            return True
-        return (q.persistent and oldest != NOBODY
-                and idle_too_long(&q.kept, &q.kept.grants[oldest], monotonic_ns()))
 
     @property
     def in_flight(self):

@@ -22,7 +22,8 @@ cdef struct loop_state:
     uint32_t replaced            # `following` is there and not stepped yet
     int control_fd
     int budget
-    long long watchdog_ns
+    long long watchdog_ns        # the longest sleep after something was done
+    long long nap_ns             # and the longest one now
     uint32_t leave               # set by `leave`: stop stepping, whatever is in flight
     uint32_t unarmed             # bit 1 << tag for each poll that is to be armed (again)
     uint32_t event               # one has come and is not acknowledged

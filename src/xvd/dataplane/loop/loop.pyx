@@ -5,7 +5,9 @@
 The thread blocks in a single io_uring wait that covers the event channel, the storage's completions
 and a control wake-up. Before it blocks it asks the peer for an event and looks at the ring once
 more (`may_sleep`). A watchdog ends each sleep after some seconds: a lost event costs a delay, not
-the disk. A frontend that waits for nothing can lose none, and sleeps until it is woken.
+the disk. While it finds nothing the next one comes twice as late, up to `WATCHDOGS_MOST` times: of
+hundreds of idle disks each wakes up once a minute. A frontend that waits for nothing can lose no
+event, and sleeps until it is woken.
 
 An event is acknowledged when the thread is about to sleep, and the ring is looked at after that. A
 peer that sends events with nothing behind them is heard less and less often: its next event is let
@@ -55,6 +57,7 @@ cdef enum:
     PAUSE_DOUBLINGS = 10
     YIELD_NS = 2000              # a system call each time would be most of what looking costs
     SLEEPS_EACH = 16             # of which one is measured
+    WATCHDOGS_MOST = 6           # times the first one
     SPINS = 32                   # looks at the ring from one step to the next
 
 cdef long long NOTHING_TO_MISS_NS = 3600 * <long long>1000000000
@@ -158,7 +161,7 @@ cdef int sleep(loop_state *s) noexcept nogil:
     cdef __kernel_timespec ts
     cdef io_uring_cqe *cqe = NULL
     cdef int rc
-    cdef long long ns = s.watchdog_ns
+    cdef long long ns = s.nap_ns
     if s.stepper.outstanding != NULL and s.stepper.outstanding[0] == 0:
         ns = NOTHING_TO_MISS_NS
     if s.event:
@@ -171,6 +174,7 @@ cdef int sleep(loop_state *s) noexcept nogil:
     rc = io_uring_submit_and_wait_timeout(&s.ring, &cqe, 1, &ts, NULL)
     if rc == -ETIME:
         s.watchdogs += not s.event
+        s.nap_ns = min(2 * s.nap_ns, WATCHDOGS_MOST * s.watchdog_ns)
         return 0
     s.wakeups += 1
     return rc if rc < 0 and rc != -EINTR else 0
@@ -234,6 +238,7 @@ cdef int run(loop_state *s) noexcept nogil:
             if io_uring_sq_ready(&s.ring):
                 io_uring_submit(&s.ring)
             has_work(&s.wait)
+            s.nap_ns = s.watchdog_ns
             continue
         if poll_on(s):
             if io_uring_sq_ready(&s.ring):
@@ -262,7 +267,7 @@ cdef class Loop:
         self.keep = queue
         self.s.stepper = stepper_of(queue)
         self.s.budget = budget
-        self.s.watchdog_ns = <long long>(watchdog_s * 1e9)
+        self.s.nap_ns = self.s.watchdog_ns = <long long>(watchdog_s * 1e9)
         begin_waiting(&self.s.wait, -1.0 if poll_s is None else poll_s)
         self.s.unarmed = (1 << TAG_EVENT) | (1 << TAG_CONTROL) | (1 << TAG_ENGINE)
         rc = io_uring_queue_init(RING_ENTRIES, &self.s.ring, IORING_SETUP_CLAMP)
@@ -304,6 +309,11 @@ cdef class Loop:
         """Let the thread return as soon as it can, whatever is in flight. Any thread."""
         self.s.leave = 1
         self.wake()
+
+    @property
+    def nap_s(self):
+        """The longest sleep as of now, in seconds."""
+        return self.s.nap_ns / 1e9
 
     def counters(self):
         """How often the thread slept, was woken, by the watchdog, and by events for nothing.

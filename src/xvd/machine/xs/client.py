@@ -15,12 +15,13 @@ import asyncio
 import itertools
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import TracebackType
 from typing import Final, Protocol, Self, TypeVar
 
 from xvd.errors import PeerClosed, XenstoreError, describe
+from xvd.machine.xs import requests
 from xvd.machine.xs.messages import (
     PAYLOAD_MAX,
     Framer,
@@ -30,6 +31,7 @@ from xvd.machine.xs.messages import (
     join_strings,
     split_strings,
 )
+from xvd.machine.xs.requests import Request
 from xvd.types import Domid, Port
 
 T = TypeVar("T")
@@ -39,6 +41,9 @@ _READ_SIZE: Final = 64 * 1024
 TRANSACTIONS_MAX: Final = 4
 """That `transact` has open at once. A store lets a guest have ten (quota
 "transactions") and refuses the next; more at a time would only conflict more often."""
+
+IN_FLIGHT_MAX: Final = 64
+"""Requests that `ask_each` sends before it waits for their answers."""
 
 CONFLICTS_MAX: Final = 200
 """How often `transact` begins again, and from the `CONFLICTS_FREE`th time on after a pause."""
@@ -146,56 +151,82 @@ class _Operations:
     Every method raises `XenstoreError` with the store's code, and `PeerClosed` if it is gone.
     """
 
-    async def _ask(self, message_type: MessageType, payload: bytes) -> bytes:
+    async def _ask(self, request: Request) -> bytes:
+        (answer,) = await self.ask_all([request])
+        return answer
+
+    async def _ask_each(self, asked: Sequence[Request]) -> list[bytes | XenstoreError]:
         raise NotImplementedError
 
-    async def _ask_path(self, message_type: MessageType, path: str) -> bytes:
-        return await self._ask(message_type, join_strings([encode_text(path, "the path")]))
+    async def ask_each(self, asked: Sequence[Request]) -> list[bytes | XenstoreError]:
+        """Send requests without waiting for the answers in between; what each one was answered.
+
+        The store answers them in this order, but others' requests may come between. A refusal
+        does not keep it from the rest.
+        """
+        return await self._ask_each(asked)
+
+    async def ask_all(self, asked: Sequence[Request]) -> list[bytes]:
+        """Do as `ask_each` does, and raise the first refusal."""
+        answers = []
+        for answer in await self.ask_each(asked):
+            if isinstance(answer, XenstoreError):
+                raise answer
+            answers.append(answer)
+        return answers
 
     async def read(self, path: str) -> str:
         """A node's value as text; EINVAL if it is not UTF-8."""
-        value = await self.read_bytes(path)
-        try:
-            return value.decode()
-        except UnicodeDecodeError as error:
-            raise XenstoreError("EINVAL", f"the value of {path} is not text") from error
+        return _as_text(await self.read_bytes(path), path)
 
     async def read_bytes(self, path: str) -> bytes:
         """A node's value."""
-        return await self._ask_path(MessageType.READ, path)
+        return await self._ask(requests.read(path))
 
     async def try_read(self, path: str) -> str | None:
         """A node's value as text, None if there is no such node."""
-        try:
-            return await self.read(path)
-        except XenstoreError as error:
-            if error.code == "ENOENT":
-                return None
-            raise
+        (value,) = await self.try_read_each([path])
+        if isinstance(value, XenstoreError):
+            raise value
+        return value
+
+    async def try_read_each(self, paths: Sequence[str]) -> list[str | XenstoreError | None]:
+        """Return the values as `try_read` does, what it would raise in the value's place."""
+        found: list[str | XenstoreError | None] = []
+        answers = await self.ask_each([requests.read(path) for path in paths])
+        for path, answer in zip(paths, answers, strict=True):
+            try:
+                found.append(_as_text(answer, path))
+            except XenstoreError as error:
+                found.append(None if error.code == "ENOENT" else error)
+        return found
 
     async def exists(self, path: str) -> bool:
         """Whether there is such a node."""
-        try:
-            await self.read_bytes(path)
-        except XenstoreError as error:
-            if error.code == "ENOENT":
-                return False
-            raise
-        return True
+        return bool(await self.which_exist([path]))
+
+    async def which_exist(self, paths: Sequence[str]) -> list[str]:
+        """Return those of `paths` at which there is a node."""
+        found = []
+        answers = await self.ask_each([requests.read(path) for path in paths])
+        for path, answer in zip(paths, answers, strict=True):
+            if isinstance(answer, bytes):
+                found.append(path)
+            elif answer.code != "ENOENT":
+                raise answer
+        return found
 
     async def write(self, path: str, value: str | bytes) -> None:
         """Set a node's value, creating the node and those above it; text as UTF-8."""
-        data = value.encode() if isinstance(value, str) else value
-        payload = join_strings([encode_text(path, "the path")]) + data
-        await self._ask(MessageType.WRITE, payload)
+        await self._ask(requests.write(path, value))
 
     async def mkdir(self, path: str) -> None:
         """Create a node, empty, and those above it; fine if it exists."""
-        await self._ask_path(MessageType.MKDIR, path)
+        await self._ask(requests.mkdir(path))
 
     async def rm(self, path: str) -> None:
         """Remove a node and all below it; fine if only its parent exists."""
-        await self._ask_path(MessageType.RM, path)
+        await self._ask(requests.rm(path))
 
     async def ls(self, path: str) -> list[str]:
         """The children's names in order of creation, however many there are.
@@ -213,15 +244,14 @@ class _Operations:
     async def ls_short(self, path: str) -> list[str]:
         """The children's names, by one request; `XenstoreError` E2BIG if one answer cannot hold
         them (4096 bytes: xs_wire.h, XENSTORE_PAYLOAD_MAX)."""
-        names = await self._ask_path(MessageType.DIRECTORY, path)
+        names = await self._ask(requests.directory(path))
         return [name.decode() for name in split_strings(names)]
 
     async def _read_directory_in_parts(self, path: str) -> bytes:
         # Each part tells the node's generation: if it changes the list is begun again.
         generation, names = b"", b""
         while True:
-            strings = [encode_text(path, "the path"), str(len(names)).encode()]
-            part = await self._ask(MessageType.DIRECTORY_PART, join_strings(strings))
+            part = await self._ask(requests.directory_part(path, len(names)))
             current, _, more = part.partition(b"\0")
             if names and current != generation:
                 names = b""
@@ -235,14 +265,12 @@ class _Operations:
 
     async def get_perms(self, path: str) -> list[str]:
         """A node's permission list: ``["n0", "r1"]`` is dom0's, hidden, and readable by 1."""
-        payload = await self._ask_path(MessageType.GET_PERMS, path)
+        payload = await self._ask(requests.get_perms(path))
         return [entry.decode() for entry in split_strings(payload)]
 
     async def set_perms(self, path: str, perms: Iterable[str]) -> None:
         """Set a node's permission list; the first entry names the owner."""
-        entries = [encode_text(entry, "the permission") for entry in perms]
-        payload = join_strings([encode_text(path, "the path"), *entries])
-        await self._ask(MessageType.SET_PERMS, payload)
+        await self._ask(requests.set_perms(path, perms))
 
 
 class Transaction(_Operations):
@@ -252,8 +280,8 @@ class Transaction(_Operations):
         self.tx_id = tx_id
         self._client = client
 
-    async def _ask(self, message_type: MessageType, payload: bytes) -> bytes:
-        return await self._client.request(message_type, payload, self.tx_id)
+    async def _ask_each(self, asked: Sequence[Request]) -> list[bytes | XenstoreError]:
+        return await self._client.request_each(asked, self.tx_id)
 
 
 class XenstoreClient(_Operations):
@@ -315,6 +343,38 @@ class XenstoreClient(_Operations):
         Raises `XenstoreError` E2BIG for a payload that no message can carry, otherwise with the
         store's own code; `PeerClosed` if the connection is or gets lost.
         """
+        (answer,) = await self.request_each([(message_type, payload)], tx_id)
+        if isinstance(answer, XenstoreError):
+            raise answer
+        return answer
+
+    async def request_each(
+        self, asked: Sequence[Request], tx_id: int = 0
+    ) -> list[bytes | XenstoreError]:
+        """Send several that do not wait for each other, `IN_FLIGHT_MAX` at a time.
+
+        What the store refuses is returned in its place; `PeerClosed` is raised, and so is E2BIG.
+        """
+        answers: list[bytes | XenstoreError] = []
+        for begin in range(0, len(asked), IN_FLIGHT_MAX):
+            replies: list[asyncio.Future[bytes]] = []
+            try:
+                for request in asked[begin : begin + IN_FLIGHT_MAX]:
+                    replies.append(self._send(*request, tx_id))
+                await self._drain()
+            except BaseException:
+                for reply in replies:
+                    reply.cancel()
+                raise
+            for answer in await asyncio.gather(*replies, return_exceptions=True):
+                if not isinstance(answer, bytes | XenstoreError):
+                    raise answer
+                answers.append(answer)
+        return answers
+
+    def _send(
+        self, message_type: MessageType, payload: bytes, tx_id: int
+    ) -> "asyncio.Future[bytes]":
         if self._error is not None:
             raise PeerClosed(str(self._error))
         if len(payload) > PAYLOAD_MAX:
@@ -322,24 +382,19 @@ class XenstoreClient(_Operations):
                 "E2BIG", f"{len(payload)} bytes in a request, at most {PAYLOAD_MAX}"
             )
         req_id = next(self._req_ids) & 0xFFFFFFFF
-        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._replies[req_id] = reply
-        try:
-            self._writer.write(Message(message_type, req_id, tx_id, payload).pack())
-        except XenstoreError:  # a transport that carries less than this
-            del self._replies[req_id]
-            raise
+        # Packed first: a transport may carry less than this.
+        self._writer.write(Message(message_type, req_id, tx_id, payload).pack())
+        reply = self._replies[req_id] = asyncio.get_running_loop().create_future()
+        return reply
+
+    async def _drain(self) -> None:
         try:
             await self._writer.drain()
         except OSError as error:
             self._end(PeerClosed(f"the connection to the xenstore was lost: {describe(error)}"))
-        except asyncio.CancelledError:
-            reply.cancel()
-            raise
-        return await reply
 
-    async def _ask(self, message_type: MessageType, payload: bytes) -> bytes:
-        return await self.request(message_type, payload)
+    async def _ask_each(self, asked: Sequence[Request]) -> list[bytes | XenstoreError]:
+        return await self.request_each(asked)
 
     async def _ask_domid(self, message_type: MessageType, *numbers: int) -> bytes:
         return await self.request(message_type, join_strings(str(n).encode() for n in numbers))
@@ -522,3 +577,12 @@ def _transaction_id(payload: bytes) -> int:
         return int(payload.rstrip(b"\0"))
     except ValueError as error:
         raise XenstoreError("EIO", f"the store names a transaction {payload!r}") from error
+
+
+def _as_text(value: bytes | XenstoreError, path: str) -> str:
+    if isinstance(value, XenstoreError):
+        raise value
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise XenstoreError("EINVAL", f"the value of {path} is not text") from error
