@@ -9,7 +9,6 @@ from rig_disk import World, disk_world, opener, run, until
 from rig_guest import RawFrontend, backend_reaches
 from rig_queue import rq
 
-from xvd.backend import server as server_module
 from xvd.backend.device import Device
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
@@ -100,11 +99,7 @@ def test_what_is_live_holds_at_once() -> None:
 
 
 @pytest.mark.slow
-def test_grants_that_are_unused_for_as_long_as_is_set_now_are_let_go(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(server_module, "POLL_S", 0.1)
-
+def test_grants_that_are_unused_for_as_long_as_is_set_now_are_let_go() -> None:
     async def work() -> None:
         async with disk_world() as world:
             frontend, device = await four_grants_kept(world)

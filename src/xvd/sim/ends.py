@@ -162,8 +162,8 @@ class SimBackLink(SimLink):
         """See `SimLink.step`."""
         self.queue.set_time(self._clock.now_ns)
         flags = self._rest(self.queue.step(budget), self.queue.may_sleep())
-        if self.queue.due_ns:
-            self.deadline_ns = self.queue.due_ns
+        if self.queue.due_ns and not self.awake:
+            self.deadline_ns = min(self.deadline_ns, self.queue.due_ns)
         return flags
 
 

@@ -69,6 +69,7 @@ cdef struct backend_queue:
     uint32_t broken
     uint32_t withdrawn           # bits of `limits.offered` that the storage turned out not to do
     uint64_t resume_ns           # nothing is taken before; 0: no pause
+    uint64_t due_ns              # when a thread that sleeps is to step again; 0: not at all
     uint32_t stalled             # 1: the next request waits for something that is in flight
     pending *barrier             # in flight, and alone; NULL when there is none
     uint32_t in_flight           # taken and not yet answered

@@ -30,8 +30,7 @@ from xvd.dataplane.back.journal cimport (
     journal_entry, journal_header, mark_taken, strike)
 from xvd.dataplane.back.pending cimport (
     BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, TAKING_OVER, backend_queue, pending)
-from xvd.dataplane.back.persistent cimport (
-    close_book, open_book, persistent_grant)
+from xvd.dataplane.back.persistent cimport NOBODY, close_book, open_book, persistent_grant
 from xvd.dataplane.back.request cimport parse, request, validate
 from xvd.dataplane.back.space cimport (
     LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space, take_space)
@@ -260,8 +259,18 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     return STEP_WORKED if moved else 0
 
 
+cdef uint64_t when_due(const backend_queue *q) noexcept nogil:
+    """When to step again though nothing happens: to take on, or to let unused grants go."""
+    cdef uint64_t due = q.resume_ns, unused
+    if q.persistent and q.kept.idle_ns and q.kept.oldest != NOBODY:
+        unused = q.kept.grants[q.kept.oldest].used_ns + q.kept.idle_ns
+        due = min(due, unused) if due else unused
+    return due
+
+
 cdef int may_sleep(void *ctx) noexcept nogil:
     cdef backend_queue *q = <backend_queue *>ctx
+    q.due_ns = when_due(q)
     if q.resume_ns and not q.stopping and not q.broken:
         return True              # until then, and what is answered meanwhile wakes the thread
     if q.stopping or q.broken or q.stalled:
@@ -333,7 +342,7 @@ cdef class BackendQueue:
         self.table.peek = peek
         self.table.events = self.q.events
         self.table.engine = self.q.engine
-        self.table.due_ns = &self.q.resume_ns
+        self.table.due_ns = &self.q.due_ns
 
     cdef attach(self, object journal, bint resume):
         """Start from the journal, or from what is on the ring. Called by the constructor."""
@@ -492,8 +501,9 @@ cdef class BackendQueue:
 
     @property
     def due_ns(self):
-        """When to step again though nothing happens, as `set_time` counts; 0: not at all."""
-        return self.q.resume_ns
+        """When to step again though nothing happens, as `set_time` counts; 0: not at all. As it was
+        when it was last asked whether it may sleep."""
+        return self.q.due_ns
 
     @property
     def in_flight(self):
