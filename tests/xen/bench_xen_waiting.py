@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a backend's polling takes from guests that compute: two of them, beside a third one's disk.
 
-Not a test: `xen-rig/test trixie tests/xen/bench_xen_waiting.py` prints the table, in about five
+Not a test: `xen-rig/test trixie tests/xen/bench_xen_waiting.py` prints the table, in about ten
 minutes. The host has two CPUs and each guest one, so that together with dom0 there is never one
 to spare. The disk is idle or read all the time, and its backend polls by default or not at all, in
-turn; a ratio is the median of the rounds'.
+turn; a ratio is the median of the rounds'. What a guest gets is what Xen says that it ran: asking
+it by its console takes half a minute when it is so busy.
 """
 
 import statistics
@@ -15,13 +16,10 @@ import pytest
 from xen_cpu import OtherClock
 from xen_host import Backend, Slot, counter, note, sh, typed
 
-ROUNDS = 5
-SECONDS = 6
+ROUNDS = 3
+SECONDS = 10
 COMPUTING = ("u1", "u2")
-WORK = (
-    "(while :; do dd if=/dev/zero bs=64k count=16 2> /dev/null | md5sum > /dev/null;"
-    " echo >> /tmp/done; done &)"
-)
+WORK = "(while :; do :; done &)"
 READING = (
     "(fio --name=l --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth={depth}"
     " --rw=randread --bs=4k --size=64m --time_based --runtime=3000 > /dev/null 2>&1 &)"
@@ -39,15 +37,16 @@ def domid(guests: None, best_slot: Slot) -> int:
     return int(sh("xl domid u3"))
 
 
-def work_done() -> int:
-    return sum(int(typed(name, "wc -l < /tmp/done").split()[-1]) for name in COMPUTING)
+def work_done() -> float:
+    """CPU seconds of both guests so far, as the last column of `xl list` has them."""
+    return sum(float(sh(f"xl list {name}").split()[-1]) for name in COMPUTING)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_guests_that_compute_beside_a_disk(backend: Backend, domid: int) -> None:
     clock = OtherClock(Path("/mnt/host"))
     lines = [
-        "| disk | work of the guests, polling | not polling | ratio | reads a second, polling |"
+        "| disk | CPUs of the guests, polling | not polling | ratio | reads a second, polling |"
         " not polling |",
         "|---|--:|--:|--:|--:|--:|",
     ]
@@ -71,7 +70,7 @@ def test_guests_that_compute_beside_a_disk(backend: Backend, domid: int) -> None
 
 
 def measure(clock: OtherClock, domid: int) -> tuple[float, float]:
-    """MiB a second of both guests' work, and reads a second of the third's disk."""
+    """CPUs that both guests had, and reads a second of the third's disk."""
     began, work, reads = clock.ns(), work_done(), counter(domid, "rd_req")
     time.sleep(SECONDS)
     seconds = (clock.ns() - began) / 1e9
