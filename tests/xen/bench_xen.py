@@ -31,15 +31,17 @@ ROUNDS, BUDGET_S = 5, 210
 """Rounds for either frontend, and how long they may take: fewer on a slower machine."""
 POLL_US = os.environ.get("XVD_POLL_US")
 """For how long xvd's backend polls before it sleeps, if not for as long as a sleep costs."""
+QUEUES = int(os.environ.get("XVD_QUEUES", "1"))
+"""Queues that both frontends ask for; QEMU's backend has one."""
 SECONDS = 2
 NULL = "null:1G,read-zeroes=off"
 TRIED = 500
 """Operations by which the speed of a backend is found, which decides how many are measured."""
 TRIES, DRIFT_MAX = 5, 0.05
 """How often something is measured whose seconds were longer or shorter than the host's by more."""
-SAME = Settings(max_queues=1, max_ring_page_order=0, feature_persistent=True)
-"""What both frontends ask of every backend, and all three could do: one queue, one page of ring.
-Persistent grants, which QEMU does not have."""
+SAME = Settings(max_queues=QUEUES, max_ring_page_order=0, feature_persistent=True)
+"""What both frontends ask of every backend: a page of ring for each queue, persistent grants, which
+QEMU does not have."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Case:
     depth: int
 
     def __str__(self) -> str:
-        words = {"randread": "random read", "randwrite": "random write", "read": "sequential read"}
-        return f"{self.size >> 10} KiB {words[self.rw]}, depth {self.depth}"
+        order = "random" if self.rw.startswith("rand") else "sequential"
+        return f"{self.size >> 10} KiB {order} {self.rw.removeprefix('rand')}, depth {self.depth}"
 
     def job(self, operations: int) -> Job:
         return Job(
@@ -68,6 +70,7 @@ CASES = [
     Case("randread", 4096, 1),
     Case("randwrite", 4096, 1),
     Case("read", 131072, 8),
+    Case("write", 131072, 8),
 ]
 
 
@@ -88,9 +91,14 @@ class Peer:
 @pytest.fixture(scope="module")
 def peers(backend: Backend) -> Iterator[list[Peer]]:
     """Linux's backend serves backend/vbd meanwhile, and ours only the tap slot."""
-    sh("modprobe xen-blkback max_queues=1; modprobe null_blk gb=1 nr_devices=2")
+    sh(f"modprobe xen-blkback max_queues={QUEUES}; modprobe null_blk gb=1 nr_devices=2")
     assert backend.stop() == 0
-    backend.start("--kind", "vbd3", *(("--set", f"poll_us={POLL_US}") if POLL_US else ()))
+    words = ["--kind", "vbd3"]
+    if QUEUES > 1:  # by default no more than there are CPUs
+        words += ["--set", f"max_queues={QUEUES}"]
+    if POLL_US:
+        words += ["--set", f"poll_us={POLL_US}"]
+    backend.start(*words)
     qdisk = "format=raw,vdev=xvdd,access=rw,backendtype=qdisk,target=/dev/nullb1"
     yield [
         Peer("xvd", "xvdb", Slot.TAP.line(NULL, "xvdb"), lambda _: [backend.pid]),
@@ -210,9 +218,10 @@ def report_agreements(frontend: str, agreed: dict[str, dict[str, tuple[str, str]
         )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     note("\n".join(lines))
-    for nodes in agreed.values():
+    for name, nodes in agreed.items():
+        queues = 1 if "QEMU" in name else QUEUES
         assert nodes.get("ring-page-order", ("",))[0] in ("", "0")
-        assert nodes.get("multi-queue-num-queues", ("",))[0] in ("", "1")
+        assert int(nodes.get("multi-queue-num-queues", ("",))[0] or "1") == queues
 
 
 class Console:
@@ -244,9 +253,9 @@ class Console:
 @pytest.mark.usefixtures("guests")
 def test_a_linux_guest_with_fio(peers: list[Peer]) -> None:
     disks = " ".join(f"-d '{peer.line}'" for peer in peers)
-    asked = "xen_blkfront.max_queues=1 xen_blkfront.max_ring_page_order=0"
+    asked = f"xen_blkfront.max_queues={QUEUES} xen_blkfront.max_ring_page_order=0"
     asked += " tsc=reliable clocksource=tsc"  # as dom0 has it (xen-rig/run)
-    sh(f"domu -n u1 -m 384 -b -k '{asked}' {disks}")
+    sh(f"domu -n u1 -m 384 -c {QUEUES} -b -k '{asked}' {disks}")
     console = Console("u1")
 
     def fio(case: Case, peer: Peer, meter: Meter) -> Done:
@@ -254,7 +263,8 @@ def test_a_linux_guest_with_fio(peers: list[Peer]) -> None:
         said = console.run(
             f"fio --name=b --filename=/dev/{peer.vdev} --direct=1 --ioengine=libaio --rw={case.rw}"
             f" --bs={case.size} --iodepth={case.depth} --size=256m --time_based"
-            f" --runtime={SECONDS} --norandommap --minimal 2>/dev/null | cut -d';' -f8,9,49,50"
+            f" --runtime={SECONDS} --numjobs={QUEUES} --group_reporting --norandommap --minimal"
+            " 2>/dev/null | cut -d';' -f8,9,49,50"
         )
         meter.stop()
         read, read_ms, write, write_ms = (float(text) for text in said.split()[-1].split(";"))
