@@ -92,6 +92,16 @@ def test_a_thread_whose_cpu_is_needed_by_others_looks_no_more_than_it_owes_them(
     assert sum(found) == (100 + 10_000) // 48 + 1
 
 
+def test_a_gap_is_counted_once() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    waiting.look_on(S)
+    for _ in range(5):
+        assert not waiting.look_on(S + 4 * MS)  # the look is over; what is owed, 64 ms, is noise
+    waiting.has_work()
+
+    assert waiting.look_on(S + 4 * MS)
+
+
 def test_a_pause_is_a_second_at_most() -> None:
     waiting = Waiting(HOP, HOP_CPU)
     interrupted(waiting, S, 60 * S)  # a host that was suspended

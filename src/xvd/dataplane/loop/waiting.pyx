@@ -158,6 +158,7 @@ cdef bint look_on(waiting *w, uint64_t now) noexcept nogil:
     if was_interrupted(w, now):
         w.paid_ns = min(max(w.paid_ns, now) + PAUSE_GAPS * (now - w.looked_ns),
                         now + OWED_MAX_NS + PAUSE_MOST_NS)
+        w.looked_ns = now        # a gap is counted once
     if w.paid_ns > now + OWED_MAX_NS or now - w.idle_since_ns >= w.look_ns:
         return False
     w.looked_ns = now
