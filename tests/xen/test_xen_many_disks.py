@@ -10,8 +10,8 @@ pytestmark = [pytest.mark.usefixtures("guests"), pytest.mark.timeout(900)]
 
 NULL = "null:64M"
 READING = (
-    "(fio --name=r --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=32 --rw=randread"
-    " --bs=4k --size=64m --time_based --runtime=3000 > /dev/null 2>&1; echo $? > /tmp/ended) &"
+    "((fio --name=r --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=32 --rw=randread"
+    " --bs=4k --size=64m --time_based --runtime=3000 > /dev/null 2>&1; echo $? > /tmp/ended) &)"
 )
 EACH_IS_READ = (
     "for disk in {disks}; do dd if=/dev/$disk of=/dev/null bs=64k count=16 iflag=direct 2>&1"
