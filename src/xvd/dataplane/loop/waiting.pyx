@@ -15,7 +15,8 @@ idle disk does not look at all.
 A CPU may be needed by others. Those who are ready to run in this kernel get it offered. A guest
 beneath the same hypervisor cannot say so, but its turn shows, as theirs does, by a gap between two
 looks. Every gap is owed a pause so many times as long, and pauses pass by themselves; while more is
-owed than a host's own noise comes to, there are no looks (the leaky bucket of RFC 2697, in time).
+owed than a host's own noise comes to, there are no looks (a leaky bucket counted in time, as by the
+GCRA of ITU-T I.371).
 """
 
 from libc.errno cimport EINTR, errno
