@@ -11,6 +11,7 @@ from xs_rig import served, with_server
 
 from xvd.errors import PeerClosed, XenstoreError
 from xvd.machine.xs import client as client_module
+from xvd.machine.xs import requests
 from xvd.machine.xs.client import Transaction, XenstoreClient
 from xvd.machine.xs.messages import Message, MessageType
 from xvd.machine.xs.server import XenstoreServer
@@ -116,6 +117,25 @@ def test_many_requests_are_in_flight_at_once(path: Path) -> None:
         await asyncio.gather(*(client.write(f"/a/{n}", str(n)) for n in range(200)))
         values = await asyncio.gather(*(client.read(f"/a/{n}") for n in range(200)))
         assert values == [str(n) for n in range(200)]
+
+    with_server(path, work)
+
+
+def test_requests_sent_at_once_are_answered_in_order_and_each_refused_by_itself(path: Path) -> None:
+    async def work(_: XenstoreServer, client: XenstoreClient) -> None:
+        paths = [f"/many/{number}" for number in range(3 * client_module.IN_FLIGHT_MAX)]
+        asked = [requests.read(one) for one in paths]
+        await client.ask_all([requests.write(one, one) for one in paths])
+        await client.rm_each([paths[1], "/none/at/all"])
+
+        answers = await client.ask_each(asked)
+
+        assert str(answers.pop(1)) == "ENOENT"
+        assert answers == [one.encode() for one in paths if one != paths[1]]
+        assert await client.try_read_each(paths[:2]) == [paths[0], None]
+        assert await client.which_exist(paths[:3]) == [paths[0], paths[2]]
+        with refused("ENOENT"):
+            await client.ask_all(asked)
 
     with_server(path, work)
 

@@ -79,7 +79,7 @@ async def create_guest(store: XenstoreClient, domid: Domid, name: str) -> None:
 
 async def destroy_guest(store: XenstoreClient, domid: Domid) -> None:
     """Remove a domain's place in the store; its disks' backends see their frontends vanish."""
-    await _remove(store, f"/local/domain/{domid}", f"/libxl/{domid}")
+    await store.rm_each([f"/local/domain/{domid}", f"/libxl/{domid}"])
     await store.release(domid)
 
 
@@ -249,7 +249,7 @@ async def detach(
                 f"{vbd.name}: not closed after {timeout_s:g} s: the frontend stays in state "
                 f"{state or 'unknown'}; unmount it there, or use --force"
             ) from None
-        await _remove(store, vbd.frontend)
+        await store.rm_each([vbd.frontend])
         await _wait_until_closed(store, vbd, timeout_s)
     await remove_nodes(store, vbd)
 
@@ -263,17 +263,11 @@ async def _wait_until_closed(store: XenstoreClient, vbd: Vbd, timeout_s: float) 
         return
 
 
-async def _remove(store: XenstoreClient, *paths: str) -> None:
-    for answer in await store.ask_each([requests.rm(path) for path in paths]):
-        if isinstance(answer, XenstoreError) and answer.code != "ENOENT":
-            raise answer
-
-
 async def remove_nodes(store: XenstoreClient, vbd: Vbd) -> None:
     """Remove everything the toolstack wrote for a disk."""
     relative = vbd.backend.removeprefix(f"/local/domain/{vbd.backend_domid}/")
     error = f"/local/domain/{vbd.backend_domid}/error/{relative}"
-    await _remove(store, vbd.frontend, vbd.backend, vbd.private, error)
+    await store.rm_each([vbd.frontend, vbd.backend, vbd.private, error])
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,17 +78,13 @@ async def change_device(
         now = await tx.try_read(f"{path}/state")
         if now is None or (not_in is not None and now == str(int(not_in))):
             return False
-        changes = [requests.rm(f"{path}/{name}") for name in remove]
-        changes += [requests.write(f"{path}/{name}", value) for name, value in nodes.items()]
-        for answer in await tx.ask_each(changes):
-            if isinstance(answer, XenstoreError) and answer.code != "ENOENT":
-                raise answer
+        await tx.rm_each(f"{path}/{name}" for name in remove)
+        await tx.ask_all([requests.write(f"{path}/{name}", nodes[name]) for name in nodes])
         return True
 
     nodes = dict(write or {})
     if state is not None:
         nodes["state"] = str(state)
-
     return await store.transact(work)
 
 

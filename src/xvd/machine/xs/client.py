@@ -228,6 +228,12 @@ class _Operations:
         """Remove a node and all below it; fine if only its parent exists."""
         await self._ask(requests.rm(path))
 
+    async def rm_each(self, paths: Iterable[str]) -> None:
+        """Remove nodes and all below them; fine if they, or their parents, are gone already."""
+        for answer in await self.ask_each([requests.rm(path) for path in paths]):
+            if isinstance(answer, XenstoreError) and answer.code != "ENOENT":
+                raise answer
+
     async def ls(self, path: str) -> list[str]:
         """The children's names in order of creation, however many there are.
 
