@@ -41,6 +41,7 @@ backend-0      max_buffer_pages                     1024 live
 backend-0      buffer_squeeze_duration_ms             10 live
 backend-0      log_stats                               0 live
 backend-0      poll_us                                 - ?
+backend-0      holdoff_us                              0
 backend-0      large_sectors                           0
 """
 HEADS = r"daemon +state +disk +rd_req +wr_req +f_req +ds_req +oo_req +rd_sect +wr_sect +errors\n"

@@ -5,10 +5,10 @@ from rig_client import WRITE, new_client
 from rig_disk import disk_world, run, until
 
 from xvd.dataplane.front.queue import FrontQueue
-from xvd.dataplane.loop.thread import Queue
+from xvd.dataplane.loop.thread import LoopOptions, Queue
 from xvd.export import nbd_protocol as nbd
 from xvd.frontend.disk import Disk
-from xvd.xenbus.runner import LoopOptions, OnExit, Runner, Threads
+from xvd.xenbus.runner import OnExit, Runner, Threads
 
 
 class Watched(Threads):

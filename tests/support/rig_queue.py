@@ -158,11 +158,11 @@ class QueueWorld:
         grefs = self.descriptors.grefs[first : first + indirect_pages(len(segments))]
         return IndirectRequest(operation, RequestId(id), sector, len(segments), tuple(grefs))
 
-    def send(self, *requests: AnyRequest | bytes) -> None:
-        """Put requests on the ring and publish them."""
+    def send(self, *requests: AnyRequest | bytes) -> bool:
+        """Put requests on the ring and publish them; whether the queue wants to hear of it."""
         for request in requests:
             self.ring.put_request(request)
-        self.ring.push()
+        return self.ring.push()
 
     def settle(self) -> None:
         """Step the queue until it has nothing more to do; a pause of its own is over at once."""

@@ -18,14 +18,14 @@ from xvd.blkif.features import BackendFeatures, offered_operations
 from xvd.blkif.nodes import FrontendConfig, QueueConfig
 from xvd.dataplane.back.journal import unanswered
 from xvd.dataplane.back.options import BackOptions
-from xvd.dataplane.loop.thread import BUDGET
+from xvd.dataplane.loop.thread import BUDGET, LoopOptions
 from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, PeerProtocolError
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
 from xvd.xenbus.counters import LoopCounters, total
 from xvd.xenbus.links import BackLink, Links
-from xvd.xenbus.runner import LoopOptions, Runtime
+from xvd.xenbus.runner import Runtime
 
 WATCHDOG_S: Final = 10.0
 """How long a queue's thread sleeps at most after it has done something, until a lost event is found
@@ -159,7 +159,10 @@ class Connection(Links[BackLink]):
         """
         self._on_end, self._on_failure, self._on_withdrawn = on_end, on_failure, on_withdrawn
         options = LoopOptions(
-            poll_s=self.plan.settings.poll_s, watchdog_s=WATCHDOG_S, budget=self.plan.budget
+            poll_s=self.plan.settings.poll_s,
+            holdoff_s=self.plan.settings.holdoff_s,
+            watchdog_s=WATCHDOG_S,
+            budget=self.plan.budget,
         )
         queues = [link.queue for link in self.links]
         try:

@@ -64,6 +64,11 @@ class Settings(SettingsBase):
         "long pays, and never polls on a single CPU",
         usual="what a sleep costs",
     )  # fmt: skip
+    holdoff_us: int = setting(
+        0, 0, 10_000,
+        "microseconds for which a ring's thread sleeps after work without asking for an event, "
+        "instead of polling: less CPU and longer latencies",
+    )  # fmt: skip
     large_sectors: bool = setting(
         False, 0, 1,
         "count in `sector-size` for frontends that write `feature-large-sector-size` (old Windows "
@@ -79,6 +84,11 @@ class Settings(SettingsBase):
     def poll_s(self) -> float | None:
         """`poll_us` in seconds; None: as long as a sleep costs."""
         return None if self.poll_us is None else self.poll_us / 1e6
+
+    @property
+    def holdoff_s(self) -> float:
+        """`holdoff_us` in seconds."""
+        return self.holdoff_us / 1e6
 
     @property
     def indirect_segments_offered(self) -> int:

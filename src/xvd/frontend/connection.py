@@ -16,14 +16,14 @@ from xvd.blkif.features import BackendFeatures
 from xvd.blkif.nodes import FrontendConfig
 from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
-from xvd.dataplane.loop.thread import Queue
+from xvd.dataplane.loop.thread import LoopOptions, Queue
 from xvd.errors import EventChannelError, GrantError, PeerProtocolError, XenstoreError
 from xvd.frontend.settings import Settings
 from xvd.frontend.statistics import FrontCounters, Statistics
 from xvd.machine.interface import Machine, SharedPages
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE, Domid
 from xvd.xenbus.links import FrontLink, Links
-from xvd.xenbus.runner import LoopOptions, Runtime
+from xvd.xenbus.runner import Runtime
 
 SCAN_S = 10.0
 """How often to search for grants that the backend has dropped (Linux 4b422cb9)."""
@@ -187,7 +187,7 @@ class Connection(Links[FrontLink]):
     ) -> None:
         """Run the queues. See `Links.start`; `end` is due in any case."""
         queues = stepper(self.queues) if stepper is not None else self.queues
-        options = LoopOptions(poll_s=self._settings.poll_s)
+        options = LoopOptions(poll_s=self._settings.poll_s, holdoff_s=self._settings.holdoff_s)
         self._on_end = on_exit
         self.start(queues, self._name, runtime, options, self._all_ended)
         if self.persistent:

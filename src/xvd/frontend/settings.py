@@ -56,6 +56,11 @@ class Settings(SettingsBase):
         None, 0, 10_000, "microseconds for which a queue's thread polls before it sleeps, at most",
         usual="what a sleep costs",
     )  # fmt: skip
+    holdoff_us: int = setting(
+        0, 0, 10_000,
+        "microseconds for which a queue's thread sleeps after work without asking for an event, "
+        "instead of polling: less CPU and longer latencies",
+    )  # fmt: skip
     large_sectors: bool = setting(
         False, 0, 1,
         "ask for the backend's `sector-size` as the unit, as QEMU insists on for larger blocks; "
@@ -67,6 +72,11 @@ class Settings(SettingsBase):
     def poll_s(self) -> float | None:
         """`poll_us` in seconds; None: as long as a sleep costs."""
         return None if self.poll_us is None else self.poll_us / 1e6
+
+    @property
+    def holdoff_s(self) -> float:
+        """`holdoff_us` in seconds."""
+        return self.holdoff_us / 1e6
 
     def segments(self, features: BackendFeatures) -> int:
         """Pages of data in one request, by what such a backend offers."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from xvd.dataplane.back.queue import BackendQueue
 from xvd.dataplane.loop.stepped import Stepped
-from xvd.dataplane.loop.thread import Queue
+from xvd.dataplane.loop.thread import LoopOptions, Queue
 from xvd.dataplane.types import HasPorts
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.machine import EmulatedMachine
@@ -21,7 +21,7 @@ from xvd.sim.clock import Clock
 from xvd.sim.eventloop import VirtualLoop
 from xvd.sim.store import StoreLink
 from xvd.types import Domid
-from xvd.xenbus.runner import LoopOptions, OnExit, Runner
+from xvd.xenbus.runner import OnExit, Runner
 
 _T = TypeVar("_T")
 _WORKED, _DRAINED = 1, 4

@@ -24,12 +24,12 @@ from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.back.queue import BackendQueue
 from xvd.dataplane.front.options import FrontOptions
 from xvd.dataplane.front.queue import FrontQueue
-from xvd.dataplane.loop.thread import Queue
+from xvd.dataplane.loop.thread import LoopOptions, Queue
 from xvd.dataplane.ring.ring import FrontRing
 from xvd.dataplane.types import HasPorts
 from xvd.machine.interface import EventChannel, Machine, SharedPages
 from xvd.types import Domid
-from xvd.xenbus.runner import LoopOptions, Runner, Runtime
+from xvd.xenbus.runner import Runner, Runtime
 
 _Q = TypeVar("_Q", BackendQueue, FrontQueue)
 

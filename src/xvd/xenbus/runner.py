@@ -7,27 +7,15 @@ Here each has a thread of its own. Whoever moves the time himself has steps in t
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from xvd.dataplane.loop.thread import BUDGET, Queue, QueueThread
+from xvd.dataplane.loop.thread import LoopOptions, Queue, QueueThread
 from xvd.dataplane.types import HasPorts
 
 _T = TypeVar("_T")
 
 OnExit = Callable[[Exception | None], None]
 """Called in the event loop's thread when a queue runs no more, with what ended it, if anything."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopOptions:
-    """How a queue is run. poll_s: for how long at most one looks for more before one sleeps,
-    seconds; None: as long as a sleep costs here. watchdog_s: the longest sleep after something was
-    done. budget: most requests of one step."""
-
-    poll_s: float | None = None
-    watchdog_s: float = 5.0
-    budget: int = BUDGET
 
 
 class Runner(Protocol):
@@ -104,10 +92,7 @@ class Threads:
 
     def run(self, queue: Queue, name: str, on_exit: OnExit, options: LoopOptions) -> Runner:
         """See `Runtime.run`. `name` is the thread's."""
-        return QueueThread(
-            queue, name, on_exit, poll_s=options.poll_s, watchdog_s=options.watchdog_s,
-            budget=options.budget,
-        )  # fmt: skip
+        return QueueThread(queue, name, on_exit, options=options)
 
     async def call(self, work: Callable[..., _T], *arguments: object) -> _T:
         """See `Runtime.call`."""

@@ -177,3 +177,41 @@ def test_the_longest_look_follows_what_the_threads_own_sleeps_cost() -> None:
         found = loop.counters()
         assert found["poll_max_ns"] >= int(sleep_cost_s() * 1e9)
         assert found["poll_ns"] <= found["poll_max_ns"]
+
+
+def test_a_queue_that_is_held_off_asks_for_no_event_until_its_time_is_over() -> None:
+    with QueueWorld() as world:
+        thread = threading.Thread(target=(loop := Loop(world.queue, holdoff_s=3600)).run)
+        thread.start()
+        while loop.counters()["sleeps"] < 2:
+            os.sched_yield()
+        world.send(rq(Op.READ, 0, world.segment(0), id=1))
+        world.port.notify()
+        first = world.collect(1)
+        while loop.counters()["sleeps"] < 3:  # a new port has an event; the third is held off
+            os.sched_yield()
+        wanted = world.send(rq(Op.READ, 0, world.segment(0), id=2))
+        loop.wake()
+        second = world.collect(1)
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        assert [answer.id for answer in first + second] == [1, 2]
+        assert not wanted
+
+
+def test_a_queue_whose_hold_off_has_found_nothing_asks_for_an_event_again() -> None:
+    with QueueWorld() as world:
+        thread = threading.Thread(target=(loop := Loop(world.queue, holdoff_s=0.0001)).run)
+        thread.start()
+        for number in range(20):
+            # Two at the beginning, as a new port has an event; then one held off, and another.
+            while loop.counters()["sleeps"] < 2 + 2 * number:
+                os.sched_yield()
+            assert world.send(rq(Op.READ, 0, world.segment(0), id=number))
+            world.port.notify()
+            assert [answer.id for answer in world.collect(1)] == [number]
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        assert loop.counters()["watchdogs"] == 0

@@ -69,6 +69,30 @@ def test_a_sleep_that_a_look_would_have_spared_makes_looks_longer() -> None:
     assert found == [4 * US, 8 * US, 16 * US, 20 * US, 20 * US]
 
 
+def test_looks_that_find_nothing_in_time_become_few() -> None:
+    # As of a disk that takes somewhat longer than a sleep costs, whatever anybody does.
+    waiting = Waiting(HOP, HOP_CPU)
+    found = []
+    for turn in range(1, 401):
+        found.append(looks(waiting, turn * S))
+        waiting.wakes(turn * S + 3 * HOP)
+
+    assert found[:8] == [HOP] * 8
+    assert sum(found[200:]) < 200 * HOP / 5
+
+
+def test_looks_that_find_something_go_on() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    for turn in range(1, 401):
+        waiting.look_on(turn * S)
+        if turn % 2:
+            waiting.has_work()
+        else:
+            waiting.wakes(turn * S + 3 * HOP)
+
+    assert waiting.look_ns == HOP
+
+
 def interrupted(waiting: Waiting, now: int, gap: int) -> bool:
     """Whether there was a look, which was interrupted for so long."""
     looked = waiting.look_on(now)

@@ -32,6 +32,8 @@ cdef struct loop_state:
     uint64_t event_due_ns        # when it is to be acknowledged; 0: not decided
     waiting wait                 # for how long to look before a sleep
     uint64_t yielded_ns          # when others last had the CPU offered
+    long long holdoff_ns         # how long to sleep after work without hearing of more
+    uint32_t fresh               # something was done since the last sleep
     uint64_t sleeps, wakeups, watchdogs, spurious
 
 

@@ -15,7 +15,9 @@ in only after a pause that doubles each time, from a millisecond to a second (XS
 Linux's late EOI). One with something behind them never waits: work of any kind ends the row.
 
 Before it sleeps a thread may look again and again for a while, which saves both ends an event:
-waiting.pyx says for how long.
+waiting.pyx says for how long. Or it sleeps for a set time first without asking for an event, and
+takes all that has come meanwhile at once (hold-off: blkif.h's `req_event` and `rsp_event` stay
+where they are).
 """
 
 from libc.errno cimport EINTR, ETIME
@@ -156,10 +158,18 @@ cdef void acknowledge(loop_state *s) noexcept nogil:
         s.event_due_ns = 0
 
 
-cdef int sleep(loop_state *s) noexcept nogil:
-    """Submit what is prepared and wait; 0 or -errno for what is not a time-out or a signal."""
+cdef int sleep_for(loop_state *s, long long ns) noexcept nogil:
+    """Submit what is prepared and wait; 0 or -errno, -ETIME if nothing came."""
     cdef __kernel_timespec ts
     cdef io_uring_cqe *cqe = NULL
+    ts.tv_sec = ns // 1000000000
+    ts.tv_nsec = ns % 1000000000
+    s.sleeps += 1
+    return io_uring_submit_and_wait_timeout(&s.ring, &cqe, 1, &ts, NULL)
+
+
+cdef int sleep(loop_state *s) noexcept nogil:
+    """Wait for as long as nothing is due; 0 or -errno for what is not a time-out or a signal."""
     cdef int rc
     cdef long long ns = s.nap_ns
     if s.stepper.outstanding != NULL and s.stepper.outstanding[0] == 0:
@@ -168,16 +178,21 @@ cdef int sleep(loop_state *s) noexcept nogil:
         ns = min(ns, max(<long long>(s.event_due_ns - monotonic_ns()), <long long>0))
     if s.stepper.due_ns != NULL and s.stepper.due_ns[0]:
         ns = min(ns, max(<long long>(s.stepper.due_ns[0] - monotonic_ns()), <long long>0))
-    ts.tv_sec = ns // 1000000000
-    ts.tv_nsec = ns % 1000000000
-    s.sleeps += 1
-    rc = io_uring_submit_and_wait_timeout(&s.ring, &cqe, 1, &ts, NULL)
+    rc = sleep_for(s, ns)
     if rc == -ETIME:
         s.watchdogs += not s.event
         s.nap_ns = min(2 * s.nap_ns, WATCHDOGS_MOST * s.watchdog_ns)
         return 0
     s.wakeups += 1
     return rc if rc < 0 and rc != -EINTR else 0
+
+
+cdef int hold_off(loop_state *s) noexcept nogil:
+    """Sleep without asking for an event; 0 or -errno."""
+    cdef int rc = sleep_for(s, s.holdoff_ns)
+    s.fresh = 0
+    reap(s)
+    return 0 if rc == -ETIME or rc == -EINTR or rc > 0 else rc
 
 
 cdef void spin(loop_state *s) noexcept nogil:
@@ -239,6 +254,12 @@ cdef int run(loop_state *s) noexcept nogil:
                 io_uring_submit(&s.ring)
             has_work(&s.wait)
             s.nap_ns = s.watchdog_ns
+            s.fresh = 1
+            continue
+        if s.holdoff_ns and s.fresh:
+            rc = hold_off(s)
+            if rc < 0:
+                return rc
             continue
         if poll_on(s):
             if io_uring_sq_ready(&s.ring):
@@ -258,16 +279,21 @@ cdef class Loop:
     queue: an object with the stepper's capsule as ``ports``. budget: requests of one step; few, so
     that both ends work at once: one has the first while the other does the rest. watchdog_s:
     longest sleep, seconds. poll_s: longest time that is spent looking before a sleep, seconds; 0:
-    none, as on a single CPU; None: as long as a sleep costs here.
+    none, as on a single CPU; None: as long as a sleep costs here. holdoff_s: how long it sleeps
+    after work without asking for an event, seconds; then nothing is spent looking.
     """
 
-    def __init__(self, queue, *, int budget=8, double watchdog_s=5.0, poll_s=0.0):
+    def __init__(self, queue, *, int budget=8, double watchdog_s=5.0, poll_s=0.0,
+                 double holdoff_s=0.0):
         if self.open:
             raise LocalProtocolError("a loop is made once")
         self.keep = queue
         self.s.stepper = stepper_of(queue)
         self.s.budget = budget
         self.s.nap_ns = self.s.watchdog_ns = <long long>(watchdog_s * 1e9)
+        self.s.holdoff_ns = <long long>(holdoff_s * 1e9)
+        if self.s.holdoff_ns:
+            poll_s = 0.0
         begin_waiting(&self.s.wait, -1.0 if poll_s is None else poll_s)
         self.s.unarmed = (1 << TAG_EVENT) | (1 << TAG_CONTROL) | (1 << TAG_ENGINE)
         rc = io_uring_queue_init(RING_ENTRIES, &self.s.ring, IORING_SETUP_CLAMP)

@@ -2,8 +2,10 @@
 """A queue's native thread, as the control plane holds it."""
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from xvd.dataplane.loop.loop import Loop
@@ -11,6 +13,19 @@ from xvd.dataplane.types import HasPorts
 
 BUDGET = 8
 """Requests of one step, where grants stay mapped: few, so that both ends work at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """How a queue is run. poll_s: for how long at most one looks for more before one sleeps,
+    seconds; None: as long as a sleep costs here. holdoff_s: how long one sleeps after work without
+    asking for an event, seconds; then one does not look. watchdog_s: the longest sleep after
+    something was done. budget: most requests of one step."""
+
+    poll_s: float | None = None
+    holdoff_s: float = 0.0
+    watchdog_s: float = 5.0
+    budget: int = BUDGET
 
 
 class Queue(Protocol):
@@ -27,8 +42,8 @@ class Queue(Protocol):
 class QueueThread:
     """Runs a queue until it is drained or broken, then calls `on_exit` in the event loop's thread.
 
-    `on_exit` gets the exception that ended the loop, or None. The options are
-    `Loop`'s. Made and used in the event loop's thread.
+    `on_exit` gets the exception that ended the loop, or None. options: see `Loop`. Made and used in
+    the event loop's thread.
     """
 
     def __init__(
@@ -37,14 +52,12 @@ class QueueThread:
         name: str,
         on_exit: Callable[[Exception | None], None],
         *,
-        poll_s: float | None = 0.0,
-        watchdog_s: float = 5.0,
-        budget: int = BUDGET,
+        options: LoopOptions,
     ) -> None:
         self._queue = queue
         self._on_exit = on_exit
         self._events = asyncio.get_running_loop()
-        self.loop = Loop(queue, poll_s=poll_s, watchdog_s=watchdog_s, budget=budget)
+        self.loop = Loop(queue, **dataclasses.asdict(options))
         self.wake = self.loop.wake
         """Let the queue be stepped now. Any thread."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """For how long a thread looks for work before it sleeps."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 
 cdef struct waiting:
@@ -15,6 +15,7 @@ cdef struct waiting:
     uint64_t idle_since_ns       # nothing was to be done since then; 0: something was
     uint64_t looked_ns           # the last look since; 0: none
     uint64_t paid_ns             # when all that is owed for gaps will have passed
+    uint32_t in_vain             # longest looks after which there was a sleep all the same, weighed
 
 
 cdef uint64_t thread_cpu_ns() noexcept nogil

@@ -10,7 +10,9 @@ machine does not, and an emulated CPU is slow at either.
 
 That is the longest look. The next one is found out by what it would have gained, as KVM does for
 idle CPUs: twice as long after a sleep that it would have spared, half as long after another, so an
-idle disk does not look at all.
+idle disk does not look at all. What comes while both ends sleep is heard late, and a look would
+have found it sooner; so a sleep that was somewhat longer than the longest look counts as spared
+too, unless looks have shown that what is waited for comes no sooner, as from a disk.
 
 A CPU may be needed by others. Those who are ready to run in this kernel get it offered. A guest
 beneath the same hypervisor cannot say so, but its turn shows, as theirs does, by a gap between two
@@ -39,6 +41,9 @@ cdef enum:
     PAUSE_GAPS = 16              # a gap is owed a pause so many times as long
     PAUSE_MOST_NS = 1000000000
     OWED_MAX_NS = 100000000      # and so much of it is nothing but noise
+    IN_VAIN_WEIGHT = 16          # of a look in vain, beside a chance for one that was not taken
+    IN_VAIN_FREE = 8 * IN_VAIN_WEIGHT
+    IN_VAIN_MAX = IN_VAIN_FREE + IN_VAIN_WEIGHT
 
 cdef uint64_t BY_COST = <uint64_t>-1
 
@@ -168,7 +173,24 @@ cdef bint look_on(waiting *w, uint64_t now) noexcept nogil:
 
 cdef void has_work(waiting *w) noexcept nogil:
     """Something was found."""
+    if w.looked_ns and w.in_vain:
+        w.in_vain -= min(w.in_vain, <uint32_t>IN_VAIN_WEIGHT)
     w.idle_since_ns = w.looked_ns = 0
+
+
+cdef bint would_be_spared(waiting *w, uint64_t idle_ns) noexcept nogil:
+    """Whether a longer look might have found what ended a sleep, after so long without work."""
+    if idle_ns < w.longest_ns + w.cost_ns:
+        return True
+    # What comes while both ends sleep is heard two wake-ups later, and none is as quick as the best
+    # one. Who left that out would never look again beside another who does the same.
+    if idle_ns >= w.longest_ns + 3 * w.cost_ns:
+        return False
+    if w.look_ns == w.longest_ns:
+        w.in_vain = min(w.in_vain + IN_VAIN_WEIGHT, <uint32_t>IN_VAIN_MAX)
+    elif w.in_vain:
+        w.in_vain -= 1
+    return w.in_vain < IN_VAIN_FREE
 
 
 cdef void wakes(waiting *w, uint64_t now, uint64_t cpu_ns) noexcept nogil:
@@ -179,9 +201,7 @@ cdef void wakes(waiting *w, uint64_t now, uint64_t cpu_ns) noexcept nogil:
     if cpu_ns:
         w.sleep_cpu_ns += (<int64_t>cpu_ns - <int64_t>w.sleep_cpu_ns) // 4
         set_longest(w)
-    # What comes while both ends sleep is heard two wake-ups later, and none is as quick as the best
-    # one. Who left that out would never look again beside another who does the same.
-    if now - w.idle_since_ns < w.longest_ns + 3 * w.cost_ns:
+    if would_be_spared(w, now - w.idle_since_ns):
         w.look_ns = min(max(w.look_ns * 2, <uint64_t>LOOK_LEAST_NS), w.longest_ns)
     else:
         w.look_ns = w.look_ns // 2 if w.look_ns > LOOK_LEAST_NS else 0
