@@ -15,7 +15,8 @@ help:
 	@echo 'make sim       the simulator: SEED=n replays one, otherwise SEEDS=n new ones, and'
 	@echo '               then both ends against each other in every combination of features'
 	@echo 'make bench     the data path beside the limit, the storage and the peers, and the'
-	@echo '               published experiments; writes docs/benchmarks.md'
+	@echo '               published experiments; writes docs/benchmarks.md; SUITE=trixie: beside'
+	@echo '               xen-blkback and QEMU on real Xen, into the same page'
 	@echo 'make sanitize  the data plane under ASan and UBSan'
 	@echo 'make fuzz      long runs of the property tests'
 	@echo 'make xen       the tests on real Xen, in software emulation, of two generations;'
@@ -53,8 +54,12 @@ else
 endif
 
 bench:
+ifdef SUITE
+	@tools/bench_xen $(SUITE)
+else
 	@tools/setup release
 	@build/venv-release/bin/xvd bench --out docs/benchmarks.md
+endif
 
 sanitize:
 	@tools/setup sanitize

@@ -30,7 +30,9 @@ choose_suite() {
         patience=5400 cycles=10 # seconds, and attaches; this software CPU is the slower one
         # Kernels with larger pages beside the suite's own, /boot/vmlinux-NAME: flavours that Debian
         # has, those that `kernel` builds, as NAME:DEBIAN:VERSION, and which of them dom0 runs too.
+        # XEN_KERNELS=packaged builds none.
         more_packages=() flavours=(16k) built_kernels=(64k:trixie:6.12 64k-6.1:bookworm:6.1)
+        [ "${XEN_KERNELS-}" != packaged ] || built_kernels=()
         dom0_kernels=(16k 64k)
         ;;
     esac

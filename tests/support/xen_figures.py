@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of backends measured beside each other: kept as JSON lines, shown as Markdown tables.
 
-`python tests/support/xen_figures.py FILE` prints the tables of a file of such lines.
+`python tests/support/xen_figures.py FILE` prints the tables of a file of such lines, and what they
+are of.
 """
 
 import json
@@ -16,10 +17,13 @@ from pathlib import Path
 class Figure:
     """One measurement of one job on one disk.
 
-    backend: who served it. dom0_us: CPU time of dom0 for each operation, whatever for. back_us: of
-    the backend's own threads. front_us: of the frontend's, where it is in dom0 too.
+    host: the Xen host it is of. queues: of the disk. backend: who served it. dom0_us: CPU time of
+    dom0 for each operation, whatever for. back_us: of the backend's own threads. front_us: of the
+    frontend's, where it is in dom0 too.
     """
 
+    host: str
+    queues: int
     frontend: str
     job: str
     backend: str
@@ -49,43 +53,57 @@ def _distinct(texts: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(texts))
 
 
-def _median(figures: Iterable[Figure], of: Callable[[Figure], float | None]) -> str:
-    found = [value for value in map(of, figures) if value is not None]
-    return f"{statistics.median(found):,.0f}" if found else "-"
+def _median(figures: Iterable[Figure], of: Callable[[Figure], float]) -> str:
+    return f"{statistics.median(map(of, figures)):,.0f}"
 
 
-def _times(ours: Sequence[Figure], others: Sequence[Figure]) -> str:
+def ratio(ours: Sequence[Figure], others: Sequence[Figure]) -> float:
     """The median of the rounds' ratios: what one round has in common falls out."""
     pairs = zip(ours, others, strict=True)
-    return f"{statistics.median(a.iops / b.iops for a, b in pairs):.2f}"
+    return statistics.median(a.iops / b.iops for a, b in pairs)
+
+
+def _row(job: str, by_backend: dict[str, list[Figure]]) -> str:
+    ours, *others = by_backend.values()
+    cells = [job]
+    cells += [_median(those, lambda one: one.iops) for those in by_backend.values()]
+    cells += [f"{ratio(ours, those):.3g}" for those in others]
+    cells += [_median(those, lambda one: one.back_us) for those in by_backend.values()]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean(rows: Iterable[dict[str, list[Figure]]], backend: str) -> str:
+    """The geometric mean of the ratios to one backend."""
+    found = []
+    for by_backend in rows:
+        ours = next(iter(by_backend.values()))
+        found.append(ratio(ours, by_backend[backend]))
+    return f"{statistics.geometric_mean(found):.2f} of {backend}"
 
 
 def markdown(figures: Sequence[Figure]) -> str:
     """A table for each frontend; the first backend is the one that the others are compared with."""
-    parts = []
+    first = figures[0]
+    queues = "one queue" if first.queues == 1 else f"{first.queues} queues"
+    parts = [f"### {first.host}, {queues}\n"]
+    backends = _distinct(figure.backend for figure in figures)
+    every = []
     for frontend in _distinct(figure.frontend for figure in figures):
         mine = [figure for figure in figures if figure.frontend == frontend]
         rounds = len({figure.round for figure in mine})
-        parts.append(f"{frontend}; medians of {rounds} rounds, CPU times for each operation\n")
-        first = mine[0].backend
-        columns = ("IOPS", f"{first} is", "dom0 us", "backend us", "frontend us")
-        parts.append(f"| job | backend | {' | '.join(columns)} |")
-        parts.append("|---|---|" + "--:|" * len(columns))
+        parts.append(f"{frontend}; medians of {rounds} rounds:\n")
+        columns = [f"{backend} IOPS" for backend in backends]
+        columns += [f"of {backend}" for backend in backends[1:]]
+        columns += [f"backend CPU us/op: {backends[0]}", *backends[1:]]
+        parts.append(f"| job | {' | '.join(columns)} |")
+        parts.append("|---|" + "--:|" * len(columns))
         for job in _distinct(figure.job for figure in mine):
-            ours = [one for one in mine if (one.job, one.backend) == (job, first)]
-            for backend in _distinct(figure.backend for figure in mine):
-                those = [one for one in mine if (one.job, one.backend) == (job, backend)]
-                cells = (
-                    job,
-                    backend,
-                    _median(those, lambda one: one.iops),
-                    _times(ours, those) + " times" if backend != first else "",
-                    _median(those, lambda one: one.dom0_us),
-                    _median(those, lambda one: one.back_us),
-                    _median(those, lambda one: one.front_us),
-                )
-                parts.append(f"| {' | '.join(cells)} |")
+            row = {b: [f for f in mine if (f.job, f.backend) == (job, b)] for b in backends}
+            every.append(row)
+            parts.append(_row(job, row))
         parts.append("")
+    means = " and ".join(_mean(every, backend) for backend in backends[1:])
+    parts.append(f"Geometric mean over both tables: {means}.\n")
     return "\n".join(parts)
 
 

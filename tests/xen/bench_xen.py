@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Null storage behind three backends in one boot: xvd's, Linux's xen-blkback, and QEMU's qdisk.
 
-Not a test: `xen-rig/test trixie tests/xen/bench_xen.py` prints the tables, in about ten minutes,
-and leaves the figures in build/xen-rig/trixie/figures.jsonl. Two frontends: a Linux guest with fio,
-and xvd's load generator in dom0, which costs far less and so shows the backend. All three disks are
-attached once, and everything runs in this process: in software emulation a process' start and an
-attach take seconds, a measurement two. Only ratios of one boot mean anything.
+Not a test: `make bench SUITE=trixie` runs it, in about ten minutes, and puts its tables into
+docs/benchmarks.md; XVD_QUEUES=4 in the environment for so many queues. Two frontends: a Linux guest
+with fio, and xvd's load generator in dom0, which costs far less and so shows the backend. All three
+disks are attached once, and everything runs in this process: in software emulation a process' start
+and an attach take seconds, a measurement two. Only ratios of one boot mean anything.
 """
 
 import asyncio
+import functools
 import os
+import platform
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -113,6 +115,14 @@ def peers(backend: Backend) -> Iterator[list[Peer]]:
     sh("modprobe -r null_blk xen-blkback")
 
 
+@functools.cache
+def host() -> str:
+    """What this is, in words."""
+    version = re.search(r"^xen_version\s*: (\S+)", sh("xl info"), re.MULTILINE)
+    assert version is not None
+    return f"Xen {version[1]}, Linux {platform.release()}"
+
+
 @dataclass(frozen=True)
 class Done:
     """front_s: CPU time of the frontend's thread, where it is in dom0."""
@@ -172,6 +182,8 @@ class Rounds:
         else:
             pytest.fail(f"this machine's clock goes {meter.drift:.2f} times as fast as its host's")
         return Figure(
+            host(),
+            QUEUES,
             self._frontend,
             str(case),
             peer.name,

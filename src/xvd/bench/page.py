@@ -31,14 +31,15 @@ measures beside us, takes one.
 
 
 LAST = "xen.md"
-"""What was measured on real Xen, by another command."""
+"""What was measured on real Xen, by another command: words, and `TABLES` between them."""
+TABLES = "<!-- the tables of xen-*.md -->\n"
 
 
 def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
     """Write the page, and each plot as an SVG into a folder of the page's name beside it.
 
-    What the folder has to say of an experiment, in NAME.md, becomes its "Seen here"; its `LAST`
-    is the page's end.
+    What the folder has to say of an experiment, in NAME.md, becomes its "Seen here"; the page ends
+    as `end` says.
     """
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,21 @@ def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
         remark = pictures / f"{report.name}.md"
         seen = remark.read_text().strip() if remark.exists() else ""
         parts.append(as_markdown(report, picture, seen))
+    path.write_text("\n".join(parts) + end(pictures))
+
+
+def end(pictures: Path) -> str:
+    """The part on real Xen, of what the folder has."""
     last = pictures / LAST
-    if last.exists():
-        parts.append(last.read_text())
-    path.write_text("\n".join(parts))
+    if not last.exists():
+        return ""
+    tables = "\n".join(each.read_text() for each in sorted(pictures.glob("xen-*.md")))
+    return "\n" + last.read_text().replace(TABLES, tables)
+
+
+def write_end(path: Path) -> None:
+    """Write the page's part on real Xen anew, and leave the rest."""
+    found = end(path.with_suffix(""))
+    heading = found.lstrip().partition("\n")[0]
+    before, _, _ = path.read_text().partition(f"\n{heading}\n")
+    path.write_text(before + found)

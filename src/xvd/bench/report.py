@@ -114,15 +114,22 @@ def machine() -> dict[str, object]:
         "cpu": model[0] if model else platform.machine(),
         "kernel": platform.release(),
         "python": platform.python_version(),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
-def _commit() -> str:
-    here = Path(__file__).parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+def commit() -> str:
+    """Name the commit that is measured; "-dirty" where the sources are not those of it."""
+    found = _git("rev-parse", "--short", "HEAD")
+    if not found:
+        return "unknown"
+    return f"{found}-dirty" if _git("status", "--porcelain", "--", ":/src") else found
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return ""
+    return done.stdout.strip()
