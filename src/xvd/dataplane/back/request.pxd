@@ -116,7 +116,7 @@ cdef inline int check_segments(request *rq, uint32_t unit) noexcept nogil:
     for i in range(rq.nr_segments):
         if rq.first_sect[i] > rq.last_sect[i]:
             return REFUSAL_SEGMENT_ORDER
-        if rq.last_sect[i] >= BLKIF_SECTORS_PER_PAGE // unit:
+        if (<uint32_t>rq.last_sect[i] + 1) * unit > BLKIF_SECTORS_PER_PAGE:
             return REFUSAL_SEGMENT_PAST_PAGE
         if unit > 1:
             rq.first_sect[i] = <uint8_t>(rq.first_sect[i] * unit)
