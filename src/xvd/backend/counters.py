@@ -24,6 +24,7 @@ class BackCounters(QueueCounters):
     persistent_misses: int = 0
     persistent_purged: int = 0
     recovered: int = 0
+    held: int = 0
     starved: int = 0
     buffer_pages: int = of_the_moment()
     persistent_grants: int = of_the_moment()

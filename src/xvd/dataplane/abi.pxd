@@ -117,6 +117,7 @@ cdef extern from "abi_gen.h" nogil:
         STEP_WORKED
         STEP_BROKEN
         STEP_DRAINED
+        STEP_EXCHANGED
 
     enum:
         CLIENT_READS

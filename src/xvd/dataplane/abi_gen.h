@@ -130,6 +130,7 @@ enum xvd_step_flag {
   STEP_WORKED = 1,
   STEP_BROKEN = 2,
   STEP_DRAINED = 4,
+  STEP_EXCHANGED = 8,
 };
 
 enum xvd_client_wish {

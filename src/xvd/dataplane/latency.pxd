@@ -35,6 +35,12 @@ cdef inline void count_kind(kind_counts *counts, uint32_t kind, uint64_t sectors
     counts.sectors[kind] += sectors
 
 
+cdef inline void discount_kind(kind_counts *counts, uint32_t kind, uint64_t sectors) noexcept nogil:
+    """It will be counted again."""
+    counts.requests[kind] -= 1
+    counts.sectors[kind] -= sectors
+
+
 cdef dict kind_figures(const kind_counts *counts)
 
 

@@ -50,5 +50,6 @@ cdef extern from "liburing.h" nogil:
                                  long long length)
     void io_uring_prep_poll_add(io_uring_sqe *sqe, int fd, unsigned mask)
     void io_uring_prep_poll_multishot(io_uring_sqe *sqe, int fd, unsigned mask)
+    void io_uring_prep_cancel64(io_uring_sqe *sqe, uint64_t user_data, int flags)
     void io_uring_sqe_set_flags(io_uring_sqe *sqe, unsigned flags)
     void io_uring_sqe_set_data64(io_uring_sqe *sqe, uint64_t data)

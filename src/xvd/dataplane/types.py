@@ -14,6 +14,8 @@ class StepFlag(IntFlag):
     """The peer broke the ring: never step again."""
     DRAINED = 4
     """Asked to stop, and nothing is in flight any more."""
+    EXCHANGED = 8
+    """It has other storage now: attach that to the thread, and hear of that only."""
 
 
 class Wish(IntFlag):

@@ -1,31 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native thread's loop: it sleeps, is woken, drains, and leaves."""
 
+import contextlib
 import os
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from rig_engines import ByHand, PythonEngine
 from rig_front import FrontWorld
 from rig_queue import QueueWorld, rq
 
 from xvd.blkif.abi import Op
 from xvd.dataplane.loop.loop import Loop
 from xvd.dataplane.loop.waiting import sleep_cost_s
-from xvd.engines.bridge import BridgeChannel
-from xvd.engines.interface import EngineInfo
-from xvd.engines.memory import MemoryEngine
-
-
-class ByHand(MemoryEngine):
-    """Storage whose operations the test completes; `channel` is the one that was opened last."""
-
-    def open_channel(self) -> BridgeChannel:
-        self.channel = BridgeChannel()
-        return self.channel
-
-    @property
-    def info(self) -> EngineInfo:
-        return MemoryEngine.info.fget(self)  # type: ignore[attr-defined, no-any-return]
+from xvd.engines.interface import Engine
+from xvd.engines.uri import open_engine
 
 
 def test_a_running_queue_answers_and_sends_an_event() -> None:
@@ -215,3 +206,45 @@ def test_a_queue_whose_hold_off_has_found_nothing_asks_for_an_event_again() -> N
         loop.wake()
         thread.join()
         assert loop.counters()["watchdogs"] == 0
+
+
+def test_storage_of_every_kind_is_exchanged_under_a_running_thread(tmp_path: Path) -> None:
+    # A file's operations are on the thread's io_uring; an engine in Python has a descriptor.
+    image = tmp_path / "image"
+    image.write_bytes(b"f" * (1 << 20))
+    kinds: list[Callable[[], Engine]] = [
+        lambda: open_engine("memory:1M"),
+        lambda: open_engine(f"file:{image}"),
+        lambda: PythonEngine(1 << 20),
+    ]
+    rest_fd = os.eventfd(0, os.EFD_CLOEXEC)
+    with QueueWorld() as world, contextlib.ExitStack() as last:
+        thread = threading.Thread(target=(loop := Loop(world.queue)).run)
+        thread.start()
+        for number in range(12):
+            engine = kinds[number % 3]()
+            channel = engine.open_channel()
+            world.queue.pause(rest_fd)
+            loop.wake()
+            os.eventfd_read(rest_fd)
+            world.queue.exchange(channel)
+            loop.wake()
+            os.eventfd_read(rest_fd)
+            assert world.queue.exchanged
+            last.close()
+            last.callback(engine.close)
+            last.callback(channel.close)
+            world.queue.resume()
+            loop.wake()
+            world.data(0)[:] = bytes([number]) * 4096
+            world.send(rq(Op.WRITE, 0, world.segment(0), id=number))
+            world.port.notify()
+            assert [(a.id, a.status) for a in world.collect(1)] == [(number, 0)]
+            found = bytearray(4096)
+            engine.read(memoryview(found), 0)
+            assert found == bytes([number]) * 4096
+        world.queue.stop()
+        loop.wake()
+        thread.join()
+        world.queue.release()
+    os.close(rest_fd)

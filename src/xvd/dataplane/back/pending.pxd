@@ -10,7 +10,7 @@ from xvd.dataplane.back.request cimport request, request_limits
 from xvd.dataplane.back.space cimport space, space_pool
 from xvd.dataplane.latency cimport kind_counts, latencies
 from xvd.dataplane.ports cimport (
-    engine_io, engine_ports, event_ports, grant_copy, grant_mapping, grant_ports)
+    engine_io, engine_ports, event_ports, grant_copy, grant_mapping, grant_ports, stepper_ports)
 from xvd.dataplane.ring.ring cimport back_ring
 
 
@@ -20,10 +20,18 @@ cdef enum:
     GRANTS_PER_REQUEST = 33      # Linux's frontend: 32 segments and an indirect page
     PAUSE_NS = 1000000           # blkback's msleep(1) after a request that could not be mapped
 
+# Whether a queue takes requests. With HELD the storage was away, and what it failed waits to be begun
+# again; PAUSED is somebody's wish.
+cdef enum halting:
+    RUNNING = 0
+    PAUSED = 1
+    HELD = 2
+    STOPPING = 3                 # for good
+
 cdef enum recovery:
     RECOVERED = 0
     TAKING_OVER = 1              # the journal holds requests of a predecessor
-    BEGINNING = 2                # some of them wait until others are answered
+    BEGINNING = 2                # some wait to be begun again
 
 
 # Names as blkback's in sysfs where it has them.
@@ -34,14 +42,14 @@ cdef struct queue_counters:
     uint64_t map_calls, unmap_calls, copy_calls
     uint64_t buffer_pages_released
     uint64_t persistent_hits, persistent_misses, persistent_purged
-    uint64_t notified, suppressed, steps, recovered, starved
+    uint64_t notified, suppressed, steps, recovered, held, starved
     uint64_t refusals[REFUSAL_COUNT]
 
 # A request between the ring and its response.
 cdef struct pending:
     request rq
     journal_entry *entry
-    uint32_t waiting             # 1: a predecessor's, not begun yet
+    uint32_t waiting             # 1: a predecessor's, or put back, and not begun
     uint8_t to_ask               # of what its operation asks of the storage, how much is left
     grant_mapping mapping        # what is mapped for this request only
     uint32_t passing             # how many of its references are mapped for it only
@@ -63,9 +71,14 @@ cdef struct backend_queue:
     grant_ports *grants
     event_ports *events
     engine_ports *engine
+    stepper_ports *table         # of this queue: its thread goes by the storage there
     uint32_t copying             # 1: grant copy for all; 0: mapping
     uint32_t persistent          # 1: keep what is mapped, as far as `kept` allows
-    uint32_t stopping
+    uint32_t halt                # `halting`
+    uint32_t hold_errors         # 1: put back what fails because the storage is away
+    engine_ports *other_engine   # takes the place of `engine` when nothing is in flight
+    int rest_fd                  # written to when a halted queue has nothing in flight; -1: none
+    uint32_t rested              # 1: that was done
     uint32_t broken
     uint32_t withdrawn           # bits of `limits.offered` that the storage turned out not to do
     uint64_t resume_ns           # nothing is taken before; 0: no pause

@@ -15,12 +15,12 @@ journal.pxd says what outlives this process, and why.
 
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from posix.unistd cimport close, read
+from posix.unistd cimport close, read, write
 
 from xvd.dataplane.abi cimport (
     BLKIF_DISCARD_SECURE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_MAX_SEGMENTS_PER_REQUEST,
     BLKIF_OP_INDIRECT, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE, REFUSAL_COUNT, REFUSAL_NONE,
-    STEP_BROKEN, STEP_DRAINED, STEP_WORKED, blkif_layouts, blkif_operation, blkif_operations,
+    STEP_BROKEN, STEP_DRAINED, STEP_EXCHANGED, STEP_WORKED, blkif_layouts, blkif_operation, blkif_operations,
     blkif_refusal_names)
 from xvd.dataplane.back.buffers cimport reuse, shrink
 from xvd.dataplane.back.grants cimport purge, purge_all, resolve, unmap
@@ -29,14 +29,15 @@ from xvd.dataplane.back.journal cimport (
     ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of,
     journal_entry, journal_header, mark_taken, strike)
 from xvd.dataplane.back.pending cimport (
-    BEGINNING, COPIES, GRANTS_PER_REQUEST, RECOVERED, SETS, TAKING_OVER, backend_queue, pending)
+    BEGINNING, COPIES, GRANTS_PER_REQUEST, PAUSED, HELD, RECOVERED, RUNNING, SETS, STOPPING,
+    TAKING_OVER, backend_queue, pending)
 from xvd.dataplane.back.persistent cimport NOBODY, close_book, open_book, persistent_grant
 from xvd.dataplane.back.request cimport parse, request, validate
 from xvd.dataplane.back.space cimport (
     LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space, take_space)
 from xvd.dataplane.back.storage cimport (
     collect, publish_responses, refuse, refuse_marked, start, use_space)
-from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits
+from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits, xvd_store_release
 from xvd.dataplane.latency cimport count_kind, kind_figures, latency_lists
 from xvd.dataplane.ports cimport (
     ENGINE_SECURE, PAGES_EACH, engine_io, engine_of, events_of, grant_copy, grant_mapping,
@@ -229,14 +230,32 @@ cdef uint32_t take_new(backend_queue *q, uint32_t budget) noexcept nogil:
     return q.nr_batch + take(q, budget)
 
 
+cdef uint32_t at_rest(backend_queue *q) noexcept nogil:
+    """What a step says when nothing is in flight and nothing is taken."""
+    cdef uint64_t one = 1
+    if q.broken or q.halt == STOPPING:
+        if q.persistent:
+            purge_all(q)
+        return STEP_BROKEN | STEP_DRAINED if q.broken else STEP_DRAINED
+    if q.other_engine == NULL:
+        if not q.rested:
+            q.rested = 1
+            if q.rest_fd >= 0:
+                write(q.rest_fd, &one, 8)
+        return 0
+    q.engine = q.table.engine = q.other_engine
+    q.other_engine = NULL
+    return STEP_EXCHANGED
+
+
 cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     """One bounded round; STEP_* flags."""
     cdef backend_queue *q = <backend_queue *>ctx
-    cdef uint32_t moved = 0
+    cdef uint32_t flags, moved = 0
     q.count.steps += 1
     if not q.given_time:
         q.now_ns = monotonic_ns()
-    if not q.stopping and not q.broken:
+    if q.halt == RUNNING and not q.broken:
         q.nr_batch = q.nr_indirect = 0
         if q.now_ns >= q.resume_ns:
             moved = take_new(q, budget)
@@ -250,10 +269,10 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
     moved += collect(q)
     publish_responses(q)
     shrink(q)
-    if (q.stopping or q.broken) and q.in_flight == 0:
-        if q.persistent:
-            purge_all(q)
-        return STEP_BROKEN | STEP_DRAINED if q.broken else STEP_DRAINED
+    if (q.halt != RUNNING or q.broken) and q.in_flight == 0:
+        flags = at_rest(q)
+        if flags:
+            return flags
     if q.persistent and purge(q):
         moved += 1
     return STEP_WORKED if moved else 0
@@ -271,9 +290,13 @@ cdef uint64_t when_due(const backend_queue *q) noexcept nogil:
 cdef int may_sleep(void *ctx) noexcept nogil:
     cdef backend_queue *q = <backend_queue *>ctx
     q.due_ns = when_due(q)
-    if q.resume_ns and not q.stopping and not q.broken:
+    if q.broken or q.halt == STOPPING:
+        return q.in_flight > 0
+    if q.halt != RUNNING:
+        return q.in_flight > 0 or q.other_engine == NULL
+    if q.resume_ns:
         return True              # until then, and what is answered meanwhile wakes the thread
-    if q.stopping or q.broken or q.stalled:
+    if q.stalled:
         return q.in_flight > 0
     return not back_final_check(&q.ring)
 
@@ -333,9 +356,11 @@ cdef class BackendQueue:
             options.persistent or self.q.grants.unmaps_at_once)
         self.q.max_pages = options.max_pages
         self.set_persistent(options.persistent_max, options.persistent_idle_s)
+        self.q.rest_fd = -1
         self.q.alarm_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.allocate(nr_ents)
         self.attach(journal, resume)
+        self.q.table = &self.table
         self.table.ctx = &self.q
         self.table.step = step
         self.table.may_sleep = may_sleep
@@ -436,7 +461,55 @@ cdef class BackendQueue:
 
     def stop(self):
         """Take no more requests; those taken are finished by further steps. Any thread."""
-        self.q.stopping = 1
+        self.q.halt = STOPPING
+
+    def pause(self, int rest_fd=-1):
+        """Take no more requests until `resume`; those taken are finished. Any thread; wake its own.
+
+        rest_fd: an eventfd that is written to when nothing is in flight any more, and after an
+        `exchange`; the caller's, and to be kept until `resume`. A queue that was to stop does that.
+        """
+        if self.q.halt == STOPPING:
+            return
+        self.q.rest_fd = rest_fd
+        self.q.rested = 0
+        xvd_store_release(&self.q.halt, PAUSED)
+
+    def resume(self):
+        """Take requests again, and begin again what was put back. Any thread; wake its own."""
+        if self.q.halt != STOPPING:
+            self.q.rest_fd = -1
+            xvd_store_release(&self.q.halt, RUNNING)
+
+    @property
+    def held(self):
+        """Whether it takes nothing because the storage was away."""
+        return self.q.halt == HELD
+
+    @property
+    def quiet(self):
+        """Whether nothing is in flight, and nothing will be until `resume`."""
+        return self.q.halt != RUNNING and self.q.in_flight == 0
+
+    def set_hold(self, bint holding):
+        """Put back what fails because the storage is away, and take no more then; or answer it with
+        an error. Any thread."""
+        self.q.hold_errors = holding
+
+    def exchange(self, engine):
+        """Go on with other storage, an object as the constructor's. Only while it is paused or held
+        and `quiet`; its next step does it (`exchanged`). Any thread; wake its own.
+        """
+        if not self.quiet or self.q.other_engine != NULL:
+            raise LocalProtocolError("storage is exchanged while nothing is in flight, once")
+        self.keep += (engine,)
+        self.q.rested = 0
+        self.q.other_engine = engine_of(engine)
+
+    @property
+    def exchanged(self):
+        """Whether the last `exchange` is done: nothing refers to the storage before it."""
+        return self.q.other_engine == NULL
 
     def release(self):
         """Unmap what was kept between requests. Only when nothing steps the queue any more."""

@@ -3,8 +3,9 @@
 """The last stage of a request: the storage, its one response, and making responses visible
 together."""
 
-from libc.errno cimport EOPNOTSUPP
-from libc.stdint cimport int16_t, uint32_t, uint64_t
+from libc.errno cimport (
+    EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, ENXIO, EOPNOTSUPP, ESHUTDOWN, ETIMEDOUT)
+from libc.stdint cimport int16_t, int32_t, uint32_t, uint64_t
 from posix.unistd cimport write
 
 from xvd.dataplane.abi cimport (
@@ -13,10 +14,11 @@ from xvd.dataplane.abi cimport (
 from xvd.dataplane.back.buffers cimport set_idle
 from xvd.dataplane.back.grants cimport give_back, unmap
 from xvd.dataplane.back.journal cimport mark_answering, strike
-from xvd.dataplane.back.pending cimport PAUSE_NS, backend_queue, pending
+from xvd.dataplane.back.pending cimport (
+    BEGINNING, HELD, PAUSE_NS, RUNNING, backend_queue, pending)
 from xvd.dataplane.back.space cimport give_space, space
 from xvd.dataplane.c cimport DEBUG_ASSERT, monotonic_ns, xvd_clear_bits
-from xvd.dataplane.latency cimport count_latency
+from xvd.dataplane.latency cimport count_latency, discount_kind
 from xvd.dataplane.ports cimport ENGINE_SECURE, engine_io
 from xvd.dataplane.ring.ring cimport back_push, back_respond
 
@@ -37,21 +39,26 @@ cdef inline void respond(backend_queue *q, pending *p, int16_t status) noexcept 
     strike(q.journal, p.entry, q.ring.rsp_prod_pvt)
 
 
-cdef inline void answer(backend_queue *q, pending *p, int16_t status) noexcept nogil:
-    """The one place where a request gets its one response."""
+cdef inline void leave(backend_queue *q, pending *p) noexcept nogil:
+    """A request is no longer in flight."""
     DEBUG_ASSERT(q.in_flight > 0)
-    respond(q, p, status)
-    q.count.responses += 1
-    if status != BLKIF_RSP_OKAY:
-        q.count.errors += 1
     q.in_flight -= 1
     if q.barrier == p:
         q.barrier = NULL
-    q.unpushed += 1
     set_idle(q, p.room)
     if p.room != p.own:
         give_space(&q.large, p.room)
         use_space(p, p.own)
+
+
+cdef inline void answer(backend_queue *q, pending *p, int16_t status) noexcept nogil:
+    """The one place where a request gets its one response."""
+    respond(q, p, status)
+    q.count.responses += 1
+    if status != BLKIF_RSP_OKAY:
+        q.count.errors += 1
+    leave(q, p)
+    q.unpushed += 1
     q.free_list[q.nr_free] = p
     q.nr_free += 1
 
@@ -115,6 +122,26 @@ cdef inline void ring_alarm(backend_queue *q) noexcept nogil:
         write(q.alarm_fd, &one, 8)
 
 
+cdef inline bint is_away(int32_t result) noexcept nogil:
+    """Whether an error says that the storage is away or full, and may be there again."""
+    return result in (-EIO, -ENOSPC, -EDQUOT, -ESHUTDOWN, -ETIMEDOUT, -ENOTCONN, -ENODEV, -ENXIO)
+
+
+cdef inline void put_back(backend_queue *q, pending *p) noexcept nogil:
+    """Leave a request unanswered, in the journal as ever, and take no more: it is begun again, from
+    the beginning and with whatever storage there is then, when the queue goes on."""
+    q.last_error = p.io.result
+    q.count.held += 1
+    q.count.requests -= 1
+    discount_kind(&q.kinds, blkif_operations[p.rq.operation].kind, p.rq.nr_sectors)
+    leave(q, p)
+    p.waiting = 1
+    q.recovering = BEGINNING
+    if q.halt == RUNNING:
+        q.halt = HELD
+    ring_alarm(q)
+
+
 cdef inline void fail(backend_queue *q, pending *p) noexcept nogil:
     """The storage said no: the status for it.
 
@@ -165,6 +192,9 @@ cdef inline uint32_t collect(backend_queue *q) noexcept nogil:
     give_back(q, finished)
     for i in range(finished):
         p = q.batch[i]
+        if q.hold_errors and is_away(p.io.result) and p.refusal == REFUSAL_NONE:
+            put_back(q, p)
+            continue
         count_latency(&q.latency, blkif_operations[p.rq.operation].kind, q.now_ns - p.begun_ns)
         if p.refusal != REFUSAL_NONE:
             refuse(q, p, p.refusal)

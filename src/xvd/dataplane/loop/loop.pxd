@@ -13,7 +13,8 @@ cdef enum wake_tag:
     TAG_EVENT = 1                # the event channel
     TAG_CONTROL = 2              # `wake`, `finish`
     TAG_ENGINE = 3               # the engine's own descriptor
-    TAG_LAST = 3
+    TAG_EXCHANGED = 4            # the end of the poll of an earlier engine's
+    TAG_LAST = 4
 
 cdef struct loop_state:
     io_uring ring

@@ -20,15 +20,16 @@ takes all that has come meanwhile at once (hold-off: blkif.h's `req_event` and `
 where they are).
 """
 
-from libc.errno cimport EINTR, ETIME
+from libc.errno cimport EINTR, ENOENT, ETIME
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from posix.unistd cimport close, read, write
 
-from xvd.dataplane.abi cimport STEP_BROKEN, STEP_DRAINED, STEP_WORKED
+from xvd.dataplane.abi cimport STEP_BROKEN, STEP_DRAINED, STEP_EXCHANGED, STEP_WORKED
 from xvd.dataplane.c cimport monotonic_ns, xvd_exchange32, xvd_pause, xvd_store_release
 from xvd.dataplane.liburing cimport (
     IORING_CQE_F_MORE, IORING_SETUP_CLAMP, __kernel_timespec, io_uring_cq_ready, io_uring_cqe,
-    io_uring_cqe_seen, io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_poll_multishot,
+    io_uring_cqe_seen, io_uring_get_sqe, io_uring_peek_cqe, io_uring_prep_cancel64,
+    io_uring_prep_poll_multishot,
     io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe,
     io_uring_sqe_set_data64, io_uring_submit, io_uring_submit_and_wait_timeout)
 from xvd.dataplane.loop.waiting cimport begin_waiting, has_work, look_on, thread_cpu_ns, wakes
@@ -77,7 +78,7 @@ cdef void arm(loop_state *s) noexcept nogil:
     """Ask for every descriptor whose poll is not, or no longer, running."""
     cdef uint32_t tag
     cdef io_uring_sqe *sqe
-    for tag in range(TAG_EVENT, TAG_LAST + 1):
+    for tag in range(TAG_EVENT, TAG_ENGINE + 1):
         if not s.unarmed & (1 << tag):
             continue
         if fd_of(s, tag) < 0:
@@ -105,17 +106,32 @@ cdef void change_stepper(loop_state *s) noexcept nogil:
         s.stepper.engine.attach(s.stepper.engine.ctx, &s.ring)
 
 
+cdef void change_storage(loop_state *s) noexcept nogil:
+    """Attach what the stepper has now, and hear of nothing else."""
+    cdef io_uring_sqe *sqe = io_uring_get_sqe(&s.ring)
+    if sqe == NULL:
+        io_uring_submit(&s.ring)
+        sqe = io_uring_get_sqe(&s.ring)
+    io_uring_prep_cancel64(sqe, TAG_ENGINE, 0)
+    io_uring_sqe_set_data64(sqe, TAG_EXCHANGED)
+    s.stepper.engine.attach(s.stepper.engine.ctx, &s.ring)
+
+
 cdef void dispatch(loop_state *s, io_uring_cqe *cqe) noexcept nogil:
     cdef uint64_t tag = cqe.user_data
     cdef completion *told = <completion *>tag
     if tag > TAG_LAST:
         told.done(told, cqe.res)
         return
+    if tag == TAG_EXCHANGED:
+        if cqe.res == -ENOENT:   # there was no poll whose end would have it armed again
+            s.unarmed |= <uint32_t>1 << TAG_ENGINE
+        return
     if not cqe.flags & IORING_CQE_F_MORE:
         s.unarmed |= <uint32_t>1 << tag
     if tag == TAG_EVENT:
         s.event = 1
-    elif tag > 0:
+    elif tag > 0 and cqe.res > 0:
         drain_fd(fd_of(s, <uint32_t>tag))
         if tag == TAG_CONTROL:
             change_stepper(s)
@@ -244,8 +260,11 @@ cdef int run(loop_state *s) noexcept nogil:
     cdef int rc
     while not s.leave:
         flags = s.stepper.step(s.stepper.ctx, s.budget)
-        if flags & STEP_DRAINED:
-            return 0
+        if flags & (STEP_DRAINED | STEP_EXCHANGED):
+            if flags & STEP_DRAINED:
+                return 0
+            change_storage(s)
+            continue
         s.worked |= flags & STEP_WORKED
         arm(s)
         # At work too: what has come for others than those who keep us at work is not to wait.
