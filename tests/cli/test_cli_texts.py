@@ -54,6 +54,8 @@ ANSWERS = [
     (("stats",), HEADS + rf"backend-0 +alive +1/xvda{NUMBER * 8}\n"),
     (("list",), LIST_HEADS + r"1/xvda +0 w +connected +connected +alive +\S+/disk\.img\n"),
     (("resize", "1", "xvda"), "8388608\n"),
+    (("pause", "1", "xvda"), ""),
+    (("resume", "1", "xvda"), ""),
     (("top", "--count", "1", "--interval", "0.05"), TOP_HEADS + r"1/xvda +alive[ \d.]+\n"),
 ]
 
@@ -106,7 +108,7 @@ ARGUMENTS = {
     "load": ["--operations", "9", "--engine", "null:1M", "--span", "1M"],
     "bench": ["instructions", "--tiny"], "sim": ["--steps", "9"],
 }  # fmt: skip
-SILENT = ("attach", "detach")
+SILENT = ("attach", "detach", "pause", "resume", "swap")
 LASTING = ("host", "backend", "nbd")
 
 

@@ -126,6 +126,32 @@ def test_a_disk_is_resized_while_it_is_used(four: FourProcesses, image: Path) ->
     assert (smaller.returncode, "--shrink" in smaller.stderr) == (2, True)
 
 
+def test_a_disk_is_paused_swapped_and_resumed_while_it_is_used(
+    four: FourProcesses, image: Path, tmp_path: Path, requires_tool
+) -> None:
+    qemu_io, size = requires_tool("qemu-io"), image.stat().st_size
+    other, small = tmp_path / "other.img", tmp_path / "small.img"
+    other.write_bytes(b"o" * size)
+    small.write_bytes(b"s" * 4096)
+    rows = []
+    for words in (("pause",), ("swap", str(other)), ("resume",)):
+        verb, *more = words
+        done = four.run(verb, "1", "xvda", *more)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        rows.append(json.loads(four.run("list", "--json").stdout)[0])
+    refused = four.run("swap", "1", "xvda", str(small))
+    command = [qemu_io, "-f", "raw", "-c", f"read -P {ord('o')} 0 4096", four.uri]
+    read = subprocess.run(command, check=True, capture_output=True, text=True)
+
+    assert [(row["backend_state"], row["target"]) for row in rows] == [
+        ("paused", str(image)), ("paused", str(other)), ("connected", str(other)),
+    ]  # fmt: skip
+    assert (refused.returncode, refused.stderr) == (
+        1, f"xvd: 1/xvda: {small} does not fit: it has 4096 bytes and the disk {size}\n"
+    )  # fmt: skip
+    assert "verification failed" not in read.stdout
+
+
 def test_a_disk_that_nobody_serves_is_not_resized(four: FourProcesses) -> None:
     result = four.run("resize", "1", "xvdz", "1G")
 

@@ -5,12 +5,14 @@ Made in one piece or not at all. While it runs it calls its owner when something
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from xvd.backend.budget import Lease
 from xvd.backend.counters import BackCounters
+from xvd.backend.rest import Rest
 from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState, Journal
 from xvd.blkif.abi import InfoFlag
@@ -19,8 +21,8 @@ from xvd.blkif.nodes import FrontendConfig, QueueConfig
 from xvd.dataplane.back.journal import unanswered
 from xvd.dataplane.back.options import BackOptions
 from xvd.dataplane.loop.thread import BUDGET, LoopOptions
-from xvd.engines.interface import Engine
-from xvd.errors import ConfigError, PeerProtocolError
+from xvd.engines.interface import Channel, Engine
+from xvd.errors import ConfigError, PeerClosed, PeerProtocolError
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
 from xvd.xenbus.counters import LoopCounters, total
@@ -99,6 +101,8 @@ class Connection(Links[BackLink]):
         self.set_aside = ""
         self._name = name
         self._failures = 0
+        self._channels: list[Channel] = []
+        self._rest: Rest | None = None
         self._released = asyncio.Event()
         self._on_end: Callable[[Connection], None]
         self._on_failure: Callable[[int, int], None]
@@ -118,10 +122,15 @@ class Connection(Links[BackLink]):
         link = BackLink(plan.machine, plan.peer, nodes, plan.config.abi)
         self.links.append(link)
         storage = plan.engine.open_channel()
-        link.own(storage.close)
+        self._channels.append(storage)
+        link.own(lambda: self._close_channel(number))
         left = self._find_journal(number, link) if plan.resume else None
         journal = left or plan.state.new_journal(number, link.entries)
         link.prepare(storage, back_options(plan), journal.memory, resume=left is not None)
+
+    def _close_channel(self, number: int) -> None:
+        """Close a queue's channel, which may be another one than at the beginning."""
+        self._channels[number].close()
 
     def _find_journal(self, number: int, link: BackLink) -> Journal | None:
         """Return the journal of a predecessor of this ring. Without it a ring can be served on if
@@ -180,9 +189,62 @@ class Connection(Links[BackLink]):
         self.drain()
         await self._released.wait()
 
+    # ---- At rest ----
+
+    def halt(self) -> None:
+        """Take no requests from the beginning; before `serve`."""
+        for link in self.links:
+            link.queue.pause()
+
+    async def pause(self) -> None:
+        """Take no more requests; return when none is in flight on any queue.
+
+        Raises `PeerClosed` if the connection ends before that. Cancelling leaves it paused.
+        """
+        if self._rest is None:
+            self._rest = Rest(len(self.links))
+        rested = self._rest.begin()
+        for link in self.links:
+            link.queue.pause(self._rest.fd)
+        self.wake_all()
+        await rested
+
+    def resume(self) -> None:
+        """Take requests again."""
+        for link in self.links:
+            link.queue.resume()
+        self.wake_all()
+
+    def open_channels(self, engine: Engine) -> list[Channel]:
+        """Open a channel for each queue, or none. Raises what the engine raises."""
+        with contextlib.ExitStack() as undo:
+            channels = []
+            for _ in self.links:
+                channels.append(engine.open_channel())
+                undo.callback(channels[-1].close)
+            undo.pop_all()
+        return channels
+
+    async def exchange(self, engine: Engine, channels: list[Channel]) -> None:
+        """Go on with other storage, by these channels to it. Only when paused and at rest; not to
+        be cancelled."""
+        assert self._rest is not None
+        rested = self._rest.begin()
+        before, self._channels = self._channels, channels
+        for link, channel in zip(self.links, channels, strict=True):
+            link.queue.exchange(channel)
+        self.plan = replace(self.plan, engine=engine)
+        self.wake_all()
+        with contextlib.suppress(PeerClosed):  # then nobody uses the old ones either
+            await rested
+        for channel in before:
+            channel.close()
+
     def _all_ended(self) -> None:
         """The queues are drained, or a ring is broken: give everything back at once."""
         self._mute()
+        if self._rest is not None:
+            self._rest.fail(PeerClosed("the connection has ended"))
         self._on_end(self)
         self.release()
 
@@ -260,5 +322,7 @@ class Connection(Links[BackLink]):
     def release(self) -> None:
         """Unmap and unbind; only after the threads have ended. Idempotent."""
         super().release()
+        if self._rest is not None:
+            self._rest.close()
         self.plan.lease.close()
         self._released.set()

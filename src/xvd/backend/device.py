@@ -15,11 +15,12 @@ from typing import Final
 from xvd.backend.budget import Budget, Room
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.disk import ServedDisk
+from xvd.backend.life import StorageLife
 from xvd.backend.negotiation import Agreement, features_of, negotiate, own_node
 from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState
 from xvd.blkif.abi import XenbusState
-from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment
+from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment, with_image
 from xvd.blkif.features import format_backend, format_offer, format_size, without
 from xvd.blkif.handshake import (
     BackendAction,
@@ -89,6 +90,15 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._rival = rival
         self._runtime = runtime
         self._kept = DiskState(settings.state_dir, path)
+        self.life = StorageLife(
+            self.disk,
+            self._kept,
+            log,
+            runtime,
+            opened=self._open_other,
+            offers=lambda engine: features_of(engine, self._assigned, self.disk.settings),
+            swapped=self._has_image,
+        )
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._error = ""
@@ -184,7 +194,17 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         elif own is XenbusState.CONNECTED and first is not BackendState.RESUMING:
             self._kept.disconnected()
 
+    async def _open_other(self, image: str) -> Engine:
+        return await self._open_storage(with_image(self._assigned, image, served=False))
+
+    def _has_image(self, image: str) -> None:
+        self.assignment = with_image(self._assigned, image, served=True)
+
     async def _open(self) -> None:
+        decided = self._kept.decision()
+        self.disk.paused = decided.paused
+        if decided.image:
+            self._has_image(decided.image)
         assignment = self._assigned
         try:
             engine = await self._open_storage(assignment)
@@ -245,6 +265,8 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             storage.agreed(agreed.features, resumed=resume)
             name = f"xvd-{assignment.frontend_domid}-{assignment.name}"
             connection = Connection(self._plan(agreed, resume), name)
+            if self.disk.paused:
+                connection.halt()
             connection.serve(
                 self._runtime, on_end=self._ended, on_failure=self._storage_failed,
                 on_withdrawn=self._withdrawn,

@@ -39,6 +39,8 @@ class ServedDisk:
         self.opened: Opened | None = None
         self.connection: Connection | None = None
         """The connected frontend's, while there is one."""
+        self.paused = False
+        """Whether it takes no requests, by somebody's wish."""
         self.totals = BackCounters()
         """What was counted over the connections that have ended."""
         self._runtime = runtime

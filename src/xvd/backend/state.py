@@ -15,7 +15,10 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from xvd.dataplane.back.journal import journal_fault, journal_size
 from xvd.errors import BudgetError, ConfigError, EngineError
@@ -23,6 +26,7 @@ from xvd.files import create_own, open_own, own_directory, remove
 
 _ASIDE = ".aside"
 _IDENTITY_MAX = 256
+_DECISION_MAX = 1 << 16
 
 
 class Journal:
@@ -37,6 +41,15 @@ class Journal:
             self.memory.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What was decided for a disk since it was attached. image: a URI in the place of the
+    toolstack's; "": that. paused: it takes no requests."""
+
+    image: str = ""
+    paused: bool = False
+
+
 class DiskState:
     """The files of one disk; without a directory there are none, and nothing is taken up.
 
@@ -46,6 +59,7 @@ class DiskState:
     def __init__(self, directory: Path | None, device: str) -> None:
         self._directory = directory
         self._disk = device.removeprefix("backend/").replace("/", "-")
+        self._decision = Decision()
 
     # ---- Journals ----
 
@@ -94,18 +108,7 @@ class DiskState:
         that, or `ConfigError`."""
         if self._directory is None or not identity or self._remembered() == identity:
             return
-        name, aside = self._identity_name, self._identity_name + ".new"
-        with self._open() as directory:
-            remove(directory, aside)
-            fd = create_own(directory, aside)
-            try:
-                os.write(fd, identity.encode())
-            except OSError as error:
-                os.unlink(aside, dir_fd=directory)
-                raise _no_room(directory, "the storage's identity", error) from None
-            finally:
-                os.close(fd)
-            os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
+        self._replace(self._identity_name, identity.encode(), "the storage's identity")
 
     def _remembered(self) -> str:
         if self._directory is None or not self._directory.exists():
@@ -119,6 +122,41 @@ class DiskState:
                     os.close(fd)
         return ""
 
+    # ---- What was decided for the disk while its guest used it ----
+
+    def decision(self) -> Decision:
+        """Return what was decided last; nothing, if that was nothing or cannot be read."""
+        if self._directory is None:
+            return self._decision
+        with contextlib.suppress(OSError, ConfigError, msgspec.MsgspecError), self._open() as place:
+            fd = open_own(place, self._decision_name)
+            if fd is not None:
+                with open(fd, "rb") as file:
+                    return msgspec.json.decode(file.read(_DECISION_MAX), type=Decision)
+        return Decision()
+
+    def decide(self, decision: Decision) -> None:
+        """Keep it until the disk is gone. Raises `BudgetError` where there is no room for that, or
+        `ConfigError`."""
+        self._decision = decision
+        if self._directory is not None:
+            self._replace(self._decision_name, msgspec.json.encode(decision), "what was decided")
+
+    def _replace(self, name: str, content: bytes, what: str) -> None:
+        """Let a file have this content, all of it or what it had."""
+        aside = name + ".new"
+        with self._open() as directory:
+            remove(directory, aside)
+            fd = create_own(directory, aside)
+            try:
+                os.write(fd, content)
+            except OSError as error:
+                os.unlink(aside, dir_fd=directory)
+                raise _no_room(directory, what, error) from None
+            finally:
+                os.close(fd)
+            os.rename(aside, name, src_dir_fd=directory, dst_dir_fd=directory)
+
     # ---- The end ----
 
     def disconnected(self) -> None:
@@ -128,7 +166,9 @@ class DiskState:
 
     def gone(self) -> None:
         """The disk is no more: nothing of it stays."""
-        self._remove(rf"{re.escape(self._disk)}(-q\d+\.ring|\.storage)({re.escape(_ASIDE)}|\.new)?")
+        self._decision = Decision()
+        kept = r"(-q\d+\.ring|\.storage|\.decided)"
+        self._remove(rf"{re.escape(self._disk)}{kept}({re.escape(_ASIDE)}|\.new)?")
 
     def _remove(self, pattern: str) -> None:
         if self._directory is None or not self._directory.exists():
@@ -144,6 +184,10 @@ class DiskState:
     @property
     def _identity_name(self) -> str:
         return f"{self._disk}.storage"
+
+    @property
+    def _decision_name(self) -> str:
+        return f"{self._disk}.decided"
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:

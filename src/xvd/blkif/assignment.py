@@ -6,7 +6,7 @@ act: it raises `ConfigError`, naming the node. Sources: libxl_disk.c, xl-disk-co
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from xvd.blkif.abi import XenbusState
@@ -60,6 +60,14 @@ class BackendAssignment:
     discard_enable: bool
     direct_io_safe: bool
     name: str
+
+
+def with_image(assignment: BackendAssignment, uri: str, *, served: bool) -> BackendAssignment:
+    """Put other storage in the place of the toolstack's. served: a backend has opened it before,
+    and what its bytes look like now is the guest's doing."""
+    image_format, image = parse_xl_params(uri)
+    said = served or uri.startswith("raw:")
+    return replace(assignment, image_format=image_format, image=image, format_said=said)
 
 
 def parse_backend_assignment(nodes: Mapping[str, str]) -> BackendAssignment:

@@ -107,8 +107,9 @@ _NO_DAEMON: Final = "-"
 def list_disks(host: common.HostDir = common.DEFAULT_HOST, json: common.Json = False) -> int:
     """List the disks of an emulated host's guests, and how both ends of each stand.
 
-    The states are what both ends have written; whether the backend's daemon lives is asked of it.
-    Fails if one does not: its disks are not served, whatever is written.
+    The states are what both ends have written; whether the backend's daemon lives is asked of it,
+    and whether it has paused the disk or given it another target.
+    Fails if one does not live: its disks are not served, whatever is written.
     """
     return running.run(_list(host, json))
 
@@ -132,6 +133,9 @@ async def _list(host: Path, json: bool) -> int:
 
 
 def _row(row: toolstack.Listed, answer: Answer | None) -> dict[str, object]:
+    path = f"/{row.vbd.domid}/{row.vbd.vdev}"
+    told = [of for of in (answer.result or () if answer else ()) if of["path"].endswith(path)]
+    known = told[0] if told else {"paused": False, "swapped_to": ""}
     return {
         "disk": row.vbd.name,
         "guest": row.vbd.domid,
@@ -139,7 +143,7 @@ def _row(row: toolstack.Listed, answer: Answer | None) -> dict[str, object]:
         "backend": row.vbd.backend_domid,
         "mode": row.mode,
         "frontend_state": _state(row.frontend_state),
-        "backend_state": _state(row.backend_state),
+        "backend_state": "paused" if known["paused"] else _state(row.backend_state),
         "daemon": answer.state if answer else _NO_DAEMON,
-        "target": row.target,
+        "target": known["swapped_to"] or row.target,
     }

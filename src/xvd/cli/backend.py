@@ -119,6 +119,11 @@ async def _backend(
                 "resize": lambda disk, size, shrink=False: server.device(disk).disk.resize(
                     size, shrink=shrink
                 ),
+                "pause": lambda disk, timeout_s: server.device(disk).life.pause(timeout_s),
+                "resume": lambda disk: server.device(disk).life.resume(),
+                "swap": lambda disk, image, timeout_s: server.device(disk).life.swap(
+                    image, timeout_s
+                ),
             }
         )
         await control.listen(directory / "control" / name)

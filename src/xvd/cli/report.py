@@ -18,6 +18,8 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         "path": device.path,
         "state": device.state.name,
         "image": device.assignment.image if device.assignment else "",
+        "paused": device.disk.paused,
+        "swapped_to": device.life.swapped_to,
         "counters": device.disk.counters().figures(),
     }
     if features is not None:

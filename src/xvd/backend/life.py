@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of a disk's storage while its guest uses the disk: paused, resumed, and exchanged.
+
+The guest sees a delay. Whatever fails leaves the disk with the storage that it had, and paused or
+not as before. What was decided outlives the daemon (`DiskState.decide`).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+from xvd.backend.disk import ServedDisk
+from xvd.backend.state import DiskState
+from xvd.blkif.abi import InfoFlag
+from xvd.blkif.features import BackendFeatures
+from xvd.engines.interface import Engine
+from xvd.errors import ConfigError, PeerClosed
+from xvd.types import RING_SECTOR_SIZE
+from xvd.xenbus.log import DeviceLog
+from xvd.xenbus.runner import Runtime
+
+_KEPT = ("flush", "discard", "discard_secure")
+
+
+def unmet(promised: BackendFeatures, has: BackendFeatures) -> list[str]:
+    """Return what a guest was promised of its disk and other storage has not, in words."""
+    found = []
+    if has.sectors < promised.sectors:
+        sizes = (has.sectors * RING_SECTOR_SIZE, promised.sectors * RING_SECTOR_SIZE)
+        found.append("it has {} bytes and the disk {}".format(*sizes))
+    if has.sector_size != promised.sector_size:
+        sizes = (has.sector_size, promised.sector_size)
+        found.append("its blocks are of {} bytes and the disk's of {}".format(*sizes))
+    if has.info & InfoFlag.READONLY and not promised.info & InfoFlag.READONLY:
+        found.append("it is read-only and the disk is not")
+    lacking = [name for name in _KEPT if getattr(promised, name) and not getattr(has, name)]
+    if lacking:
+        found.append(f"it cannot do what the guest was told of: {', '.join(lacking)}")
+    return found
+
+
+class StorageLife:
+    """What may be done to one disk's storage, one thing at a time. For the event loop's thread.
+
+    opened: opens other storage for the disk. offers: what such storage would let the disk offer.
+    swapped: called with the URI of the storage that it has now.
+    """
+
+    def __init__(
+        self,
+        disk: ServedDisk,
+        kept: DiskState,
+        log: DeviceLog,
+        runtime: Runtime,
+        *,
+        opened: Callable[[str], Awaitable[Engine]],
+        offers: Callable[[Engine], BackendFeatures],
+        swapped: Callable[[str], None],
+    ) -> None:
+        self._disk = disk
+        self._kept = kept
+        self._log = log
+        self._runtime = runtime
+        self._open = opened
+        self._offers = offers
+        self._swapped = swapped
+        self._turn = asyncio.Lock()
+
+    @property
+    def swapped_to(self) -> str:
+        """The URI of its storage, where that is not the toolstack's."""
+        return self._kept.decision().image
+
+    async def pause(self, timeout_s: float) -> None:
+        """Take no more requests; return when nothing is in flight.
+
+        Raises `ConfigError` if that is not so after a while, and then the disk goes on.
+        """
+        async with self._turn:
+            await self._pause(timeout_s)
+            self._decide(paused=True)
+            self._log.info("paused")
+
+    async def resume(self) -> None:
+        """Go on, if it is paused."""
+        async with self._turn:
+            self._resume()
+            self._decide(paused=False)
+            self._log.info("resumed")
+
+    async def swap(self, image: str, timeout_s: float) -> None:
+        """Let other storage take the place of the disk's, whole blocks for whole blocks.
+
+        Raises `ConfigError` where it does not fit or the old one does not come to rest in time, and
+        what opening it raises; then nothing is changed.
+        """
+        async with self._turn:
+            # A caller that goes away, as one who is interrupted does, leaves no half of it.
+            await asyncio.shield(asyncio.ensure_future(self._swap(image, timeout_s)))
+
+    async def _swap(self, image: str, timeout_s: float) -> None:
+        disk = self._disk
+        if disk.opened is None:
+            raise ConfigError(f"{self._log.disk}: it has no storage; detach it")
+        engine = await self._open(image)
+        paused = disk.paused
+        try:
+            if not_there := unmet(disk.opened.features, self._offers(engine)):
+                raise ConfigError(f"{self._log.disk}: {image} does not fit: {'; '.join(not_there)}")
+            await self._pause(timeout_s)
+            await self._exchange(engine, image)
+        except BaseException:
+            await self._runtime.call(engine.close)
+            raise
+        finally:
+            if not paused:
+                self._resume()
+        self._log.info("its storage is %s now", image)
+
+    async def _exchange(self, engine: Engine, image: str) -> None:
+        before, connection = self._disk.storage, self._disk.connection
+        with contextlib.ExitStack() as undo:
+            channels = [] if connection is None else connection.open_channels(engine)
+            for channel in channels:
+                undo.callback(channel.close)
+            # A successor opens what is noted here: before the first request can reach it.
+            self._note(image, engine, undo)
+            undo.pop_all()
+        if connection is not None:
+            await connection.exchange(engine, channels)
+        self._disk.has_opened(engine, before.features)
+        self._swapped(image)
+        await before.close()
+        await self._disk.follow_size()
+
+    def _note(self, image: str, engine: Engine, undo: contextlib.ExitStack) -> None:
+        was, identity = self._kept.decision(), self._disk.storage.engine.identity
+        undo.callback(self._kept.decide, was)
+        self._kept.decide(replace(was, image=image))
+        if self._disk.connection is not None:
+            undo.callback(self._kept.remember, identity)
+            self._kept.remember(engine.identity)
+
+    async def _pause(self, timeout_s: float) -> None:
+        disk, was = self._disk, self._disk.paused
+        disk.paused = True
+        if disk.connection is None:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await disk.connection.pause()
+        except TimeoutError:
+            left = disk.connection.counters().in_flight
+            if not was:
+                self._resume()
+            raise ConfigError(
+                f"{self._log.disk}: {left} requests are still with the storage after "
+                f"{timeout_s:g} s; the disk goes on"
+            ) from None
+        except PeerClosed:
+            return  # the guest has left the disk meanwhile: nothing is in flight
+
+    def _resume(self) -> None:
+        self._disk.paused = False
+        if self._disk.connection is not None:
+            self._disk.connection.resume()
+
+    def _decide(self, *, paused: bool) -> None:
+        self._kept.decide(replace(self._kept.decision(), paused=paused))
