@@ -31,7 +31,8 @@ def settings(of: type[SettingsBase]) -> str:
     defaults = {one.name: one.default for one in fields(of)}
     body = [
         (
-            f"`{name}`", row.usual or f"{defaults[name]:d}", span(row),
+            f"`{name}`", row.usual or str(defaults[name] if row.words else int(defaults[name])),
+            span(row),
             *(["yes" if row.live else ""] if any_live(of) else []), row.whose, row.meaning,
         )
         for name, row in of.table().items()
@@ -47,8 +48,8 @@ def any_live(of: type[SettingsBase]) -> bool:
 
 def span(row: Setting) -> str:
     """Return which values there are."""
-    if row.is_switch or row.choices:
-        return ", ".join(map(str, row.choices or (0, 1)))
+    if row.words or row.is_switch or row.choices:
+        return ", ".join(map(str, row.words or row.choices or (0, 1)))
     power = row.high >= 1 << 20 and row.high & (row.high - 1) == 0
     return f"{row.low} to {f'2^{row.high.bit_length() - 1}' if power else row.high}"
 

@@ -40,6 +40,7 @@ backend-0      persistent_grant_unused_seconds        60 live
 backend-0      max_buffer_pages                     1024 live
 backend-0      buffer_squeeze_duration_ms             10 live
 backend-0      log_stats                               0 live
+backend-0      on_error                           report live
 backend-0      poll_us                                 - ?
 backend-0      holdoff_us                              0
 backend-0      large_sectors                           0

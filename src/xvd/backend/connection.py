@@ -107,6 +107,7 @@ class Connection(Links[BackLink]):
         self._on_end: Callable[[Connection], None]
         self._on_failure: Callable[[int, int], None]
         self._on_withdrawn: Callable[[int], None]
+        self._on_held: Callable[[int], None]
         try:
             if not plan.resume:
                 plan.state.disconnected()
@@ -126,7 +127,8 @@ class Connection(Links[BackLink]):
         link.own(lambda: self._close_channel(number))
         left = self._find_journal(number, link) if plan.resume else None
         journal = left or plan.state.new_journal(number, link.entries)
-        link.prepare(storage, back_options(plan), journal.memory, resume=left is not None)
+        queue = link.prepare(storage, back_options(plan), journal.memory, resume=left is not None)
+        queue.set_hold(plan.settings.holds_errors)
 
     def _close_channel(self, number: int) -> None:
         """Close a queue's channel, which may be another one than at the beginning."""
@@ -158,15 +160,18 @@ class Connection(Links[BackLink]):
         on_end: Callable[["Connection"], None],
         on_failure: Callable[[int, int], None],
         on_withdrawn: Callable[[int], None],
+        on_held: Callable[[int], None],
     ) -> None:
         """Run the queues until `end`, or until one of the rings is broken.
 
         Raises OSError if no thread can be had, with everything given back. on_end: called once
         when no queue runs any more, before everything is given back. on_failure: with the errno of
         one of the storage's last failures, and how many there were. on_withdrawn: with the
-        operations that the storage turned out not to do, as bits.
+        operations that the storage turned out not to do, as bits. on_held: with the errno after
+        which a queue is held.
         """
-        self._on_end, self._on_failure, self._on_withdrawn = on_end, on_failure, on_withdrawn
+        self._on_end, self._on_failure = on_end, on_failure
+        self._on_withdrawn, self._on_held = on_withdrawn, on_held
         options = LoopOptions(
             poll_s=self.plan.settings.poll_s,
             holdoff_s=self.plan.settings.holdoff_s,
@@ -215,6 +220,11 @@ class Connection(Links[BackLink]):
             link.queue.resume()
         self.wake_all()
 
+    @property
+    def held(self) -> bool:
+        """Whether a queue takes nothing because the storage was away."""
+        return any(link.queue.held for link in self.links)
+
     def open_channels(self, engine: Engine) -> list[Channel]:
         """Open a channel for each queue, or none. Raises what the engine raises."""
         with contextlib.ExitStack() as undo:
@@ -254,6 +264,7 @@ class Connection(Links[BackLink]):
         for link in self.links:
             link.queue.set_persistent(grants_max, settings.persistent_grant_unused_seconds)
             link.queue.set_max_pages(settings.max_buffer_pages)
+            link.queue.set_hold(settings.holds_errors)
         self.wake_all()
 
     def squeeze(self, seconds: float) -> None:
@@ -292,6 +303,8 @@ class Connection(Links[BackLink]):
         failed = [link.queue.failure() for link in self.links]  # the alarms are set again
         if withdrawn := self._withdrawn():
             self._on_withdrawn(withdrawn)
+        if self.held:
+            self._on_held(max(number for number, _ in failed))
         failures = sum(count for _, count in failed)
         if failures > self._failures:
             self._failures = failures

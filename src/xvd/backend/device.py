@@ -15,6 +15,7 @@ from typing import Final
 from xvd.backend.budget import Budget, Room
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.disk import ServedDisk
+from xvd.backend.hold import Hold
 from xvd.backend.life import StorageLife
 from xvd.backend.negotiation import Agreement, features_of, negotiate, own_node
 from xvd.backend.settings import Settings
@@ -99,6 +100,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             offers=lambda engine: features_of(engine, self._assigned, self.disk.settings),
             swapped=self._has_image,
         )
+        self.hold = Hold(self.disk, log, partial(report_error, store, path))
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._error = ""
@@ -140,6 +142,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._inbox.put(Order.LEAVE)
 
     async def _end(self) -> None:
+        await self.hold.end()
         await self._disconnect()
         await self._unwatch()
         await self._stop_work()
@@ -269,7 +272,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
                 connection.halt()
             connection.serve(
                 self._runtime, on_end=self._ended, on_failure=self._storage_failed,
-                on_withdrawn=self._withdrawn,
+                on_withdrawn=self._withdrawn, on_held=self.hold.begin,
             )  # fmt: skip
         except Exception as error:  # a mistake of ours too is to cost this disk only, and be told
             self._connect_failed(error, resume=resume)

@@ -26,6 +26,7 @@ from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.types import DOM0, Domid
 from xvd.xenbus.directory import remove_device, report_error
 from xvd.xenbus.runner import THREADS, Runtime
+from xvd.xenbus.settings import Value
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class Server:
 
     def settings_of(self, path: str) -> Settings:
         """Return the settings of the disk with this directory."""
-        values: dict[str, int] = {}
+        values: dict[str, Value] = {}
         for name, override in self._overrides.items():
             if f"/{path}".endswith(f"/{name}"):
                 values |= override

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS
 from xvd.blkif.features import useful_indirect
-from xvd.xenbus.settings import SettingsBase, setting
+from xvd.xenbus.settings import SettingsBase, setting, word_setting
 
 LINUX = "blkback"
 
@@ -57,6 +57,12 @@ class Settings(SettingsBase):
     log_stats: bool = setting(
         False, 0, 1, "a line of figures every ten seconds (with `-v`)", whose=LINUX, live=True
     )
+    on_error: str = word_setting(
+        "report", "hold", live=True,
+        meaning="of storage that is away or full (EIO, ENOSPC, EDQUOT, ESHUTDOWN, ETIMEDOUT, "
+        "ENOTCONN, ENODEV, ENXIO): report an error to the guest, or hold the disk and try again "
+        "until it is back",
+    )  # fmt: skip
     poll_us: int | None = setting(
         None, 0, 10_000,
         "microseconds for which a ring's thread polls before it sleeps, at most: by itself as long "
@@ -79,6 +85,11 @@ class Settings(SettingsBase):
     def persistent_grants_of(self, ring_pages: int) -> int:
         """How many grants of a ring of so many pages stay mapped."""
         return self.max_persistent_grants * (ring_pages if self.scale_persistent_grants else 1)
+
+    @property
+    def holds_errors(self) -> bool:
+        """Whether a disk waits for storage that is away."""
+        return self.on_error == "hold"
 
     @property
     def poll_s(self) -> float | None:

@@ -8,7 +8,7 @@ from typing import Final
 
 from xvd.engines.interface import Engine
 
-_REMEDIES: Final = {
+REMEDIES: Final = {
     errno.ENOSPC: "free some space where the image lies",
     errno.EDQUOT: "raise the quota of the image's owner",
     errno.EFBIG: "the file system cannot hold a file this large",
@@ -29,7 +29,7 @@ class StorageLog:
         """
         trouble = self._new(engine)
         if trouble or not self._trouble:
-            remedy = trouble or _REMEDIES.get(number, "look at the storage")
+            remedy = trouble or REMEDIES.get(number, "look at the storage")
             text = "storage fails: %s (%d failures so far); the guest sees I/O errors: %s"
             self._log.error(text, os.strerror(number), failures, remedy)
 

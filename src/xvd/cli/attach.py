@@ -135,7 +135,8 @@ async def _list(host: Path, json: bool) -> int:
 def _row(row: toolstack.Listed, answer: Answer | None) -> dict[str, object]:
     path = f"/{row.vbd.domid}/{row.vbd.vdev}"
     told = [of for of in (answer.result or () if answer else ()) if of["path"].endswith(path)]
-    known = told[0] if told else {"paused": False, "swapped_to": ""}
+    known = told[0] if told else {"paused": False, "held": "", "swapped_to": ""}
+    halted = "paused" if known["paused"] else "held" if known["held"] else ""
     return {
         "disk": row.vbd.name,
         "guest": row.vbd.domid,
@@ -143,7 +144,7 @@ def _row(row: toolstack.Listed, answer: Answer | None) -> dict[str, object]:
         "backend": row.vbd.backend_domid,
         "mode": row.mode,
         "frontend_state": _state(row.frontend_state),
-        "backend_state": "paused" if known["paused"] else _state(row.backend_state),
+        "backend_state": halted or _state(row.backend_state),
         "daemon": answer.state if answer else _NO_DAEMON,
         "target": known["swapped_to"] or row.target,
     }

@@ -19,6 +19,7 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         "state": device.state.name,
         "image": device.assignment.image if device.assignment else "",
         "paused": device.disk.paused,
+        "held": device.hold.why,
         "swapped_to": device.life.swapped_to,
         "counters": device.disk.counters().figures(),
     }

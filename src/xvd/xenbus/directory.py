@@ -113,13 +113,18 @@ async def remove_device(store: XenstoreClient, path: str, only_if: Mapping[str, 
 async def report_error(store: XenstoreClient, path: str, text: str) -> None:
     """Write a device's error where Linux writes it: ``error/<path>/error`` of our own domain.
 
-    `path` is relative to our domain. A store that refuses (quota) is no second failure. Of a device
-    that the toolstack has removed nothing is written: nobody would remove it again.
+    text: "" removes it. `path` is relative to our domain. A store that refuses (quota) is no second
+    failure. Of a device that the toolstack has removed nothing is written: nobody would remove it
+    again.
     """
 
     async def work(tx: Transaction) -> None:
-        if await tx.exists(path):
+        if not await tx.exists(path):
+            return
+        if text:
             await tx.write(f"error/{path}/error", text)
+        else:
+            await tx.rm_each([f"error/{path}/error"])
 
     with contextlib.suppress(XenstoreError):
         await store.transact(work)

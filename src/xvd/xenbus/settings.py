@@ -9,6 +9,7 @@ from typing import Any, Final, Self, TypeVar
 from xvd.errors import ConfigError
 
 T = TypeVar("T")
+Value = int | str
 _ROW: Final = "setting"
 _WORDS: Final = {"y": 1, "n": 0, "yes": 1, "no": 0, "on": 1, "off": 0}
 
@@ -20,7 +21,8 @@ class Setting:
     low, high: the smallest and the largest value; 0 and 1 are a switch's. meaning: in a line, with
     the unit. whose: the driver that has a parameter of this name, ``xvd`` where none has. live: it
     holds at once, and not only from the next connection on. choices: the only values, where not all
-    between are. usual: the default in words, where it is the machine's affair.
+    between are. usual: the default in words, where it is the machine's affair. words: the values of
+    one that is no number.
     """
 
     low: int
@@ -30,6 +32,7 @@ class Setting:
     live: bool = False
     choices: tuple[int, ...] = ()
     usual: str = ""
+    words: tuple[str, ...] = ()
 
     @property
     def is_switch(self) -> bool:
@@ -46,6 +49,12 @@ def setting(
     return field(default=default, metadata={_ROW: row})
 
 
+def word_setting(*words: str, meaning: str, live: bool = False) -> str:
+    """Make a dataclass field that is one of some words, the first if it is not set."""
+    row = Setting(0, 0, meaning, "xvd", live, words=words)
+    return field(default=words[0], metadata={_ROW: row})
+
+
 @dataclass(frozen=True, slots=True)
 class SettingsBase:
     """What the settings of both ends can do. None leaves a value to the machine.
@@ -57,6 +66,10 @@ class SettingsBase:
         for name, row in self.table().items():
             value = getattr(self, name)
             if value is None:
+                continue
+            if row.words:
+                if value not in row.words:
+                    raise ConfigError(f"{name} is {value}; it may be {' or '.join(row.words)}")
                 continue
             if not row.low <= value <= row.high:
                 raise ConfigError(f"{name} is {value}; it goes from {row.low} to {row.high}")
@@ -71,15 +84,18 @@ class SettingsBase:
         return {one.name: one.metadata[_ROW] for one in fields(cls) if _ROW in one.metadata}
 
     @classmethod
-    def parse(cls, texts: Iterable[str]) -> dict[str, int]:
+    def parse(cls, texts: Iterable[str]) -> dict[str, Value]:
         """Values by name from ``NAME=VALUE``; Y and N are a switch's. Raises `ConfigError`."""
-        values: dict[str, int] = {}
+        values: dict[str, Value] = {}
         for text in texts:
             name, equals, value = (part.strip() for part in text.partition("="))
             row = cls.table().get(name)
             if not equals or row is None:
                 names = ", ".join(cls.table())
                 raise ConfigError(f"{text!r} sets nothing; write NAME=VALUE with one of {names}")
+            if row.words:
+                values[name] = value
+                continue
             number = _WORDS.get(value.lower()) if row.is_switch else None
             if number is None and not (value.isascii() and value.isdigit()):
                 raise ConfigError(
@@ -98,7 +114,7 @@ class SettingsBase:
         """Return these settings but for `values`, which `parse` read. Raises `ConfigError`."""
         return replace(self, **values)
 
-    def values(self) -> dict[str, int | None]:
+    def values(self) -> dict[str, Value | None]:
         """Return each setting by name, switches as 0 and 1."""
         values = {name: getattr(self, name) for name in self.table()}
         return {n: int(value) if isinstance(value, bool) else value for n, value in values.items()}

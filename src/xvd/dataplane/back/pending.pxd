@@ -20,8 +20,8 @@ cdef enum:
     GRANTS_PER_REQUEST = 33      # Linux's frontend: 32 segments and an indirect page
     PAUSE_NS = 1000000           # blkback's msleep(1) after a request that could not be mapped
 
-# Whether a queue takes requests. With HELD the storage was away, and what it failed waits to be begun
-# again; PAUSED is somebody's wish.
+# Whether a queue takes requests. PAUSED: by somebody's wish. HELD: the storage was away, and what
+# it failed waits to be begun again.
 cdef enum halting:
     RUNNING = 0
     PAUSED = 1

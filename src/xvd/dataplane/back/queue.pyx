@@ -2,10 +2,11 @@
 # cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
 """The backend's queue: a state machine with one step.
 
-A request's way: `take` copies its slot once and judges the copy; `resolve` maps its grants, or
-copies the data of a write in; `start` hands it to the engine; `collect` takes what the engine has
-finished, copies the data of a read out, unmaps; `answer` writes the response; `publish_responses`
-makes them visible, together. Nothing here sleeps, allocates or touches a Python object.
+A request's way: `take` copies its slot once and judges the copy (taking.pxd); `resolve` maps its
+grants, or copies the data of a write in (grants.pxd); `start` hands it to the engine; `collect`
+takes what the engine has finished, copies the data of a read out, unmaps; `answer` writes the
+response; `publish_responses` makes them visible, together (storage.pxd). Nothing here sleeps,
+allocates or touches a Python object.
 
 The descriptor is copied because the frontend may rewrite it while we look. The data is not (when
 mapping): a guest that changes its own data in flight hurts only itself.
@@ -18,33 +19,26 @@ from libc.stdlib cimport calloc, free
 from posix.unistd cimport close, read, write
 
 from xvd.dataplane.abi cimport (
-    BLKIF_DISCARD_SECURE, BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_MAX_SEGMENTS_PER_REQUEST,
-    BLKIF_OP_INDIRECT, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE, REFUSAL_COUNT, REFUSAL_NONE,
-    STEP_BROKEN, STEP_DRAINED, STEP_EXCHANGED, STEP_WORKED, blkif_layouts, blkif_operation, blkif_operations,
-    blkif_refusal_names)
-from xvd.dataplane.back.buffers cimport reuse, shrink
+    BLKIF_MAX_INDIRECT_SEGMENTS, BLKIF_MAX_SEGMENTS_PER_REQUEST, BLKIF_OP_INDIRECT, REFUSAL_COUNT,
+    STEP_BROKEN, STEP_DRAINED, STEP_EXCHANGED, STEP_WORKED, blkif_layouts, blkif_refusal_names)
+from xvd.dataplane.back.buffers cimport shrink
 from xvd.dataplane.back.grants cimport purge, purge_all, resolve, unmap
 from xvd.dataplane.back.indirect cimport fetch_indirect
 from xvd.dataplane.back.journal cimport (
-    ENTRY_ANSWERING, ENTRY_FREE, ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of,
-    journal_entry, journal_header, mark_taken, strike)
+    ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of, journal_header)
 from xvd.dataplane.back.pending cimport (
-    BEGINNING, COPIES, GRANTS_PER_REQUEST, PAUSED, HELD, RECOVERED, RUNNING, SETS, STOPPING,
-    TAKING_OVER, backend_queue, pending)
+    COPIES, GRANTS_PER_REQUEST, HELD, PAUSED, RUNNING, SETS, STOPPING, TAKING_OVER, backend_queue,
+    pending)
 from xvd.dataplane.back.persistent cimport NOBODY, close_book, open_book, persistent_grant
-from xvd.dataplane.back.request cimport parse, request, validate
-from xvd.dataplane.back.space cimport (
-    LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space, take_space)
-from xvd.dataplane.back.storage cimport (
-    collect, publish_responses, refuse, refuse_marked, start, use_space)
+from xvd.dataplane.back.space cimport LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space
+from xvd.dataplane.back.storage cimport collect, publish_responses, refuse_marked, start, use_space
+from xvd.dataplane.back.taking cimport admit, recover, take
 from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits, xvd_store_release
-from xvd.dataplane.latency cimport count_kind, kind_figures, latency_lists
+from xvd.dataplane.latency cimport kind_figures, latency_lists
 from xvd.dataplane.ports cimport (
-    ENGINE_SECURE, PAGES_EACH, engine_io, engine_of, events_of, grant_copy, grant_mapping,
-    grants_of, wrap)
+    engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
 from xvd.dataplane.ring.ring cimport (
-    RING_BROKEN, back_attach, back_final_check, back_has_news, back_peek, back_pending,
-    back_respond, back_resume, back_take, check_ring, gap_of)
+    back_attach, back_final_check, back_has_news, back_resume, back_take, check_ring, gap_of)
 
 import os
 
@@ -69,153 +63,6 @@ cdef uint32_t large_spaces(uint32_t nr_ents, uint32_t indirect_max) noexcept nog
     if indirect_max == 0:
         return 0
     return min(nr_ents, max(<uint32_t>1, <uint32_t>LARGE_SEGMENTS // indirect_max))
-
-
-# ---- Taking ----------------------------------------------------------------------------------
-
-cdef bint may_begin(backend_queue *q, const request *rq) noexcept nogil:
-    """Whether a request that was found good can be begun now, or has to wait for others.
-
-    A barrier waits for all before it, and all after it wait for the barrier, on this ring: nothing
-    orders two rings of a disk (Linux 29bde093).
-    """
-    if q.barrier != NULL or rq.operation == BLKIF_OP_WRITE_BARRIER and q.in_flight:
-        return False
-    return not rq.indirect or q.large.nr_free > 0
-
-
-cdef int judge(backend_queue *q, pending *p) noexcept nogil:
-    """Parse the private copy of a slot and find the first reason to refuse it."""
-    parse(p.entry.slot, q.ring.layout, &p.rq)
-    return validate(&p.rq, &q.limits)
-
-
-cdef uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
-    """Copy and judge new requests; those accepted are in `batch`. How many were taken.
-
-    One that has to wait stays on the ring, and all behind it: they are looked at again when
-    something has been answered.
-    """
-    cdef uint32_t count, i, taken = 0, pages = 0
-    cdef int refusal
-    cdef bint again = q.stalled
-    cdef pending *p
-    q.stalled = 0
-    if back_pending(&q.ring, &count) == RING_BROKEN:
-        q.broken = 1
-        return 0
-    count = min(count, budget, q.nr_free)
-    for i in range(count):
-        p = q.free_list[q.nr_free - 1]
-        back_peek(&q.ring, p.entry.slot)
-        refusal = judge(q, p)
-        if refusal == REFUSAL_NONE and not may_begin(q, &p.rq):
-            q.stalled = 1
-            q.count.oo_req += not again
-            break
-        q.nr_free -= 1
-        p.entry.index = back_take(&q.ring)
-        mark_taken(q.journal, p.entry, q.ring.req_cons)
-        begin(q, p, refusal)
-        taken += 1
-        pages += p.rq.nr_segments
-        if pages >= budget * PAGES_EACH:
-            break
-    q.count.requests += taken
-    return taken
-
-
-cdef void begin(backend_queue *q, pending *p, int refusal) noexcept nogil:
-    """Into the batch with a request, or refuse it."""
-    q.in_flight += 1
-    p.begun_ns = q.now_ns
-    p.mapped = p.holding = p.refusal = p.starved = 0
-    p.copying = q.copying
-    if p.rq.indirect and refusal == REFUSAL_NONE:
-        use_space(p, take_space(&q.large))
-    reuse(q, p.room)
-    if refusal != REFUSAL_NONE:
-        refuse(q, p, refusal)
-        return
-    if p.rq.operation == BLKIF_OP_WRITE_BARRIER:
-        q.barrier = p
-    q.batch[q.nr_batch] = p
-    q.nr_batch += 1
-    q.nr_indirect += p.rq.indirect
-
-
-cdef void take_over(backend_queue *q) noexcept nogil:
-    """Read a predecessor's journal: finish the answer it was at, and find what is to be executed.
-
-    At most one entry can be between two stores of `take`, and one between two of `respond`; the
-    indices tell on which side.
-    """
-    cdef uint32_t i
-    cdef pending *p
-    for i in range(q.ring.nr_ents):
-        p = &q.pendings[i]
-        if p.entry.word & KIND_MASK == ENTRY_ANSWERING:
-            if p.entry.rsp_index == q.ring.rsp_prod_pvt:
-                parse(p.entry.slot, q.ring.layout, &p.rq)
-                back_respond(&q.ring, p.rq.id, p.rq.operation, p.entry.status)
-            strike(q.journal, p.entry, q.ring.rsp_prod_pvt)
-    q.nr_free = 0
-    for i in range(q.ring.nr_ents):
-        p = &q.pendings[i]
-        p.waiting = p.entry.word & KIND_MASK == ENTRY_TAKEN
-        if not p.waiting:
-            q.free_list[q.nr_free] = p
-            q.nr_free += 1
-    q.unpushed += 1
-
-
-cdef void recover(backend_queue *q) noexcept nogil:
-    """Execute again what a predecessor left. That is right: the frontend was not told of any of it.
-
-    An indirect request's pages are read again, and judged again: they may hold something else now.
-    """
-    cdef uint32_t i
-    cdef int refusal
-    cdef pending *p
-    if q.recovering == TAKING_OVER:
-        take_over(q)
-    q.recovering = RECOVERED
-    for i in range(q.ring.nr_ents):
-        p = &q.pendings[i]
-        if not p.waiting:
-            continue
-        refusal = judge(q, p)
-        if refusal == REFUSAL_NONE and not may_begin(q, &p.rq):
-            q.recovering = BEGINNING
-            q.stalled = 1
-            continue
-        p.waiting = 0
-        q.count.requests += 1
-        q.count.recovered += 1
-        begin(q, p, refusal)
-
-
-cdef void prepare(pending *p) noexcept nogil:
-    """Fill in what the engine will be asked; where the data lies is known after `resolve`."""
-    cdef const blkif_operation *row = &blkif_operations[p.rq.operation]
-    p.to_ask = row.nr_asked - 1 if p.rq.nr_segments else 0
-    p.io.op = row.asked[0]
-    p.io.flags = ENGINE_SECURE if p.rq.flag & BLKIF_DISCARD_SECURE else 0
-    p.io.owner = p
-    p.io.iov = p.room.iov
-    p.io.iovcnt = 0
-    p.io.offset = p.rq.sector_number * BLKIF_SECTOR_SIZE
-    p.io.length = p.rq.nr_sectors * BLKIF_SECTOR_SIZE
-
-
-cdef void admit(backend_queue *q) noexcept nogil:
-    """Count and prepare what has been judged for good."""
-    cdef uint32_t i
-    cdef pending *p
-    for i in range(q.nr_batch):
-        p = q.batch[i]
-        count_kind(&q.kinds, blkif_operations[p.rq.operation].kind, p.rq.nr_sectors)
-        prepare(p)
 
 
 # ---- The step --------------------------------------------------------------------------------
