@@ -31,7 +31,7 @@ def settings(of: type[SettingsBase]) -> str:
     defaults = {one.name: one.default for one in fields(of)}
     body = [
         (
-            f"`{name}`", row.usual or str(defaults[name] if row.words else int(defaults[name])),
+            f"`{name}`", row.usual or _shown(defaults[name]),
             span(row),
             *(["yes" if row.live else ""] if any_live(of) else []), row.whose, row.meaning,
         )
@@ -39,6 +39,11 @@ def settings(of: type[SettingsBase]) -> str:
     ]  # fmt: skip
     live = ["live"] if any_live(of) else []
     return rows(["name", "default", "range", *live, "whose", "what it does"], body)
+
+
+def _shown(default: object) -> str:
+    """Return a default as a cell; a switch's is 0 or 1."""
+    return str(int(default) if isinstance(default, bool) else default)
 
 
 def any_live(of: type[SettingsBase]) -> bool:

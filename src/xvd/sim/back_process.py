@@ -3,7 +3,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
 
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
@@ -15,6 +16,9 @@ from xvd.sim.engine import SimEngine
 from xvd.sim.prng import Prng
 from xvd.sim.process import Process
 from xvd.sim.storage import SimStorage
+
+PATIENCE_S: Final = 5.0
+"""For a disk to come to rest; storage that is drawn to take longer keeps the disk going."""
 
 
 class BackProcess(Process):
@@ -68,21 +72,40 @@ class BackProcess(Process):
         """Ask it to end, as SIGTERM does."""
         self._asked.set()
 
+    @property
+    def halted(self) -> bool:
+        """Whether its disk takes no requests, by somebody's wish or for want of its storage."""
+        devices = self._server.devices.values() if self._server is not None else ()
+        return any(device.disk.paused or device.hold.why for device in devices)
+
     def change(self, wish: str, sectors: int, prng: Prng) -> None:
-        """Change what an administrator may under a running daemon: "set", or "resize"."""
+        """Change what an administrator may under a running daemon: "set", "resize", "pause",
+        "resume" or "swap"."""
         if self._server is None:
             return
         if wish == "set":
             name = prng.choose(("max_persistent_grants", "max_buffer_pages"))
-            self._server.change([f"{name}={prng.choose((1, 40, 1056))}"])
+            on_error = prng.choose(("report", "hold"))
+            self._server.change([f"{name}={prng.choose((1, 40, 1056))}", f"on_error={on_error}"])
         elif self.serves:
             [device] = self._server.devices.values()
-            self.spawn(self._resize(device.disk.resize, sectors))
+            work: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+                "resize": lambda: device.disk.resize(sectors * SECTOR),
+                "pause": lambda: device.life.pause(PATIENCE_S),
+                "resume": device.life.resume,
+                "swap": lambda: device.life.swap("other", PATIENCE_S),
+            }
+            self.spawn(self._try(work[wish]()))
+
+    def go_on(self) -> None:
+        """Let a paused disk go on."""
+        if self._server is not None and any(d.disk.paused for d in self._server.devices.values()):
+            self.change("resume", 0, Prng(0))
 
     @staticmethod
-    async def _resize(resize: Callable[..., object], sectors: int) -> None:
+    async def _try(work: Coroutine[Any, Any, object]) -> None:
         with contextlib.suppress(XvdError, OSError):
-            await resize(sectors * SECTOR)  # type: ignore[misc]
+            await work
 
     def die(self) -> None:
         """Die as by SIGKILL."""

@@ -4,7 +4,8 @@
 Beside what the queues suffer (faults.py): the store is slow, refuses a commit, or is lost to the
 backend; either process dies at any point of a handshake; a successor is set up in another way; a
 journal is lost or damaged; the toolstack attaches, detaches, resizes and changes settings at any
-moment; the storage cannot be opened for a while; the guest is destroyed; the power fails.
+moment, and pauses the disk and gives it other storage; the storage cannot be opened for a while;
+the guest is destroyed; the power fails.
 """
 
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class DeviceFaults:
             max_indirect_segments=prng.choose((0, 32, 256)),
             feature_persistent=not prng.chance(3),
             max_persistent_grants=prng.choose((8, 1056)),
+            on_error=prng.choose(("report", "hold")),
         )
 
     @staticmethod

@@ -39,6 +39,10 @@ _LIMITS = Limits(pages=16384, grefs=16384, tracks=8192, ports=64)
 _SECTORS_MIN, _SECTORS_MAX = 64, 2048
 _SECOND_NS = 1_000_000_000
 
+_WISHES = (
+    "attach", "detach", "force", "resize", "resize", "set", "pause", "resume", "resume", "swap",
+    "swap",
+)  # fmt: skip
 _FAULTS = (
     "back_death", "front_death", "power_loss", "store_loss", "journal", "tool", "no_storage",
     "guest_end",
@@ -185,6 +189,8 @@ class DeviceWorld:
             and front.connected
             and self._load.outstanding == 0
             and self._tool.states() == ("4", "4")
+            and self._back is not None
+            and not self._back.halted
         )
 
     def _check_errors(self) -> None:
@@ -368,6 +374,8 @@ class DeviceWorld:
         if self._front is not None and (self._front.over or not self._front.alive):
             self._retire(self._front)
             self._front = None
+        if self._quiet and self._back is not None:
+            self._back.go_on()
         if self._closing:
             return
         if self._guest.state is not GuestState.RUNNING:
@@ -445,7 +453,7 @@ class DeviceWorld:
     def _suffer_tool(self) -> None:
         if not self._tool.idle or self._guest.state is not GuestState.RUNNING:
             return
-        wish = self._prng.choose(("attach", "detach", "force", "resize", "resize", "set"))
+        wish = self._prng.choose(_WISHES)
         self._actions += 1
         if wish in ("attach", "detach", "force"):
             self._causes += wish == "force"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from xvd.dataplane.back.queue import BackendQueue
 from xvd.dataplane.loop.stepped import Stepped
 from xvd.dataplane.loop.thread import LoopOptions, Queue
-from xvd.dataplane.types import HasPorts
+from xvd.dataplane.types import HasPorts, StepFlag
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.emulated.xenstore import XenstoreStore
@@ -24,7 +24,7 @@ from xvd.types import Domid
 from xvd.xenbus.runner import OnExit, Runner
 
 _T = TypeVar("_T")
-_WORKED, _DRAINED = 1, 4
+_WORKED, _DRAINED, _EXCHANGED = StepFlag.WORKED, StepFlag.DRAINED, StepFlag.EXCHANGED
 _ROUNDS_MAX, _CANCELS_MAX = 1000, 10
 
 
@@ -88,7 +88,7 @@ class SteppedRunner:
         if flags & _DRAINED:
             self._end()
             return flags
-        self.awake = bool(flags & _WORKED) or not self._stepped.may_sleep()
+        self.awake = bool(flags & (_WORKED | _EXCHANGED)) or not self._stepped.may_sleep()
         self.due_ns = min(filter(None, (now_ns + self._watchdog_ns, self._stepped.due_ns)))
         return flags
 
