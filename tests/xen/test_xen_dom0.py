@@ -3,6 +3,7 @@
 
 import hashlib
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,43 @@ def test_an_image_that_is_not_there_fails_the_attach_and_nothing_else(
     assert sh("xenstore-ls -f /local/domain/0 | grep ^/local/domain/0/backend/vbd/ || true") == ""
     assert "no such image" in sh("xenstore-read error/backend/vbd/0/51712/error")
     sh("xenstore-rm error")  # stays for the administrator, as Linux's backends leave theirs
+
+
+def test_its_storage_is_exchanged_under_a_verifying_load(attached: Disk, tmp_path: Path) -> None:
+    load = subprocess.Popen(
+        "fio --name=v --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=8 --rw=randrw"
+        " --bsrange=512-64k --size=16m --loops=3 --verify=crc32c --verify_fatal=1 2>&1",
+        shell=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    here, there = attached.image, tmp_path / "other.img"
+    for _ in range(3):
+        sh(
+            f"xvd pause 0 xvda && cp --sparse=always {here} {there}"
+            f" && xvd swap 0 xvda {there} && xvd resume 0 xvda"
+        )
+        here, there = there, here
+    said, _ = load.communicate(timeout=200)
+    assert load.returncode == 0, said
+    sh("blockdev --flushbufs /dev/xvda")
+    seen = hashlib.md5(attached.device.read_bytes()).hexdigest()
+    assert seen == hashlib.md5(here.read_bytes()).hexdigest()
+
+
+def test_a_disk_on_a_full_file_system_is_held_until_there_is_space(
+    backend: Backend, slot: Slot, eventually: Callable[..., None]
+) -> None:
+    sh("mount -t tmpfs -o size=16m full /mnt/out && truncate -s 64M /mnt/out/disk.img")
+    disk = Disk(Path("/mnt/out/disk.img"), slot)
+    disk.attach()
+    try:
+        sh("xvd set --disk 0/xvda on_error=hold")
+        write = "dd if=/dev/urandom of=/dev/xvda bs=1M count=32 oflag=direct 2>&1"
+        writing = subprocess.Popen(write, shell=True)
+        eventually(lambda: "ENOSPC" in sh("xvd stats --json"))
+        assert writing.poll() is None
+        sh("mount -o remount,size=96m /mnt/out")
+        assert writing.wait(timeout=120) == 0
+    finally:
+        sh("xvd set --disk 0/xvda on_error=report")
+        disk.detach()
+        sh("umount /mnt/out; xenstore-rm error 2>/dev/null || true")

@@ -208,11 +208,14 @@ class Connection(Links[BackLink]):
         """
         if self._rest is None:
             self._rest = Rest(len(self.links))
-        rested = self._rest.begin()
-        for link in self.links:
-            link.queue.pause(self._rest.fd)
-        self.wake_all()
-        await rested
+        while True:
+            rested = self._rest.begin()
+            for link in self.links:
+                link.queue.pause(self._rest.fd)
+            self.wake_all()
+            await rested
+            if all(link.queue.quiet for link in self.links):
+                return  # and not of an earlier pause, which was given up
 
     def resume(self) -> None:
         """Take requests again."""

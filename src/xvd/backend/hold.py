@@ -6,6 +6,7 @@ each time, so that its guest sees a delay, and no error.
 """
 
 import asyncio
+import contextlib
 import errno
 import os
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from typing import Final
 
 from xvd.backend.disk import ServedDisk
 from xvd.backend.storage_log import REMEDIES
+from xvd.errors import XvdError
 from xvd.xenbus.log import DeviceLog
 
 FIRST_S: Final = 0.5
@@ -44,23 +46,33 @@ class Hold:
         self._trying = asyncio.ensure_future(self._try())
 
     async def _try(self) -> None:
-        connection, pause, answered = self._disk.connection, FIRST_S, 0
-        began = asyncio.get_running_loop().time()
-        await self._report(self.why)
-        while connection is not None and connection is self._disk.connection:
+        clock = asyncio.get_running_loop().time
+        while True:
+            began = clock()
+            await self._say(self.why)
+            if await self._is_back():
+                self._log.warning("its storage is back after %.0f s; it was held", clock() - began)
+            await self._say("")
+            if self._disk.connection is None or not self._disk.connection.held:
+                break  # and nobody has been told meanwhile that it is away again
+        self.why, self._trying = "", None
+
+    async def _is_back(self) -> bool:
+        """Begin again what is held, until that is answered; False if its guest leaves the disk."""
+        pause, tried, answered = FIRST_S, self._disk.connection, 0
+        while True:
             await asyncio.sleep(pause)
+            connection = self._disk.connection
+            if connection is None:
+                return False
             if self._disk.paused:
                 continue
             if connection.held:
-                answered = connection.counters().responses
+                tried, answered = connection, connection.counters().responses
                 connection.resume()
                 pause = min(2 * pause, MOST_S)
-            elif connection.counters().responses > answered:
-                took = asyncio.get_running_loop().time() - began
-                self._log.warning("its storage is back after %.0f s; it was held", took)
-                break
-        await self._report("")
-        self.why, self._trying = "", None
+            elif connection is not tried or connection.counters().responses > answered:
+                return True
 
     async def end(self) -> None:
         """Try no more."""
@@ -68,3 +80,8 @@ class Hold:
             self._trying.cancel()
             await asyncio.gather(self._trying, return_exceptions=True)
             self.why, self._trying = "", None
+            await self._say("")
+
+    async def _say(self, text: str) -> None:
+        with contextlib.suppress(XvdError):  # the store may be gone, and soon this daemon is too
+            await self._report(text)
