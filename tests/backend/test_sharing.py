@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rig_disk import World, disk_world, run
+from rig_disk import World, disk_world, run, until
 
 from xvd.errors import PeerClosed
 
@@ -68,6 +68,9 @@ def test_the_image_is_free_when_the_last_has_closed(image: Path) -> None:
             for vbd in vbds:
                 await world.store.write(f"{vbd.backend}/online", "0")
                 await world.store.rm(vbd.frontend)
+            server = world.server
+            assert server is not None
+            await until(lambda: not server.devices)
             await domain_of(world, 3, "/vm/another")
             async with await world.disk(str(image), domid=3) as disk:
                 assert await disk.read(0, 512) == bytes(512)

@@ -112,7 +112,8 @@ def peers(backend: Backend) -> Iterator[list[Peer]]:
         ),
         Peer("QEMU qdisk", "xvdd", qdisk, qemu_of),
     ]
-    sh("modprobe -r null_blk xen-blkback")
+    # Whoever had the disks lets them go a little later than xl says.
+    sh("for _ in $(seq 100); do modprobe -r null_blk xen-blkback && exit; sleep 0.1; done; exit 1")
 
 
 @functools.cache

@@ -118,11 +118,12 @@ cdef struct engine_ports:
 # ---- Something that a thread steps -----------------------------------------------------------
 
 cdef enum:
-    PAGES_EACH = 16              # of data, for each request of a step's budget
+    PAGES_EACH = 4               # of data, for each request of a step's budget: few, so that both
+                                 # ends work at once at large requests too
 
 cdef struct stepper_ports:
     void *ctx
-    # budget: requests of one step, and sixteen times as many pages. What a step does is seen by the
+    # budget: requests of one step, and four times as many pages. What a step does is seen by the
     # other end when it is over. It returns STEP_* (types.py, `StepFlag`).
     uint32_t (*step)(void *ctx, uint32_t budget) noexcept nogil
     # Ask for an event and look once more: 1 if the thread may sleep, 0 if there is work after all.
