@@ -29,6 +29,7 @@ NBD = (
     r"\| (4|256) KiB (random|sequential) \w+ \| [\d,]+ \| [\d,]+ \| [\d,]+ \| [\d.]+ \| [\d.]+ \|$"
 )
 
+
 def of_the_probe(what: str) -> float:
     """IOPS beside those of the C program that never sleeps."""
     return cell(f"xvd, polled: {what}", 1) / cell(f"probe, polled: {what}", 1)

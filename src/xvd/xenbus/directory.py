@@ -110,6 +110,13 @@ async def remove_device(store: XenstoreClient, path: str, only_if: Mapping[str, 
         await store.transact(tidy)
 
 
+async def _prune(tx: Transaction, path: str) -> None:
+    """Remove a directory, and those above it that are empty then."""
+    await tx.rm_each([path])
+    while (path := path.rpartition("/")[0]) and not await _children(tx, path):
+        await tx.rm_each([path])
+
+
 async def report_error(store: XenstoreClient, path: str, text: str) -> None:
     """Write a device's error where Linux writes it: ``error/<path>/error`` of our own domain.
 
@@ -124,7 +131,7 @@ async def report_error(store: XenstoreClient, path: str, text: str) -> None:
         if text:
             await tx.write(f"error/{path}/error", text)
         else:
-            await tx.rm_each([f"error/{path}/error"])
+            await _prune(tx, f"error/{path}")
 
     with contextlib.suppress(XenstoreError):
         await store.transact(work)
