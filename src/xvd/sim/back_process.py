@@ -95,7 +95,7 @@ class BackProcess(Process):
                 "resume": device.life.resume,
                 "swap": lambda: device.life.swap("other", PATIENCE_S),
             }
-            self.spawn(self._try(work[wish]()))
+            self.spawn(self._try(work[wish]))
 
     def go_on(self) -> None:
         """Let a paused disk go on."""
@@ -103,9 +103,9 @@ class BackProcess(Process):
             self.change("resume", 0, Prng(0))
 
     @staticmethod
-    async def _try(work: Coroutine[Any, Any, object]) -> None:
+    async def _try(work: Callable[[], Coroutine[Any, Any, object]]) -> None:
         with contextlib.suppress(XvdError, OSError):
-            await work
+            await work()
 
     def die(self) -> None:
         """Die as by SIGKILL."""
