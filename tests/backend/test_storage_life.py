@@ -12,11 +12,13 @@ from rig_engines import PythonEngine
 
 from xvd.backend.device import Device
 from xvd.backend.life import unmet
+from xvd.backend.state import DiskState
 from xvd.blkif.abi import InfoFlag
 from xvd.blkif.assignment import BackendAssignment
 from xvd.blkif.features import BackendFeatures
 from xvd.engines.interface import Engine, EngineInfo
-from xvd.errors import ConfigError, EngineError
+from xvd.errors import BudgetError, ConfigError, EngineError
+from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.toolstack.vbd import detach
 
@@ -33,15 +35,19 @@ def image(path: Path, fill: bytes, size: int = 8 << 20) -> Path:
     return path
 
 
+async def waits_until_it_is_resumed(world: World, disk: Disk) -> None:
+    reading = asyncio.ensure_future(disk.read(0, 4096))
+    done, _ = await asyncio.wait([reading], timeout=0.05)
+    assert not done
+    await device(world).life.resume()
+    assert await reading == bytes(4096)
+
+
 def test_a_paused_disk_answers_when_it_is_resumed() -> None:
     async def work() -> None:
         async with disk_world() as world, await world.disk(front=FOUR_QUEUES) as disk:
             await device(world).life.pause(10)
-            reading = asyncio.ensure_future(disk.read(0, 4096))
-            done, _ = await asyncio.wait([reading], timeout=0.05)
-            assert not done
-            await device(world).life.resume()
-            assert await reading == bytes(4096)
+            await waits_until_it_is_resumed(world, disk)
 
     run(work())
 
@@ -52,11 +58,7 @@ def test_a_frontend_that_connects_to_a_paused_disk_waits() -> None:
             vbd = await world.attach()
             await device(world).life.pause(10)
             async with await world.open(vbd) as disk:
-                reading = asyncio.ensure_future(disk.read(0, 4096))
-                done, _ = await asyncio.wait([reading], timeout=0.05)
-                assert not done
-                await device(world).life.resume()
-                assert await reading == bytes(4096)
+                await waits_until_it_is_resumed(world, disk)
 
     run(work())
 
@@ -259,5 +261,43 @@ def test_a_guest_that_leaves_a_paused_disk_is_let_go() -> None:
             await device(world).life.pause(10)
             await disk.close()
             await detach(world.store, vbd)
+
+    run(work())
+
+
+class NotClosed(PythonEngine):
+    def close(self) -> None:
+        super().close()
+        raise OSError(errno.EIO, "it does not close")
+
+
+def test_old_storage_that_does_not_close_does_not_cost_the_new(expect_log) -> None:
+    expect_log("its old storage could not be closed: .*it does not close")
+
+    async def work() -> None:
+        engines = [NotClosed(8 << 20), PythonEngine(8 << 20)]
+
+        async def open_storage(assignment: BackendAssignment) -> Engine:
+            return engines[assignment.image == "other"]
+
+        async with disk_world(open_storage=open_storage) as world, await world.disk() as disk:
+            await device(world).life.swap("other", 10)
+            await disk.write(0, b"x" * 512)
+            assert (engines[1].data[:1], engines[1].closed) == (b"x", 0)
+
+    run(work())
+
+
+def test_a_pause_that_cannot_be_noted_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_: object) -> None:
+        raise BudgetError("no room", "state")
+
+    async def work() -> None:
+        async with disk_world() as world, await world.disk() as disk:
+            with monkeypatch.context() as patch:
+                patch.setattr(DiskState, "decide", no_room)
+                with pytest.raises(BudgetError):
+                    await device(world).life.pause(10)
+            assert await disk.read(0, 512) == bytes(512)
 
     run(work())

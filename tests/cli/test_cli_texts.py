@@ -46,7 +46,9 @@ backend-0      holdoff_us                              0
 backend-0      large_sectors                           0
 """
 HEADS = r"daemon +state +disk +rd_req +wr_req +f_req +ds_req +oo_req +rd_sect +wr_sect +errors\n"
-TOP_HEADS = "disk +state +rd/s +wr/s +rd MB/s +wr MB/s +p99 us +p50 us +busy +errors/s +refused/s +kept %\n"  # fmt: skip  # noqa: E501
+TOP_HEADS = (
+    "disk +state +rd/s +wr/s +rd MB/s +wr MB/s +p99 us +p50 us +busy +errors/s +refused/s +kept %\n"
+)
 LIST_HEADS = "disk +backend mode frontend +backend +daemon target\n"
 
 ANSWERS = [

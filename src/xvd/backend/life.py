@@ -15,7 +15,7 @@ from xvd.backend.state import DiskState
 from xvd.blkif.abi import InfoFlag
 from xvd.blkif.features import BackendFeatures
 from xvd.engines.interface import Engine
-from xvd.errors import ConfigError, PeerClosed
+from xvd.errors import ConfigError, PeerClosed, XvdError, describe
 from xvd.types import RING_SECTOR_SIZE
 from xvd.xenbus.log import DeviceLog
 from xvd.xenbus.runner import Runtime
@@ -78,15 +78,20 @@ class StorageLife:
         Raises `ConfigError` if that is not so after a while, and then the disk goes on.
         """
         async with self._turn:
-            await self._pause(timeout_s)
+            was = self._kept.decision()
             self._decide(paused=True)
+            try:
+                await self._pause(timeout_s)
+            except BaseException:
+                self._kept.decide(was)
+                raise
             self._log.info("paused")
 
     async def resume(self) -> None:
         """Go on, if it is paused."""
         async with self._turn:
-            self._resume()
             self._decide(paused=False)
+            self._resume()
             self._log.info("resumed")
 
     async def swap(self, image: str, timeout_s: float) -> None:
@@ -103,10 +108,10 @@ class StorageLife:
         disk = self._disk
         if disk.opened is None:
             raise ConfigError(f"{self._log.disk}: it has no storage; detach it")
+        before, paused = disk.opened, disk.paused
         engine = await self._open(image)
-        paused = disk.paused
         try:
-            if not_there := unmet(disk.opened.features, self._offers(engine)):
+            if not_there := unmet(before.features, self._offers(engine)):
                 raise ConfigError(f"{self._log.disk}: {image} does not fit: {'; '.join(not_there)}")
             await self._pause(timeout_s)
             await self._exchange(engine, image)
@@ -117,6 +122,11 @@ class StorageLife:
             if not paused:
                 self._resume()
         self._log.info("its storage is %s now", image)
+        try:  # only now: it may fail, and take as long as it likes, and the guest is not to wait
+            await before.close()
+        except (OSError, XvdError) as error:
+            self._log.warning("its old storage could not be closed: %s", describe(error))
+        await disk.follow_size()
 
     async def _exchange(self, engine: Engine, image: str) -> None:
         before, connection = self._disk.storage, self._disk.connection
@@ -131,8 +141,6 @@ class StorageLife:
             await connection.exchange(engine, channels)
         self._disk.has_opened(engine, before.features)
         self._swapped(image)
-        await before.close()
-        await self._disk.follow_size()
 
     def _note(self, image: str, engine: Engine, undo: contextlib.ExitStack) -> None:
         was, identity = self._kept.decision(), self._disk.storage.engine.identity
