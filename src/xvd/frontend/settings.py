@@ -59,7 +59,8 @@ class Settings(SettingsBase):
     holdoff_us: int = setting(
         0, 0, 10_000,
         "microseconds for which a queue's thread sleeps after work without asking for an event, "
-        "instead of polling: less CPU and longer latencies",
+        "instead of polling: fewer events and longer latencies, for a load of many requests a "
+        "second (with few it costs more CPU than it saves)",
     )  # fmt: skip
     large_sectors: bool = setting(
         False, 0, 1,
