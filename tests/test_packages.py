@@ -82,6 +82,7 @@ def needed(script: Path) -> set[str]:
     ("script", "purpose"),
     [
         ("xen-rig/build", "rig"),
+        ("xen-rig/emulator", "rig"),
         ("xen-rig/kernel", "rig"),
         ("xen-rig/run", "rig"),
         ("xen-rig/wheel", "rig"),
