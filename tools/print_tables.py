@@ -6,13 +6,14 @@ Usage: ``print_tables.py --write`` replaces what stands between the marks of eac
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))
 
+from xvd.backend.iotune import IoTune  # noqa: E402
 from xvd.backend.settings import Settings as BackendSettings  # noqa: E402
 from xvd.blkif.features import FEATURES  # noqa: E402
 from xvd.blkif.operations import OPERATIONS  # noqa: E402
@@ -26,8 +27,8 @@ def rows(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     return "".join(f"|{''.join(f' {cell}'.rstrip() + ' |' for cell in line)}\n" for line in lines)
 
 
-def settings(of: type[SettingsBase]) -> str:
-    """Return the table of one end's settings."""
+def settings(of: type[SettingsBase], without: Container[str] = ()) -> str:
+    """Return the table of one end's settings, or of those that are in no other table."""
     defaults = {one.name: one.default for one in fields(of)}
     body = [
         (
@@ -35,7 +36,7 @@ def settings(of: type[SettingsBase]) -> str:
             span(row),
             *(["yes" if row.live else ""] if any_live(of) else []), row.whose, row.meaning,
         )
-        for name, row in of.table().items()
+        for name, row in of.table().items() if name not in without
     ]  # fmt: skip
     live = ["live"] if any_live(of) else []
     return rows(["name", "default", "range", *live, "whose", "what it does"], body)
@@ -53,10 +54,20 @@ def any_live(of: type[SettingsBase]) -> bool:
 
 def span(row: Setting) -> str:
     """Return which values there are."""
+    if row.pattern:
+        return "a name"
     if row.words or row.is_switch or row.choices:
         return ", ".join(map(str, row.words or row.choices or (0, 1)))
-    power = row.high >= 1 << 20 and row.high & (row.high - 1) == 0
-    return f"{row.low} to {f'2^{row.high.bit_length() - 1}' if power else row.high}"
+    return f"{row.low} to {_power(row.high)}"
+
+
+def _power(number: int) -> str:
+    """Return a large number as a power of two or of ten, if it is one."""
+    if number >= 1 << 20 and number & (number - 1) == 0:
+        return f"2^{number.bit_length() - 1}"
+    digits = str(number)
+    zeros = len(digits) - 1
+    return f"10^{zeros}" if zeros >= 9 and digits.rstrip("0") == "1" else digits
 
 
 def features() -> str:
@@ -73,7 +84,8 @@ def features() -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
-    "backend settings": ("docs/settings.md", lambda: settings(BackendSettings)),
+    "backend settings": ("docs/settings.md", lambda: settings(BackendSettings, IoTune.table())),
+    "limits": ("docs/settings.md", lambda: settings(IoTune)),
     "frontend settings": ("docs/settings.md", lambda: settings(FrontendSettings)),
     "features": ("docs/protocol.md", features),
 }

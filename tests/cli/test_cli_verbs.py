@@ -178,6 +178,37 @@ def test_settings_are_shown_and_changed(four: FourProcesses) -> None:
     assert (refused.returncode, "from 0 to 1024" in refused.stderr) == (2, True)
 
 
+def test_disks_share_the_limits_of_a_group(four: FourProcesses) -> None:
+    limited = four.run("group", "gold", "total_iops_sec=5000", "read_bytes_sec=1000000")
+    joined = four.run("set", "--disk", "1/xvda", "group_name=gold", "write_iops_sec=70", "--json")
+    shown = four.run("group")
+    [told] = json.loads(four.run("group", "--json").stdout).values()
+    [figures] = json.loads(four.run("stats", "--json").stdout)["backend-0"]
+    refused = four.run("group", "gold", "total_iops_sec_max=10")
+    unknown = four.run("group", "gold", "iops=10")
+
+    limits = "read_bytes_sec=1000000 total_iops_sec=5000"
+    assert (limited.returncode, limited.stderr) == (0, "")
+    assert limited.stdout == f"backend-0      gold             -; {limits}\n"
+    assert json.loads(joined.stdout)["backend-0"]["group_name"] == "gold"
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout == f"backend-0      gold             1/xvda; {limits}\n"
+    assert told["gold"]["disks"] == ["1/xvda"]
+    assert (figures["limits"], figures["group"]) == ({"write_iops_sec": 70}, "gold")
+    assert (refused.returncode, refused.stdout, refused.stderr) == (
+        2, "", "xvd: total_iops_sec_max is 10; a burst is more than total_iops_sec, 5000\n"
+    )  # fmt: skip
+    assert (unknown.returncode, "'iops=10' sets nothing" in unknown.stderr) == (2, True)
+
+
+def test_a_backend_begins_with_the_limits_it_is_told(tmp_path: Path, image: Path) -> None:
+    options = ("--set", "1/xvda:group_name=gold", "--group", "gold:total_iops_sec=9")
+    with FourProcesses(tmp_path, image, *options) as processes:
+        [told] = json.loads(processes.run("group", "--json").stdout).values()
+
+    assert told == {"gold": {"limits": {"total_iops_sec": 9}, "disks": ["1/xvda"]}}
+
+
 def test_a_backend_begins_with_what_it_is_told(tmp_path: Path, image: Path) -> None:
     options = ("--set", "max_queues=2", "--set", "1/xvda:max_ring_page_order=0")
     with FourProcesses(tmp_path, image, *options) as processes:

@@ -2,6 +2,7 @@
 """dom0's own kernel uses a disk of ours: xen-blkfront against `xvd backend`, by unmodified xl."""
 
 import hashlib
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,30 @@ def test_its_storage_is_exchanged_under_a_verifying_load(attached: Disk, tmp_pat
     sh("blockdev --flushbufs /dev/xvda")
     seen = hashlib.md5(attached.device.read_bytes()).hexdigest()
     assert seen == hashlib.md5(here.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("limit", "load", "figure"),
+    [("total_iops_sec=200", "--bs=4k --rw=randrw", "iops"),
+     ("write_bytes_sec=4194304", "--bs=64k --rw=write", "bw_bytes")],
+    ids=["limited_requests", "limited_bytes"],
+)  # fmt: skip
+def test_fio_sees_the_limit_of_a_disk_and_of_its_group(
+    attached: Disk, limit: str, load: str, figure: str
+) -> None:
+    fio = (
+        "fio --name=l --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=8 --size=32m"
+        f" --time_based --runtime=8 --output-format=json {load}"
+    )
+    seen = []
+    for name in ("set --disk 0/xvda", "group bronze"):
+        sh(f"xvd {name} {limit} && xvd set --disk 0/xvda group_name=bronze")
+        [job] = json.loads(sh(fio))["jobs"]
+        seen.append(sum(job[way][figure] for way in ("read", "write")))
+        sh(f"xvd {name} {limit.partition('=')[0]}=0")
+    sh("xvd set --disk 0/xvda group_name=")
+    limited = int(limit.partition("=")[2])
+    assert seen == [pytest.approx(limited, rel=0.05), pytest.approx(limited, rel=0.05)]
 
 
 def test_a_disk_on_a_full_file_system_is_held_until_there_is_space(

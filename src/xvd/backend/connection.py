@@ -12,6 +12,7 @@ from typing import Final
 
 from xvd.backend.budget import Lease
 from xvd.backend.counters import BackCounters
+from xvd.backend.groups import Throttles
 from xvd.backend.rest import Rest
 from xvd.backend.settings import Settings
 from xvd.backend.state import DiskState, Journal
@@ -42,8 +43,8 @@ class Plan:
     """What all queues of a connection have in common.
 
     settings: as far as there is room for them. lease: what the connection has taken of the host's
-    budget; it gives that back. state: where its journals are. resume: the rings are live, and were
-    served by a predecessor.
+    budget; it gives that back. state: where its journals are. throttles: what limits it. resume:
+    the rings are live, and were served by a predecessor.
     """
 
     machine: Machine
@@ -54,6 +55,7 @@ class Plan:
     settings: Settings
     lease: Lease
     state: DiskState
+    throttles: Throttles = (None, None)
     resume: bool = False
 
     @property
@@ -129,6 +131,7 @@ class Connection(Links[BackLink]):
         journal = left or plan.state.new_journal(number, link.entries)
         queue = link.prepare(storage, back_options(plan), journal.memory, resume=left is not None)
         queue.set_hold(plan.settings.holds_errors)
+        queue.set_throttles(*plan.throttles)
 
     def _close_channel(self, number: int) -> None:
         """Close a queue's channel, which may be another one than at the beginning."""
@@ -268,6 +271,12 @@ class Connection(Links[BackLink]):
             link.queue.set_persistent(grants_max, settings.persistent_grant_unused_seconds)
             link.queue.set_max_pages(settings.max_buffer_pages)
             link.queue.set_hold(settings.holds_errors)
+        self.wake_all()
+
+    def limit(self, throttles: Throttles) -> None:
+        """Go by these limits, which may have changed, from the next request on."""
+        for link in self.links:
+            link.queue.set_throttles(*throttles)
         self.wake_all()
 
     def squeeze(self, seconds: float) -> None:

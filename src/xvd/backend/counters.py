@@ -26,6 +26,7 @@ class BackCounters(QueueCounters):
     recovered: int = 0
     held: int = 0
     starved: int = 0
+    throttled: int = 0
     buffer_pages: int = of_the_moment()
     persistent_grants: int = of_the_moment()
     refusals: dict[str, int] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from typing import Final
 from xvd.backend.budget import Budget, Room
 from xvd.backend.connection import Connection, Plan
 from xvd.backend.disk import ServedDisk
+from xvd.backend.groups import Groups
 from xvd.backend.hold import Hold
 from xvd.backend.life import StorageLife
 from xvd.backend.negotiation import Agreement, features_of, negotiate, own_node
@@ -60,8 +61,9 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
     """One disk of this backend domain; `run` returns when it is gone or `stop` has ended it.
 
     path: its directory, relative to this domain (``backend/vbd/1/51712``). budget: what this host
-    has for it and others; without end if there is none. log_limit: its guest's. rival: who
-    else serves such disks here, in words; mostly nobody. runtime: who runs its queues.
+    has for it and others; without end if there is none. groups: those it may be in. log_limit: its
+    guest's. rival: who else serves such disks here, in words; mostly nobody. runtime: who runs its
+    queues.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         settings: Settings | None = None,
         *,
         budget: Budget | None = None,
+        groups: Groups | None = None,
         log_limit: LogLimit | None = None,
         rival: Callable[[], str] = str,
         runtime: Runtime = THREADS,
@@ -84,8 +87,9 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         settings = settings or Settings()
         room = Room(budget or Budget(), log)
         self.disk = ServedDisk(
-            log, room, settings, runtime, partial(self.put, BackendEvent.RESIZED)
-        )
+            log, room, groups or Groups(), settings, runtime,
+            resized=partial(self.put, BackendEvent.RESIZED),
+        )  # fmt: skip
         self._machine = machine
         self._open_storage = open_storage
         self._rival = rival
@@ -297,6 +301,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             lease.claim.limit(self.disk.settings),
             lease,
             self._kept,
+            self.disk.throttles,
             resume=resume,
         )
 

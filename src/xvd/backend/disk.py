@@ -8,6 +8,7 @@ from typing import Final
 from xvd.backend.budget import Room
 from xvd.backend.connection import Connection
 from xvd.backend.counters import BackCounters
+from xvd.backend.groups import DiskLimits, Groups
 from xvd.backend.opened import Opened
 from xvd.backend.settings import Settings
 from xvd.blkif.features import BackendFeatures
@@ -22,19 +23,23 @@ _LOGGED: Final = ("oo_req", "rd_req", "wr_req", "f_req", "ds_req", "persistent_g
 class ServedDisk:
     """One disk. For the event loop's thread, but for `has_another_size`.
 
-    room: its part of what this host has. resized: called when the disk has another size.
+    room: its part of what this host has. groups: those that it may be in. resized: called when the
+    disk has another size.
     """
 
     def __init__(
         self,
         log: DeviceLog,
         room: Room,
+        groups: Groups,
         settings: Settings,
         runtime: Runtime,
+        *,
         resized: Callable[[], None],
     ) -> None:
         self.log = log
         self.room = room
+        self.limits = DiskLimits(groups)
         self.settings = settings
         self.opened: Opened | None = None
         self.connection: Connection | None = None
@@ -45,6 +50,7 @@ class ServedDisk:
         """What was counted over the connections that have ended."""
         self._runtime = runtime
         self._resized = resized
+        self.throttles = self.limits.apply(settings)
 
     # ---- What it has ----
 
@@ -109,7 +115,9 @@ class ServedDisk:
         """Go by other settings: at once as far as a connection can, and for the rest from the next
         offer on."""
         self.settings = settings
+        self.throttles = self.limits.apply(settings)
         if self.connection is not None:
+            self.connection.limit(self.throttles)
             plan = self.connection.plan
             pages = plan.config.ring_pages
             self.connection.apply(self.room.change(plan.lease, pages, settings))

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 from xvd.backend.budget import Budget
 from xvd.backend.device import Device, StorageOpener
 from xvd.backend.disk import ServedDisk
+from xvd.backend.groups import Groups
 from xvd.backend.rival import no_rival
 from xvd.backend.settings import Settings
 from xvd.backend.sharing import SharedStorage
@@ -54,8 +55,9 @@ class Server:
     """Serves every disk under ``backend/<kind>`` of this domain.
 
     settings: for every disk; overrides: ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them.
-    budget: what this host has for all of them. rival: who else serves a kind (`rival.rival`); a
-    disk that such a one has found too is left to it. runtime: who runs their queues.
+    budget: what this host has for all of them. groups: limits that disks share. rival: who else
+    serves a kind (`rival.rival`); a disk that such a one has found too is left to it. runtime: who
+    runs their queues.
 
     One store connection for all, no polling. A device that fails costs itself only.
     """
@@ -70,6 +72,7 @@ class Server:
         settings: Settings | None = None,
         overrides: Mapping[str, Sequence[str]] | None = None,
         budget: Budget | None = None,
+        groups: Groups | None = None,
         rival: Callable[[str], str] = no_rival,
         runtime: Runtime = THREADS,
     ) -> None:
@@ -80,6 +83,7 @@ class Server:
         self._kinds = kinds
         self._settings = settings or Settings()
         self._budget = budget or Budget()
+        self._groups = groups or Groups()
         self._rival = rival
         self._runtime = runtime
         self._overrides = {name: Settings.parse(t) for name, t in (overrides or {}).items()}
@@ -165,6 +169,27 @@ class Server:
             device.disk.apply(self.settings_of(path))
         return changed.values()
 
+    def change_group(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
+        """Set each ``NAME=VALUE`` of a group's limits; the limits and disks of every group then.
+
+        No name changes nothing. Raises `ConfigError`, and then nothing is changed either.
+        """
+        if name:
+            self._groups.change(name, texts)
+        members: dict[str, list[str]] = {group: [] for group in self._groups.limits()}
+        for device in self.devices.values():
+            settings = device.disk.settings
+            if settings.group_name:
+                members[settings.group_name].append(device.name)
+            if name and settings.group_name == name:
+                device.disk.apply(settings)
+        limits = self._groups.limits()
+        return {
+            group: {"limits": limits[group], "disks": sorted(disks)}
+            for group, disks in members.items()
+            if limits[group] or disks
+        }
+
     def squeeze(self) -> None:
         """Memory is short: every disk gives back what it keeps and does not use."""
         for device in self.devices.values():
@@ -226,6 +251,7 @@ class Server:
             self._open_storage,
             settings,
             budget=self._budget,
+            groups=self._groups,
             log_limit=self._log_limit(path),
             rival=lambda: self._rival(kind),
             runtime=self._runtime,

@@ -6,16 +6,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from xvd.backend.iotune import IoTune
 from xvd.blkif.abi import MAX_INDIRECT_SEGMENTS
 from xvd.blkif.features import useful_indirect
-from xvd.xenbus.settings import SettingsBase, setting, word_setting
+from xvd.xenbus.settings import setting, word_setting
 
 LINUX = "blkback"
 
 
 @dataclass(frozen=True, slots=True)
-class Settings(SettingsBase):
-    """What the administrator decides for every disk of a daemon. Raises `ConfigError`.
+class Settings(IoTune):
+    """What the administrator decides for every disk of a daemon, its limits too (`IoTune`). Raises
+    `ConfigError`.
 
     copying: grant copy instead of mapping. state_dir: where the journals of live rings are kept
     for a successor; None keeps none, and then only an idle ring can be taken over.

@@ -38,6 +38,7 @@ VERBS: Final = {
     "resume": "life.resume",
     "swap": "life.swap",
     "set": "tune.tune",
+    "group": "tune.group",
     "list": "attach.list_disks",
     "nbd": "nbd.nbd",
     "stats": "stats.stats",

@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 import typer
 
+from xvd.backend.groups import Groups
 from xvd.backend.pressure import MemoryPressure
 from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
@@ -54,6 +55,15 @@ def backend(
             "max_queues=4, 1/xvda:feature_persistent=N. May be given several times. See xvd set.",
         ),
     ] = [],  # noqa: B006  typer needs a literal
+    group: Annotated[
+        list[str],
+        typer.Option(
+            "--group",
+            metavar="GROUP:NAME=VALUE",
+            help="A limit that the disks of a group share: gold:total_iops_sec=5000. A disk is in "
+            "it by --set 1/xvda:group_name=gold. May be given several times. See xvd group.",
+        ),
+    ] = [],  # noqa: B006  typer needs a literal
     layer: common.Layers = [],  # noqa: B006  typer needs a literal
     verbose: common.Verbose = 0,
 ) -> int:
@@ -67,7 +77,8 @@ def backend(
     number = None if domid is None else Domid(domid)
     texts, overrides = common.split_settings(setting)
     settings = Settings(copying=copy).changed(Settings.parse(texts))
-    return running.run(_backend(host, number, kind, settings, overrides, layer))
+    groups = Groups(common.split_groups(group))
+    return running.run(_backend(host, number, kind, settings, overrides, groups, layer))
 
 
 def _kinds(wanted: list[str], real: bool) -> list[str]:
@@ -89,6 +100,7 @@ async def _backend(
     kinds: list[str],
     settings: Settings,
     overrides: dict[str, list[str]],
+    groups: Groups,
     layers: list[str],
 ) -> int:
     stop = running.Stop()
@@ -110,12 +122,13 @@ async def _backend(
         settings = replace(settings, state_dir=directory / "state" / name)
         server = Server(
             machine, store, storage, kinds=kinds, settings=settings, overrides=overrides,
-            budget=common.budget_of(machine), rival=rival if real else no_rival,
+            budget=common.budget_of(machine), groups=groups, rival=rival if real else no_rival,
         )  # fmt: skip
         control = ControlServer(
             {
                 "stats": lambda: [disk_figures(device) for device in server.devices.values()],
                 "set": server.change,
+                "group": server.change_group,
                 "resize": lambda disk, size, shrink=False: server.device(disk).disk.resize(
                     size, shrink=shrink
                 ),

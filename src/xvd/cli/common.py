@@ -102,6 +102,17 @@ def split_settings(settings: Sequence[str]) -> tuple[list[str], dict[str, list[s
     return for_all, for_one
 
 
+def split_groups(limits: Sequence[str]) -> dict[str, list[str]]:
+    """Limits of named groups: ``gold:total_iops_sec=5000``; `ConfigError` for anything else."""
+    groups: dict[str, list[str]] = {}
+    for text in limits:
+        group, colon, limit = text.partition(":")
+        if not colon:
+            raise ConfigError(f"{text!r} limits nothing; write GROUP:NAME=VALUE")
+        groups.setdefault(group, []).append(limit)
+    return groups
+
+
 def disk_key(text: str) -> str:
     """``1/51712`` from ``1/xvda``; `ConfigError` for anything else."""
     domid, slash, vdev = text.partition("/")

@@ -21,6 +21,8 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
         "paused": device.disk.paused,
         "held": device.hold.why,
         "swapped_to": device.life.swapped_to,
+        "limits": device.disk.limits.figures(),
+        "group": device.disk.settings.group_name,
         "counters": device.disk.counters().figures(),
     }
     if features is not None:

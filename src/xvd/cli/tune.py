@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``xvd set``: the settings of running daemons, shown and changed."""
+"""``xvd set`` and ``xvd group``: what running daemons go by, shown and changed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from xvd.backend.iotune import IoTune
 from xvd.backend.settings import Settings
 from xvd.cli import common, output, running
 from xvd.cli.control import DaemonError
@@ -34,6 +35,46 @@ def tune(
     return running.run(_tune(host, setting, name, json))
 
 
+def group(
+    name: Annotated[str, typer.Argument(metavar="GROUP", help="The group; none: show all.")] = "",
+    limit: Annotated[
+        list[str], typer.Argument(metavar="NAME=VALUE...", help="What to limit; 0: no more.")
+    ] = [],  # noqa: B006  typer needs a literal
+    host: common.HostDir = common.DEFAULT_HOST,
+    json: common.Json = False,
+) -> int:
+    """Show or change the limits that several disks share, under the names of libvirt's iotune.
+
+    A disk is put into a group by xvd set --disk 1/xvda group_name=GROUP. It holds at once, for all
+    disks of the group together; each gets an equal part while all want more. A daemon that is
+    started anew begins with its own options again.
+    """
+    IoTune.parse(limit)
+    return running.run(_group(host, name, limit, json))
+
+
+async def _group(host: Path, name: str, texts: list[str], json: bool) -> int:
+    try:
+        answers = await ask_all(host, "backend-*", "group", name=name, texts=texts)
+    except DaemonError as error:
+        raise ConfigError(str(error)) from None
+    living = {answer.daemon: answer.result for answer in answers if answer.state == ALIVE}
+    if json:
+        output.print_json(living)
+    else:
+        output.tell("".join(_group_lines(living)))
+    return complain(answers)
+
+
+def _group_lines(living: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """A line for each group: its disks, and its limits."""
+    for daemon, groups in living.items():
+        for name, group in groups.items():
+            limits = " ".join(f"{limit}={value}" for limit, value in group["limits"].items())
+            disks = " ".join(group["disks"])
+            yield f"{daemon:<14} {name:<16} {disks or '-'}; {limits or 'no limits'}\n"
+
+
 async def _tune(host: Path, texts: list[str], disk: str, json: bool) -> int:
     try:
         answers = await ask_all(host, "backend-*", "set", texts=texts, disk=disk)
@@ -52,6 +93,6 @@ def _lines(living: dict[str, dict[str, Any]]) -> Iterator[str]:
     live = {name for name, row in Settings.table().items() if row.live}
     for daemon, values in living.items():
         for name, value in values.items():
-            shown = "-" if value is None else value
+            shown = "-" if value in (None, "") else value
             when = "live" if name in live else ""
             yield f"{daemon:<14} {name:<32} {shown:>8} {when}".rstrip() + "\n"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of an end: a dataclass whose fields are its table, and ``NAME=VALUE`` read by it."""
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -22,7 +23,7 @@ class Setting:
     the unit. whose: the driver that has a parameter of this name, ``xvd`` where none has. live: it
     holds at once, and not only from the next connection on. choices: the only values, where not all
     between are. usual: the default in words, where it is the machine's affair. words: the values of
-    one that is no number.
+    one that is no number. pattern: what one that is a free word has to match.
     """
 
     low: int
@@ -33,6 +34,12 @@ class Setting:
     choices: tuple[int, ...] = ()
     usual: str = ""
     words: tuple[str, ...] = ()
+    pattern: str = ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is no number."""
+        return bool(self.words or self.pattern)
 
     @property
     def is_switch(self) -> bool:
@@ -55,6 +62,12 @@ def word_setting(*words: str, meaning: str, live: bool = False) -> str:
     return field(default=words[0], metadata={_ROW: row})
 
 
+def name_setting(meaning: str, *, whose: str = "xvd", live: bool = False) -> str:
+    """Make a dataclass field that is somebody's name, or empty if it is not set."""
+    row = Setting(0, 0, meaning, whose, live, pattern=r"[A-Za-z0-9_.-]{0,64}")
+    return field(default="", metadata={_ROW: row})
+
+
 @dataclass(frozen=True, slots=True)
 class SettingsBase:
     """What the settings of both ends can do. None leaves a value to the machine.
@@ -67,9 +80,8 @@ class SettingsBase:
             value = getattr(self, name)
             if value is None:
                 continue
-            if row.words:
-                if value not in row.words:
-                    raise ConfigError(f"{name} is {value}; it may be {' or '.join(row.words)}")
+            if row.is_text:
+                self._check_text(name, row, value)
                 continue
             if not row.low <= value <= row.high:
                 raise ConfigError(f"{name} is {value}; it goes from {row.low} to {row.high}")
@@ -77,11 +89,19 @@ class SettingsBase:
                 *others, last = map(str, row.choices)
                 raise ConfigError(f"{name} is {value}; it may be {', '.join(others)} or {last}")
 
+    @staticmethod
+    def _check_text(name: str, row: Setting, value: str) -> None:
+        if row.words and value not in row.words:
+            raise ConfigError(f"{name} is {value}; it may be {' or '.join(row.words)}")
+        if row.pattern and not re.fullmatch(row.pattern, value):
+            raise ConfigError(f"{name} is {value!r}; it may have 64 letters, digits, dots, - and _")
+
     @classmethod
     @cache
     def table(cls) -> Mapping[str, Setting]:
-        """Return what may be set by name, in the order of the fields."""
-        return {one.name: one.metadata[_ROW] for one in fields(cls) if _ROW in one.metadata}
+        """Return what may be set by name: a class's own, and then what it inherits."""
+        own_first = sorted(fields(cls), key=lambda one: one.name not in cls.__annotations__)
+        return {one.name: one.metadata[_ROW] for one in own_first if _ROW in one.metadata}
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> dict[str, Value]:
@@ -93,7 +113,7 @@ class SettingsBase:
             if not equals or row is None:
                 names = ", ".join(cls.table())
                 raise ConfigError(f"{text!r} sets nothing; write NAME=VALUE with one of {names}")
-            if row.words:
+            if row.is_text:
                 values[name] = value
                 continue
             number = _WORDS.get(value.lower()) if row.is_switch else None

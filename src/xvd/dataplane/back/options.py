@@ -3,6 +3,8 @@
 
 from dataclasses import dataclass
 
+from xvd.types import PAGE_SIZE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackOptions:
@@ -29,3 +31,22 @@ class BackOptions:
     persistent_max: int = 1056
     persistent_idle_s: float = 60.0
     max_pages: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """One limit, of a `Throttle`. rate: tokens a second, at least 1. kinds: numbers of the
+    `blkif.operations.Kind`s that it counts. bytes: a token is a byte; otherwise a request.
+    slack_ns: how far it may be exceeded for a moment: what comes in so many nanoseconds.
+    """
+
+    rate: int
+    kinds: tuple[int, ...]
+    bytes: bool
+    slack_ns: int
+
+    @property
+    def lease(self) -> int:
+        """Tokens that a queue takes at a time: those of four milliseconds, if that is a page's
+        bytes, or one request."""
+        return max(PAGE_SIZE if self.bytes else 1, self.rate // 256)

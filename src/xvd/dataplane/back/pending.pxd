@@ -8,6 +8,7 @@ from xvd.dataplane.back.journal cimport journal_entry, journal_header
 from xvd.dataplane.back.persistent cimport persistent_grants
 from xvd.dataplane.back.request cimport request, request_limits
 from xvd.dataplane.back.space cimport space, space_pool
+from xvd.dataplane.back.throttle cimport THROTTLE_BUCKETS, THROTTLES, credit, throttle
 from xvd.dataplane.latency cimport kind_counts, latencies
 from xvd.dataplane.ports cimport (
     engine_io, engine_ports, event_ports, grant_copy, grant_mapping, grant_ports, stepper_ports)
@@ -42,7 +43,7 @@ cdef struct queue_counters:
     uint64_t map_calls, unmap_calls, copy_calls
     uint64_t buffer_pages_released
     uint64_t persistent_hits, persistent_misses, persistent_purged
-    uint64_t notified, suppressed, steps, recovered, held, starved
+    uint64_t notified, suppressed, steps, recovered, held, starved, throttled
     uint64_t refusals[REFUSAL_COUNT]
 
 # A request between the ring and its response.
@@ -82,6 +83,10 @@ cdef struct backend_queue:
     uint32_t broken
     uint32_t withdrawn           # bits of `limits.offered` that the storage turned out not to do
     uint64_t resume_ns           # nothing is taken before; 0: no pause
+    uint32_t throttling          # 1: one of `throttles` is not NULL
+    uint32_t limits_changed      # 1: what is waited for is of other limits
+    throttle *throttles[THROTTLES]           # each may be NULL
+    credit credits[THROTTLES][THROTTLE_BUCKETS]
     uint64_t due_ns              # when a thread that sleeps is to step again; 0: not at all
     uint32_t stalled             # 1: the next request waits for something that is in flight
     pending *barrier             # in flight, and alone; NULL when there is none

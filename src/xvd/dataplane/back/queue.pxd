@@ -11,6 +11,7 @@ cdef class BackendQueue:
     cdef backend_queue q
     cdef stepper_ports table
     cdef object keep             # what the tables hang off must live as long as the queue
+    cdef set throttles           # its thread may still be using one of an earlier time
 
     cdef bint open_kept(self) except -1
     cdef allocate(self, uint32_t nr_ents)

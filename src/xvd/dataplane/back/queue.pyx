@@ -32,8 +32,9 @@ from xvd.dataplane.back.pending cimport (
 from xvd.dataplane.back.persistent cimport NOBODY, close_book, open_book, persistent_grant
 from xvd.dataplane.back.space cimport LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space
 from xvd.dataplane.back.storage cimport collect, publish_responses, refuse_marked, start, use_space
-from xvd.dataplane.back.taking cimport admit, recover, take
-from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits, xvd_store_release
+from xvd.dataplane.back.taking cimport admit, forget_limits, recover, take
+from xvd.dataplane.back.throttle cimport Throttle
+from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits, xvd_store64, xvd_store_release
 from xvd.dataplane.latency cimport kind_figures, latency_lists
 from xvd.dataplane.ports cimport (
     engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
@@ -104,7 +105,7 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
         q.now_ns = monotonic_ns()
     if q.halt == RUNNING and not q.broken:
         q.nr_batch = q.nr_indirect = 0
-        if q.now_ns >= q.resume_ns:
+        if q.now_ns >= q.resume_ns or forget_limits(q):
             moved = take_new(q, budget)
         if q.nr_indirect:
             fetch_indirect(q)
@@ -149,7 +150,8 @@ cdef int may_sleep(void *ctx) noexcept nogil:
 
 
 cdef int peek(void *ctx) noexcept nogil:
-    return back_has_news(&(<backend_queue *>ctx).ring)
+    cdef backend_queue *q = <backend_queue *>ctx
+    return q.resume_ns == 0 and back_has_news(&q.ring)
 
 
 cdef check_offer(uint32_t offered, uint32_t indirect_max):
@@ -186,6 +188,7 @@ cdef class BackendQueue:
         check_ring(page.shape[0], nr_ents, abi, self.q.grants.stride)
         check_offer(options.offered, options.indirect_max)
         self.keep = (ring, grants, events, engine)
+        self.throttles = set()
         self.q.ring.sring = &page[0]
         self.q.ring.gap = gap_of(nr_ents, abi, self.q.grants.stride)
         self.q.ring.nr_ents = nr_ents
@@ -400,6 +403,15 @@ cdef class BackendQueue:
         self.q.kept.idle_ns = <uint64_t>(idle_s * 1e9)
         self.q.kept.limit = grants_max
         self.q.kept.next_scan_ns = 0  # an idle queue looks seldom: at its next step, not after it
+
+    def set_throttles(self, Throttle own, Throttle group):
+        """Go by these limits from the next request on; None: by none. Also after each of them was
+        configured. Any thread; wake its own."""
+        self.throttles.update((own, group))
+        xvd_store64(&self.q.throttles[0], <uint64_t>(NULL if own is None else &own.t))
+        xvd_store64(&self.q.throttles[1], <uint64_t>(NULL if group is None else &group.t))
+        self.q.throttling = own is not None or group is not None
+        xvd_store_release(&self.q.limits_changed, 1)
 
     def set_capacity(self, uint64_t sectors):
         """Change what is out of range for requests taken from now on. Any thread."""

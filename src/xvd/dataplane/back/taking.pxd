@@ -3,7 +3,8 @@
 """The first stage of a request: off the ring once, judged, and into the batch; and what is begun
 again, of a predecessor's or put back."""
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport memset
 
 from xvd.dataplane.abi cimport (
     BLKIF_DISCARD_SECURE, BLKIF_OP_WRITE_BARRIER, BLKIF_SECTOR_SIZE, REFUSAL_NONE,
@@ -16,6 +17,8 @@ from xvd.dataplane.back.pending cimport (
 from xvd.dataplane.back.request cimport parse, request, validate
 from xvd.dataplane.back.space cimport take_space
 from xvd.dataplane.back.storage cimport refuse, use_space
+from xvd.dataplane.back.throttle cimport THROTTLES, spend, wait_for_all
+from xvd.dataplane.c cimport xvd_exchange32
 from xvd.dataplane.latency cimport count_kind
 from xvd.dataplane.ports cimport ENGINE_SECURE, PAGES_EACH
 from xvd.dataplane.ring.ring cimport (
@@ -37,6 +40,32 @@ cdef inline int judge(backend_queue *q, pending *p) noexcept nogil:
     """Parse the private copy of a slot and find the first reason to refuse it."""
     parse(p.entry.slot, q.ring.layout, &p.rq)
     return validate(&p.rq, &q.limits)
+
+
+cdef inline bint forget_limits(backend_queue *q) noexcept nogil:
+    """Start anew if there are other limits than those that credits are of."""
+    if not q.limits_changed or not xvd_exchange32(&q.limits_changed, 0):
+        return False
+    memset(q.credits, 0, sizeof(q.credits))
+    return True
+
+
+cdef inline bint is_due(backend_queue *q, const request *rq) noexcept nogil:
+    """Whether the limits let a request through now; otherwise nothing is taken until they do."""
+    cdef uint64_t until = 0
+    cdef uint32_t i
+    forget_limits(q)
+    for i in range(<uint32_t>THROTTLES):
+        if q.throttles[i] != NULL:
+            until = max(until, wait_for_all(q.throttles[i], q.credits[i], rq, q.now_ns))
+    if until:
+        q.resume_ns = until
+        q.count.throttled += 1
+        return False
+    for i in range(<uint32_t>THROTTLES):
+        if q.throttles[i] != NULL:
+            spend(q.throttles[i], q.credits[i], rq)
+    return True
 
 
 cdef inline uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
@@ -61,6 +90,8 @@ cdef inline uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
         if refusal == REFUSAL_NONE and not may_begin(q, &p.rq):
             q.stalled = 1
             q.count.oo_req += not again
+            break
+        if q.throttling and refusal == REFUSAL_NONE and not is_due(q, &p.rq):
             break
         q.nr_free -= 1
         p.entry.index = back_take(&q.ring)

@@ -187,16 +187,19 @@ cdef int sleep_for(loop_state *s, long long ns) noexcept nogil:
 cdef int sleep(loop_state *s) noexcept nogil:
     """Wait for as long as nothing is due; 0 or -errno for what is not a time-out or a signal."""
     cdef int rc
-    cdef long long ns = s.nap_ns
+    cdef long long longest, ns = s.nap_ns
     if s.stepper.outstanding != NULL and s.stepper.outstanding[0] == 0:
         ns = NOTHING_TO_MISS_NS
+    longest = ns
     if s.event:
         ns = min(ns, max(<long long>(s.event_due_ns - monotonic_ns()), <long long>0))
     if s.stepper.due_ns != NULL and s.stepper.due_ns[0]:
         ns = min(ns, max(<long long>(s.stepper.due_ns[0] - monotonic_ns()), <long long>0))
     rc = sleep_for(s, ns)
+    if rc == -ETIME and ns < longest:
+        return 0                 # something is due, and nothing was missed
     if rc == -ETIME:
-        s.watchdogs += not s.event
+        s.watchdogs += 1
         s.nap_ns = min(2 * s.nap_ns, WATCHDOGS_MOST * s.watchdog_ns)
         return 0
     s.wakeups += 1

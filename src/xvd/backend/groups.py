@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits at work: a disk's own, and those that a named group of disks shares."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from xvd.backend.iotune import IoTune
+from xvd.dataplane.back.throttle import Throttle
+from xvd.errors import ConfigError
+
+Throttles = tuple[Throttle | None, Throttle | None]
+"""What a queue goes by: its disk's limits, and those of its disk's group."""
+
+
+class Limited:
+    """Limits that can be changed while queues go by them. For the event loop's thread."""
+
+    def __init__(self) -> None:
+        self.tune = IoTune()
+        self._throttle = Throttle()
+
+    def change(self, tune: IoTune) -> None:
+        """Go by these; the queues are to be told."""
+        if (tune.buckets, tune.size_iops_sec) != (self.tune.buckets, self.tune.size_iops_sec):
+            self._throttle.configure(tune.buckets, request_bytes=tune.size_iops_sec)
+        self.tune = tune
+
+    @property
+    def throttle(self) -> Throttle | None:
+        """The data plane's part; None where there are no limits."""
+        return self._throttle if self.tune.buckets else None
+
+
+class Groups:
+    """The groups of a daemon's disks, by name. A disk may name one before it has any limits.
+
+    limits: ``NAME=VALUE`` for each group's name. Raises `ConfigError`.
+    """
+
+    def __init__(self, limits: dict[str, list[str]] | None = None) -> None:
+        self._groups: Final[dict[str, Limited]] = {}
+        for name, texts in (limits or {}).items():
+            self.change(name, texts)
+
+    def find(self, name: str) -> Limited:
+        """Return the group of this name."""
+        return self._groups.setdefault(name, Limited())
+
+    def change(self, name: str, texts: Sequence[str]) -> None:
+        """Set each ``NAME=VALUE`` of a group's limits; its disks are to be told.
+
+        Raises `ConfigError`, and then nothing is changed.
+        """
+        values = IoTune.parse([f"group_name={name}", *texts])
+        if values["group_name"] != name or not name:
+            raise ConfigError(f"a group's name is its own affair: set {name or 'it'} on a disk")
+        group = self._groups.get(name)
+        tune = (group.tune if group else IoTune()).changed(values)
+        self.find(name).change(tune)
+
+    def limits(self) -> dict[str, dict[str, int]]:
+        """Return what is limited, by each group's name."""
+        return {name: set_limits(group.tune) for name, group in sorted(self._groups.items())}
+
+
+def set_limits(tune: IoTune) -> dict[str, int]:
+    """Return the limits that are not as they are where nobody set them, by name."""
+    usual = IoTune()
+    values = {name: getattr(tune, name) for name in IoTune.table() if name != "group_name"}
+    return {name: value for name, value in values.items() if value != getattr(usual, name)}
+
+
+class DiskLimits:
+    """What limits one disk. For the event loop's thread."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._groups = groups
+        self._own = Limited()
+
+    def apply(self, tune: IoTune) -> Throttles:
+        """Go by these limits, and by those of the group that they name."""
+        self._own.change(tune)
+        group = self._groups.find(tune.group_name) if tune.group_name else None
+        return self._own.throttle, group.throttle if group else None
+
+    def figures(self) -> dict[str, int]:
+        """Return the disk's own limits, by name."""
+        return set_limits(self._own.tune)
