@@ -24,7 +24,7 @@ choose_suite() {
         triplet=x86_64-linux-gnu loader=lib64/ld-linux-x86-64.so.2 tools=
         qemu=qemu-system-x86_64 emulator= # the host's
         bus=pci transport=pci patience=2400 test_limit=300 cycles=100
-        more_packages=(qemu-system-xen grub-xen-host) flavours=() built_kernels=() dom0_kernels=()
+        more_packages=(qemu-system-xen qemu-utils qemu-system-common grub-xen-host) flavours=() built_kernels=() dom0_kernels=()
         ;;
     arm64)
         triplet=aarch64-linux-gnu loader=lib/ld-linux-aarch64.so.1 tools=aarch64-linux-gnu-

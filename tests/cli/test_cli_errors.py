@@ -228,11 +228,21 @@ def test_an_image_that_is_raw_because_the_user_says_so(qcow2: Path) -> None:
         assert (result.returncode, result.stdout, result.stderr) == (0, "served\n", "")
 
 
-@pytest.mark.parametrize("name", ["qcow2", "vhd", "luks"])
-def test_a_format_that_is_not_served(image: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("qcow2", 1, "Image is not in qcow2 format"),
+        ("vhdx", 1, "not in the VHDX format"),
+        ("luks", 2, "where is its passphrase? write luks:PATH,key-file=PATH"),
+        ("vdi5", 2, "unknown storage"),
+    ],
+)
+def test_an_image_that_is_not_of_the_format_that_is_named(
+    image: Path, name: str, status: int, said: str
+) -> None:
     result = run_xvd("serve", "--format", name, str(image), "--run", "echo served")
 
-    check(result, 2, f"{name}:{image}", "only raw bytes are", "backendtype=qdisk")
+    check(result, status, str(image), said)
     assert result.stdout == ""
 
 

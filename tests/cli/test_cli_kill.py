@@ -40,13 +40,24 @@ def writes(four: FourProcesses) -> int:
     return sum(disk["counters"].get("wr_req", 0) for disk in disks)
 
 
-@pytest.mark.parametrize("options", [(), ("--copy",)], ids=["mapping", "copy"])
+def in_qcow2(image: Path, qemu_img: str) -> str:
+    path = image.with_suffix(".qcow2")
+    subprocess.run([qemu_img, "create", "-q", "-f", "qcow2", str(path), str(SIZE)], check=True)
+    return f"qcow2:{path}"
+
+
+@pytest.mark.parametrize(
+    ("options", "formatted"),
+    [((), False), (("--copy",), False), ((), True)],
+    ids=["mapping", "copy", "qcow2"],
+)
 def test_backend_killed_under_fio(
-    tmp_path: Path, image: Path, requires_tool, options: tuple[str, ...]
+    tmp_path: Path, image: Path, requires_tool, options: tuple[str, ...], formatted: bool
 ) -> None:
     fio = requires_tool("fio")
     output = tmp_path / "fio.json"
-    with FourProcesses(tmp_path, image, *options) as four:
+    storage = in_qcow2(image, requires_tool("qemu-img")) if formatted else str(image)
+    with FourProcesses(tmp_path, storage, *options) as four:
         load = start_fio(four, fio, output)
 
         for _ in range(3):

@@ -9,6 +9,7 @@ import pytest
 from rig_engines import image
 
 from xvd.engines.checked import Checked
+from xvd.engines.formats import FORMATS
 from xvd.engines.image import FileEngine
 from xvd.engines.interface import Engine, EngineInfo, Scheme
 from xvd.engines.layers.base import LayerKind
@@ -41,7 +42,7 @@ def test_a_bare_path_is_a_file(form: str, tmp_path: Path) -> None:
     [
         (
             "gopher:x",
-            "unknown storage 'gopher:x'; there are file:, memory:, null:, raw: and a bare",
+            "unknown storage 'gopher:x'; there are bochs:, cloop:, dmg:, file:, https:",
         ),
         ("memory:", "'memory:' names no storage; write a path or a size after memory:"),
         ("file:", "names no storage"),
@@ -102,7 +103,7 @@ def test_layers_do_what_their_options_say() -> None:
 
 
 def test_which_schemes_name_a_path() -> None:
-    assert {"file", "raw"} == PATH_SCHEMES
+    assert {"file", "raw", "vpc", *FORMATS} - {"luks"} == PATH_SCHEMES
 
 
 def test_read_only_is_asked_for_by_whoever_opens(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class Daemon:
 class FourProcesses:
     """host + backend + attach + nbd, in a directory of their own."""
 
-    def __init__(self, directory: Path, image: Path, *backend_options: str) -> None:
+    def __init__(self, directory: Path, image: Path | str, *backend_options: str) -> None:
         self.directory = directory / "host"
         self.socket = directory / "nbd.sock"
         self.uri = f"nbd+unix:///?socket={self.socket}"

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,34 @@ def test_its_storage_is_exchanged_under_a_verifying_load(attached: Disk, tmp_pat
     sh("blockdev --flushbufs /dev/xvda")
     seen = hashlib.md5(attached.device.read_bytes()).hexdigest()
     assert seen == hashlib.md5(here.read_bytes()).hexdigest()
+
+
+@pytest.mark.skipif(not shutil.which("qemu-img"), reason="there is no qemu-img for this dom0")
+def test_an_overlay_of_a_golden_image_is_verified_and_exchanged_for_a_raw_one(
+    backend: Backend, slot: Slot, tmp_path: Path
+) -> None:
+    sh(
+        f"cd {tmp_path}; dd if=/dev/urandom of=golden.raw bs=1M count=64 2>&1;"
+        "qemu-img convert -f raw -O qcow2 golden.raw golden;"
+        "qemu-img create -q -f qcow2 -b golden -F qcow2 overlay"
+    )
+    disk = Disk(Path(f"qcow2:{tmp_path}/overlay"), slot)
+    disk.attach()
+    try:
+        assert sh("md5sum </dev/xvda") == sh(f"md5sum <{tmp_path}/golden.raw")
+        sh(
+            "fio --name=v --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=16"
+            " --rw=randrw --bsrange=512-128k --size=16m --verify=crc32c --verify_fatal=1"
+        )
+        seen = sh("blockdev --flushbufs /dev/xvda; md5sum </dev/xvda")
+        sh(
+            f"xvd pause 0 xvda; cd {tmp_path}; qemu-img convert -U -O raw overlay moved;"
+            f"xvd swap 0 xvda {tmp_path}/moved; xvd resume 0 xvda; blockdev --flushbufs /dev/xvda"
+        )
+        assert sh("md5sum </dev/xvda") == seen
+    finally:
+        disk.detach()
+    assert "No errors were found" in sh(f"qemu-img check {tmp_path}/overlay")
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ class StorageLife:
         return self._kept.decision().image
 
     async def pause(self, timeout_s: float) -> None:
-        """Take no more requests; return when nothing is in flight.
+        """Take no more requests; return when nothing is in flight, and what was written can be read
+        by whoever reads the image.
 
         Raises `ConfigError` if that is not so after a while, and then the disk goes on.
         """
@@ -86,6 +87,19 @@ class StorageLife:
                 self._kept.decide(was)
                 raise
             self._log.info("paused")
+            await self._write_out(timeout_s)
+
+    async def _write_out(self, timeout_s: float) -> None:
+        """Flush: an image format keeps in memory what a reader of its file would miss."""
+        engine = self._disk.engine
+        if engine is None or engine.info.read_only:
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._runtime.call(engine.flush)
+        except (OSError, XvdError) as error:  # TimeoutError too
+            why = describe(error)
+            self._log.warning("paused, and its storage could not be flushed: %s", why)
 
     async def resume(self) -> None:
         """Go on, if it is paused."""

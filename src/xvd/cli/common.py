@@ -27,6 +27,15 @@ from xvd.machine.xen import machine as xen
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import Domid
 
+
+def _storage() -> dict[str, list[str]]:
+    """How storage is written, by what is then served."""
+    found: dict[str, list[str]] = {}
+    for scheme in SCHEMES.values():
+        found.setdefault(scheme.help, []).append(scheme.form)
+    return found
+
+
 HostDir = Annotated[
     Path,
     typer.Option(
@@ -66,7 +75,7 @@ Image = Annotated[
     str,
     typer.Argument(
         help="Image file, block device, or engine URI: "
-        + "; ".join(f"{scheme.form} ({scheme.help})" for scheme in SCHEMES.values())
+        + "; ".join(f"{', '.join(forms)} ({what})" for what, forms in _storage().items())
         + "."
     ),
 ]

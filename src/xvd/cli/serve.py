@@ -50,7 +50,8 @@ def serve(
         str,
         typer.Option(
             "--format",
-            help="raw: serve the bytes as they lie, also if they look like another format.",
+            help="What the image is: qcow2, vhdx and so on; raw: serve the bytes as they lie, also "
+            "if they look like another format.",
         ),
     ] = "",
     socket: Annotated[

@@ -29,6 +29,17 @@ static inline void xvd_store_relaxed(void *p, uint32_t v)
 	__atomic_store_n((uint32_t *)p, v, __ATOMIC_RELAXED);
 }
 
+/* The same for the 16-bit indices of a virtqueue. */
+static inline uint16_t xvd_load16_acquire(const void *p)
+{
+	return __atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE);
+}
+
+static inline void xvd_store16_release(void *p, uint16_t v)
+{
+	__atomic_store_n((uint16_t *)p, v, __ATOMIC_RELEASE);
+}
+
 /* Between publishing our index and reading the peer's event index (and the other way round):
  * every CPU, x86 included, may move the later load above the earlier store; the wake-up that
  * both sides then believe unnecessary is lost. */

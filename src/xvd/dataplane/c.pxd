@@ -7,6 +7,8 @@ from libc.stdint cimport int16_t, uint16_t, uint32_t, uint64_t
 cdef extern from "atomics.h" nogil:
     uint32_t xvd_load_acquire(const void *p)
     void xvd_store_release(void *p, uint32_t v)
+    uint16_t xvd_load16_acquire(const void *p)
+    void xvd_store16_release(void *p, uint16_t v)
     void xvd_store_relaxed(void *p, uint32_t v)
     void xvd_fence()
     uint32_t xvd_exchange32(void *p, uint32_t v)

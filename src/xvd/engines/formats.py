@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images whose bytes are not a disk's: how each is known, and who can serve what is in it.
+"""Images whose bytes are not a disk's: how each is known, and how what is in it is served.
 
 Served as it lies, such an image shows its guest a container, and the first write of the guest
-destroys what is in there. What is raw is never found out from the bytes: a guest can write the
-first bytes of any format on its own disk. So an examination only refuses, and the user says what
-it is.
+destroys what is in there. What an image is, is never found out from the bytes: a guest can write
+the first bytes of any format on its own disk. So an examination only refuses, and the user says
+what it is.
 """
 
 import os
@@ -21,10 +21,10 @@ _VDI_AT: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One row: `driver` is QEMU's name of it; `opener` who makes a device of raw bytes of it."""
+    """One row: `driver` is QEMU's name of it, `form` how it is served."""
 
     driver: str
-    opener: str = "qemu-nbd -f {driver} -c /dev/nbd0 {path}"
+    form: str = "{name}:{path}"
 
 
 FORMATS: Final[dict[str, Format]] = {
@@ -39,11 +39,9 @@ FORMATS: Final[dict[str, Format]] = {
     "bochs": Format("bochs"),
     "cloop": Format("cloop"),
     "dmg": Format("dmg"),
-    "luks": Format("luks", "cryptsetup open {path} NAME"),
+    "luks": Format("luks", "luks:{path},key-file=FILE"),
 }
-"""What QEMU or cryptsetup reads and this does not, by the name that people and xl use."""
-
-_BY_DRIVER: Final = {row.driver: name for name, row in FORMATS.items()}
+"""What QEMU reads, by the name that people and xl use."""
 
 # Of each format's own specification, and of QEMU's probes (block/*.c): bytes at an offset.
 _SIGNATURES: Final = (
@@ -97,15 +95,7 @@ def _is_descriptor(head: bytes) -> bool:
 
 
 def remedy(name: str, path: str) -> str:
-    """Say who serves what is in an image of this format, and how it is made raw."""
+    """Say how what is in an image of this format is served, and how it is made raw."""
     row = FORMATS[name]
-    opener = row.opener.format(driver=row.driver, path=path)
-    return (
-        f"let QEMU serve it (in xl: backendtype=qdisk), or serve the device that `{opener}` "
-        f"makes, or make a raw image of it: qemu-img convert -f {row.driver} -O raw {path} NEW"
-    )
-
-
-def format_named(word: str) -> str:
-    """The format that a word of a URI, of xl or of QEMU means; empty if none."""
-    return word if word in FORMATS else _BY_DRIVER.get(word, "")
+    form = row.form.format(name=name, path=path)
+    return f"serve that: {form}, or make it raw: qemu-img convert -f {row.driver} -O raw {path} NEW"

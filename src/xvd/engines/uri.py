@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from typing import Final
 
 from xvd.blkif.assignment import BackendAssignment
-from xvd.engines import formats, image, memory, null
+from xvd.engines import image, memory, null
 from xvd.engines.checked import Checked
 from xvd.engines.interface import Engine, Opening, Scheme
 from xvd.engines.layers import delay, error, log, readonly, stats
 from xvd.engines.layers.base import LayerKind
+from xvd.engines.qemu import schemes as qemu
 from xvd.engines.text import in_format, parse_options, split_scheme
 from xvd.errors import ConfigError
 
 SCHEMES: Final[dict[str, Scheme]] = {
-    scheme.name: scheme for module in (image, memory, null) for scheme in module.SCHEMES
+    scheme.name: scheme for module in (image, memory, null, qemu) for scheme in module.SCHEMES
 }
 PATH_SCHEMES: Final = frozenset(
     name for name, scheme in SCHEMES.items() if scheme.form == f"{name}:PATH"
@@ -32,16 +33,6 @@ LAYERS: Final[dict[str, LayerKind]] = {
 
 LOCK_PATIENCE_S: Final = 5.0
 """How long a backend waits for the lock of a predecessor that was killed with I/O in flight."""
-
-
-def _unknown(scheme: str, rest: str, uri: str) -> ConfigError:
-    if name := formats.format_named(scheme):
-        return ConfigError(
-            f"{uri!r}: what is in a {name} image is not served here, only raw bytes are: "
-            f"{formats.remedy(name, rest)}"
-        )
-    known = ", ".join(f"{name}:" for name in sorted(SCHEMES))
-    return ConfigError(f"unknown storage {uri!r}; there are {known} and a bare path is a file")
 
 
 def add_layer(lower: Engine, text: str) -> Engine:
@@ -73,7 +64,8 @@ def open_engine(
     scheme, rest = split_scheme(uri)
     scheme = scheme or "file"
     if scheme not in SCHEMES:
-        raise _unknown(scheme, rest, uri)
+        known = ", ".join(f"{name}:" for name in sorted(SCHEMES))
+        raise ConfigError(f"unknown storage {uri!r}; there are {known} and a bare path is a file")
     if not rest:
         raise ConfigError(f"{uri!r} names no storage; write a path or a size after {scheme}:")
     engine = SCHEMES[scheme].open(rest, Opening(read_only, patience_s, user, device_model))

@@ -1,0 +1,673 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
+"""A channel to a vhost-user-blk server: one split virtqueue, in memory that both have.
+
+The virtqueue is that of virtio 1.2, section 2.7, and its requests those of section 5.2. Each slot
+has three descriptors that never change: header, data, status. Data is copied into the slot and out
+of it: the server has that memory mapped once and for all, and never a guest's. An operation of more
+than a slot's bytes is several requests.
+
+The server may die. It is our own child, and whoever watches it calls `halt`: what it had finished
+is taken, what it had not stays in its slots, and goes to its successor, in the same order, after
+`go`. What it had answered for and not written out is kept as well (unflushed.pxd).
+
+The queue's thread and the one that watches exclude each other by a mutex, taken once for a batch.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport EIO, ENOTCONN, EOPNOTSUPP
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+from posix.uio cimport iovec
+from posix.unistd cimport close, read, write
+
+from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE
+from xvd.dataplane.c cimport (
+    xvd_add64, xvd_cas64, xvd_fence, xvd_load16_acquire, xvd_load64, xvd_store16_release)
+from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
+from xvd.engines.channel cimport done_list, finish, reap_list
+from xvd.engines.qemu.unflushed cimport (
+    UNFLUSHED_BYTES, get_bytes, has_room, is_half_full, keep, record, size_in_log, unflushed)
+
+import os
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attr)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long n, int timeout)
+    enum:
+        POLLIN
+
+cdef enum:
+    RING = 512                   # descriptors: a power of two
+    EACH = 3                     # of a slot
+    SLOTS = 128
+    SLOT_BYTES = 128 << 10
+    NO_ROOM = 0xFFFF
+
+# Where things lie in a channel's area. `layout` tells it to whoever sets the server up.
+cdef enum:
+    DESCRIPTORS_AT = 0
+    AVAILABLE_AT = 16 * RING
+    USED_AT = AVAILABLE_AT + 2048
+    HEADERS_AT = USED_AT + 8192
+    STATUS_AT = HEADERS_AT + 16 * SLOTS
+    DATA_AT = STATUS_AT + 4096
+    AREA = DATA_AT + SLOTS * SLOT_BYTES
+
+# virtio 1.2, 2.7.5 and 5.2.6.
+cdef enum:
+    DESC_NEXT = 1
+    DESC_WRITE = 2
+    BLK_IN = 0
+    BLK_OUT = 1
+    BLK_FLUSH = 4
+    BLK_DISCARD = 11
+    STATUS_OK = 0
+    STATUS_UNSUPPORTED = 2
+    UNANSWERED = 0xFF
+
+cdef struct descriptor:
+    uint64_t addr
+    uint32_t len
+    uint16_t flags
+    uint16_t next
+
+cdef struct blk_header:
+    uint32_t type
+    uint32_t ioprio
+    uint64_t sector
+
+cdef struct discard_part:
+    uint64_t sector
+    uint32_t num_sectors
+    uint32_t flags
+
+cdef struct used_entry:
+    uint32_t id
+    uint32_t len
+
+# Of one storage, through all its channels. A flush is one of all that was answered before it began,
+# on whichever channel: what was written there before something newer elsewhere, and was flushed
+# with it, is not to be written again.
+cdef struct written:
+    uint64_t answered            # writes and discards
+    uint64_t flushed             # the first so many of them are on the storage
+
+cdef struct slot:
+    engine_io *io                # NULL: a flush of our own
+    uint64_t at                  # where in the operation's data
+    uint64_t length
+    uint64_t reserved            # in the log
+    uint64_t covers              # a flush: how many writes had been answered when it began
+    uint32_t busy                # 1: in flight
+    uint16_t after               # in the list of those in flight, in order
+    uint16_t before
+
+cdef struct vhost:
+    pthread_mutex_t mutex
+    uint8_t *area
+    descriptor *descriptors
+    uint16_t *available          # flags, idx, RING entries, used_event
+    uint16_t *used               # flags, idx
+    used_entry *used_entries
+    uint16_t *kick_from          # the server's avail_event
+    slot slots[SLOTS]
+    uint16_t free_slots[SLOTS]
+    uint16_t nr_free
+    uint16_t first, last         # in flight, oldest and youngest; NO_ROOM: none
+    uint16_t prod                # requests published, modulo 2^16
+    uint16_t kicked              # of those, what the server was told of
+    uint16_t cons                # answers taken
+    uint32_t live                # 1: there is a server
+    uint32_t flushing            # 1: a flush of our own is in flight
+    uint32_t flush_failed        # 1: one has failed, and none of the guest's succeeds any more
+    uint64_t discard_bytes       # most in one request
+    int kick_fd
+    int call_fd
+    engine_io *waiting           # not begun, or not all of it; oldest first
+    engine_io *waiting_last
+    uint64_t begun               # of the first of these, bytes
+    done_list done
+    unflushed log
+    written *writes              # of the storage, through all channels
+    uint64_t bounced             # bytes copied
+
+
+# ---- Slots -------------------------------------------------------------------------------------
+
+cdef inline uint8_t *data_of(vhost *v, uint16_t number) noexcept nogil:
+    return v.area + DATA_AT + <size_t>number * SLOT_BYTES
+
+
+cdef void link(vhost *v, uint16_t number) noexcept nogil:
+    """At the end of those in flight."""
+    v.slots[number].after = NO_ROOM
+    v.slots[number].before = v.last
+    if v.last == NO_ROOM:
+        v.first = number
+    else:
+        v.slots[v.last].after = number
+    v.last = number
+
+
+cdef void unlink(vhost *v, uint16_t number) noexcept nogil:
+    cdef slot *s = &v.slots[number]
+    if s.before == NO_ROOM:
+        v.first = s.after
+    else:
+        v.slots[s.before].after = s.after
+    if s.after == NO_ROOM:
+        v.last = s.before
+    else:
+        v.slots[s.after].before = s.before
+    s.busy = 0
+    v.free_slots[v.nr_free] = number
+    v.nr_free += 1
+
+
+cdef void publish(vhost *v, uint16_t number) noexcept nogil:
+    """Put a slot's request on the ring; the server is told of several together."""
+    v.available[2 + v.prod % RING] = number * EACH
+    v.prod += 1
+    xvd_store16_release(&v.available[1], v.prod)
+
+
+cdef void kick(vhost *v) noexcept nogil:
+    """Tell the server of what it may not know of (virtio 1.2, 2.7.10)."""
+    cdef uint64_t one = 1
+    cdef uint16_t event
+    if not v.live or v.prod == v.kicked:
+        return
+    xvd_fence()
+    event = xvd_load16_acquire(v.kick_from)
+    if <uint16_t>(v.prod - event - 1) < <uint16_t>(v.prod - v.kicked):
+        write(v.kick_fd, &one, 8)
+    v.kicked = v.prod
+
+
+# ---- Data --------------------------------------------------------------------------------------
+
+cdef void copy(vhost *v, engine_io *io, uint64_t at, uint8_t *data, uint64_t size,
+               bint in_) noexcept nogil:
+    """Between a slot and the operation's memory, from its byte `at` on."""
+    cdef uint32_t i = 0
+    cdef uint64_t part
+    v.bounced += size
+    while at >= io.iov[i].iov_len:
+        at -= io.iov[i].iov_len
+        i += 1
+    while size:
+        part = min(size, io.iov[i].iov_len - at)
+        if in_:
+            memcpy(data, <uint8_t *>io.iov[i].iov_base + at, part)
+        else:
+            memcpy(<uint8_t *>io.iov[i].iov_base + at, data, part)
+        data += part
+        size -= part
+        at = 0
+        i += 1
+
+
+# ---- To the server -----------------------------------------------------------------------------
+
+cdef void describe(vhost *v, uint16_t number, uint32_t kind, uint64_t offset,
+                   uint32_t size) noexcept nogil:
+    """Fill in a slot's header, and how much of its data counts."""
+    cdef blk_header *header = <blk_header *>(v.area + HEADERS_AT) + number
+    cdef descriptor *d = v.descriptors + number * EACH
+    header.type = kind
+    header.ioprio = 0
+    header.sector = offset // 512
+    d[0].next = number * EACH + (1 if size else 2)
+    d[1].len = size
+    d[1].flags = DESC_NEXT | (DESC_WRITE if kind == BLK_IN else 0)
+    v.area[STATUS_AT + number] = UNANSWERED
+
+
+cdef uint16_t take_slot(vhost *v, engine_io *io, uint64_t at, uint64_t length) noexcept nogil:
+    v.nr_free -= 1
+    cdef uint16_t number = v.free_slots[v.nr_free]
+    cdef slot *s = &v.slots[number]
+    s.io = io
+    s.at = at
+    s.length = length
+    s.reserved = s.covers = 0
+    s.busy = 1
+    link(v, number)
+    return number
+
+
+cdef void begin_flush(vhost *v, engine_io *io) noexcept nogil:
+    cdef uint16_t number = take_slot(v, io, 0, 0)
+    v.slots[number].covers = xvd_load64(&v.writes.answered)
+    describe(v, number, BLK_FLUSH, 0, 0)
+    publish(v, number)
+
+
+cdef void flush_log(vhost *v) noexcept nogil:
+    """Have written out what is kept, before there is no room for more."""
+    if not v.flushing and v.nr_free:
+        v.flushing = 1
+        begin_flush(v, NULL)
+
+
+cdef uint64_t part_of(const vhost *v, const engine_io *io) noexcept nogil:
+    """How much of an operation one request takes."""
+    return v.discard_bytes if io.op == ENGINE_DISCARD else <uint64_t>SLOT_BYTES
+
+
+cdef bint begin_part(vhost *v, engine_io *io) noexcept nogil:
+    """Begin a part of the first that waits; False if there is no room for it."""
+    cdef uint64_t length = min(io.length - v.begun, part_of(v, io)), reserved = 0
+    cdef uint16_t number
+    cdef discard_part *range_
+    if v.nr_free == 0:
+        return False
+    if io.op != ENGINE_READ:
+        reserved = size_in_log(length if io.op == ENGINE_WRITE else 0)
+        if not has_room(&v.log, reserved):
+            drop_flushed(v)
+        if not has_room(&v.log, reserved):
+            flush_log(v)
+            return False
+    number = take_slot(v, io, v.begun, length)
+    v.slots[number].reserved = reserved
+    v.log.reserved += reserved
+    if io.op == ENGINE_DISCARD:
+        range_ = <discard_part *>data_of(v, number)
+        range_.sector = (io.offset + v.begun) // 512
+        range_.num_sectors = length // 512
+        range_.flags = 0
+        describe(v, number, BLK_DISCARD, 0, sizeof(discard_part))
+    else:
+        if io.op == ENGINE_WRITE:
+            copy(v, io, v.begun, data_of(v, number), length, True)
+        describe(v, number, BLK_OUT if io.op == ENGINE_WRITE else BLK_IN, io.offset + v.begun,
+                 <uint32_t>length)
+    publish(v, number)
+    v.begun += length
+    return True
+
+
+cdef engine_io *take_waiting(vhost *v) noexcept nogil:
+    """The first that waits, which has been begun to its end."""
+    cdef engine_io *io = v.waiting
+    v.begun = 0
+    v.waiting = io.next
+    return io
+
+
+cdef void pump(vhost *v) noexcept nogil:
+    """Begin what there is room for."""
+    cdef engine_io *io
+    while v.waiting != NULL:
+        io = v.waiting
+        if io.op == ENGINE_FLUSH and v.flush_failed:
+            finish(&v.done, take_waiting(v), -EIO)
+            continue
+        if io.op == ENGINE_FLUSH:
+            if v.nr_free == 0:
+                break
+            begin_flush(v, io)
+        else:
+            if not begin_part(v, io):
+                break
+            if v.begun < io.length:
+                continue
+        take_waiting(v)
+    if is_half_full(&v.log):
+        flush_log(v)
+    kick(v)
+
+
+cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
+    cdef vhost *v = <vhost *>ctx
+    cdef engine_io *io
+    cdef uint64_t each
+    cdef uint32_t i
+    pthread_mutex_lock(&v.mutex)
+    for i in range(n):
+        io = ios[i]
+        io.result = 0
+        io.next = NULL
+        each = part_of(v, io)
+        # How many parts have not ended: the engine's own field while it has the operation.
+        io.told.ctx = <void *><size_t>(
+            1 if io.op == ENGINE_FLUSH else (io.length + each - 1) // each)
+        if io.op != ENGINE_FLUSH and io.length == 0:
+            finish(&v.done, io, 0)
+            continue
+        if v.waiting == NULL:
+            v.waiting = io
+        else:
+            v.waiting_last.next = io
+        v.waiting_last = io
+    pump(v)
+    pthread_mutex_unlock(&v.mutex)
+
+
+# ---- From the server ---------------------------------------------------------------------------
+
+cdef int32_t result_of(uint8_t status) noexcept nogil:
+    if status == STATUS_OK:
+        return 0
+    return -EOPNOTSUPP if status == STATUS_UNSUPPORTED else -EIO
+
+
+cdef void has_flushed(written *writes, uint64_t covered) noexcept nogil:
+    cdef uint64_t before = xvd_load64(&writes.flushed)
+    while before < covered and not xvd_cas64(&writes.flushed, before, covered):
+        before = xvd_load64(&writes.flushed)
+
+
+cdef void drop_flushed(vhost *v) noexcept nogil:
+    """Keep no longer what has been flushed, by whichever channel."""
+    cdef record what
+    cdef uint64_t flushed = xvd_load64(&v.writes.flushed)
+    while v.log.tail < v.log.head:
+        get_bytes(&v.log, v.log.tail, &what, sizeof(record))
+        if what.order >= flushed:
+            return
+        v.log.tail += size_in_log(what.length if what.op == ENGINE_WRITE else 0)
+
+
+cdef void remember(vhost *v, uint16_t number) noexcept nogil:
+    """What was written or discarded, until it is flushed."""
+    cdef slot *s = &v.slots[number]
+    cdef record what
+    what.order = xvd_add64(&v.writes.answered, 1)
+    what.offset = s.io.offset + s.at
+    what.length = s.length
+    what.op = s.io.op
+    keep(&v.log, &what, data_of(v, number) if s.io.op == ENGINE_WRITE else NULL)
+
+
+cdef void part_ended(vhost *v, uint16_t number, int32_t result) noexcept nogil:
+    cdef slot *s = &v.slots[number]
+    cdef engine_io *io = s.io
+    cdef size_t left = <size_t>io.told.ctx - 1
+    v.log.reserved -= s.reserved
+    if result == 0 and io.op == ENGINE_READ:
+        copy(v, io, s.at, data_of(v, number), s.length, False)
+    elif result == 0 and io.op != ENGINE_FLUSH:
+        remember(v, number)
+    if result and io.result == 0:
+        io.result = result
+    io.told.ctx = <void *>left
+    if left == 0:
+        finish(&v.done, io, io.result)
+
+
+cdef void ended(vhost *v, uint16_t number) noexcept nogil:
+    """The server has answered a slot's request."""
+    cdef slot *s = &v.slots[number]
+    cdef int32_t result = result_of(v.area[STATUS_AT + number])
+    if s.covers and result == 0:
+        has_flushed(v.writes, s.covers)
+        drop_flushed(v)
+    if s.io == NULL:
+        v.flushing = 0
+        if result:               # what is lost is lost: nobody can be told but by the next flush
+            v.flush_failed = 1
+            v.log.tail = v.log.head
+    else:
+        part_ended(v, number, result)
+    unlink(v, number)
+
+
+cdef uint32_t collect(vhost *v) noexcept nogil:
+    """Take what has been answered, and ask for an event at the next answer. How many."""
+    cdef uint32_t taken = 0, id
+    while True:
+        while v.cons != xvd_load16_acquire(&v.used[1]):
+            id = v.used_entries[v.cons % RING].id
+            v.cons += 1
+            taken += 1
+            if id % EACH == 0 and id < SLOTS * EACH and v.slots[id // EACH].busy:
+                ended(v, id // EACH)
+        v.available[2 + RING] = v.cons
+        xvd_fence()
+        if v.cons == xvd_load16_acquire(&v.used[1]):
+            return taken
+
+
+cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
+    cdef vhost *v = <vhost *>ctx
+    cdef uint32_t n
+    if v.done.first == NULL and v.cons == xvd_load16_acquire(&v.used[1]):
+        return 0
+    pthread_mutex_lock(&v.mutex)
+    if collect(v):
+        pump(v)
+    n = reap_list(&v.done, out, room)
+    pthread_mutex_unlock(&v.mutex)
+    return n
+
+
+cdef void attach(void *ctx, void *io_uring) noexcept nogil:
+    pass
+
+
+cdef bint wait_for_answer(vhost *v, int dead_fd) noexcept nogil:
+    """Until something is answered; False if the server is dead."""
+    cdef pollfd fds[2]
+    cdef uint64_t count
+    memset(fds, 0, sizeof(fds))
+    fds[0].fd, fds[1].fd = v.call_fd, dead_fd
+    fds[0].events = fds[1].events = POLLIN
+    poll(fds, 2, -1)
+    if fds[0].revents:
+        read(v.call_fd, &count, 8)
+        return True
+    return not fds[1].revents
+
+
+# ---- A server that dies ------------------------------------------------------------------------
+
+cdef void begin_ring(vhost *v) noexcept nogil:
+    """As at the beginning; what is in flight is to be done by another server."""
+    cdef uint16_t number = v.first
+    memset(v.area + AVAILABLE_AT, 0, HEADERS_AT - AVAILABLE_AT)
+    v.prod = v.kicked = v.cons = 0
+    while number != NO_ROOM:
+        v.area[STATUS_AT + number] = UNANSWERED
+        publish(v, number)
+        number = v.slots[number].after
+
+
+cdef class Writes:
+    """What was written to one storage, through all its channels, and how much of it is flushed."""
+
+    cdef written counts
+
+
+@cython.no_gc_clear              # the area's buffer is released, not dropped
+cdef class VhostChannel:
+    """`Channel` to a vhost-user-blk server.
+
+    memory: what the server has too; the channel's `AREA_BYTES` of it begin at `offset`, and
+    for the server at `address`. It is no memoryview: those are cleared under their
+    users when garbage is collected. discard_bytes: most that the server discards at once. It begins
+    halted.
+    """
+
+    cdef vhost v
+    cdef engine_ports table
+    cdef engine_io own_io        # of `perform`
+    cdef iovec own_iov
+    cdef Writes writes
+    cdef Py_buffer buffer
+    cdef bint has_buffer
+
+    def __cinit__(self, *args, **kwargs):
+        pthread_mutex_init(&self.v.mutex, NULL)
+        self.v.kick_fd = self.v.call_fd = -1
+
+    def __init__(self, memory, uint64_t offset, uint64_t address, Writes writes, *,
+                 uint64_t discard_bytes):
+        cdef vhost *v = &self.v
+        cdef uint16_t i
+        PyObject_GetBuffer(memory, &self.buffer, PyBUF_WRITABLE)
+        self.has_buffer = True
+        if offset + AREA > <uint64_t>self.buffer.len:
+            raise ValueError(f"an area has {AREA} bytes")
+        v.log.bytes = <uint8_t *>malloc(UNFLUSHED_BYTES)
+        if v.log.bytes == NULL:
+            raise MemoryError("no memory for what is not flushed yet")
+        self.writes = writes
+        v.writes = &writes.counts
+        v.area = <uint8_t *>self.buffer.buf + offset
+        v.descriptors = <descriptor *>(v.area + DESCRIPTORS_AT)
+        v.available = <uint16_t *>(v.area + AVAILABLE_AT)
+        v.used = <uint16_t *>(v.area + USED_AT)
+        v.used_entries = <used_entry *>(v.area + USED_AT + 4)
+        v.kick_from = <uint16_t *>(v.area + USED_AT + 4 + 8 * RING)
+        v.discard_bytes = max(discard_bytes, <uint64_t>512)
+        v.first = v.last = NO_ROOM
+        for i in range(<uint16_t>SLOTS):
+            self.lay_out(i, address)
+            v.free_slots[i] = SLOTS - 1 - i
+        v.nr_free = SLOTS
+        begin_ring(v)
+        v.kick_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        v.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.table.ctx = v
+        self.table.fd = v.call_fd
+        self.table.submit = submit
+        self.table.reap = reap
+        self.table.attach = attach
+
+    cdef lay_out(self, uint16_t number, uint64_t address):
+        """Write what never changes of a slot's descriptors."""
+        cdef descriptor *d = self.v.descriptors + number * EACH
+        d[0].addr = address + HEADERS_AT + sizeof(blk_header) * number
+        d[0].len = sizeof(blk_header)
+        d[0].flags = DESC_NEXT
+        d[1].addr = address + DATA_AT + <uint64_t>number * SLOT_BYTES
+        d[1].next = number * EACH + 2
+        d[2].addr = address + STATUS_AT + number
+        d[2].len = 1
+        d[2].flags = DESC_WRITE
+
+    def __dealloc__(self):
+        if self.has_buffer:
+            PyBuffer_Release(&self.buffer)
+        free(self.v.log.bytes)
+        for fd in (self.v.kick_fd, self.v.call_fd):
+            if fd >= 0:
+                close(fd)
+        pthread_mutex_destroy(&self.v.mutex)
+
+    @property
+    def ports(self):
+        """Capsule ``xvd.engine_ports``."""
+        return wrap(&self.table, "xvd.engine_ports")
+
+    @property
+    def kick_fd(self):
+        """The eventfd by which the server hears of requests."""
+        return self.v.kick_fd
+
+    @property
+    def call_fd(self):
+        """The eventfd by which the server tells of answers."""
+        return self.v.call_fd
+
+    @property
+    def in_flight(self):
+        """Requests that the server has not answered."""
+        return SLOTS - self.v.nr_free
+
+    def perform(self, uint8_t op, uint64_t offset, data, int dead_fd=-1):
+        """Do one operation of a channel that no queue has, and wait for it; 0, or a positive errno.
+
+        data: the memory of a read or a write, in one piece, or how many bytes a discard has.
+        dead_fd: a pidfd of the server; ENOTCONN if it dies before, and the channel is of no more
+        use.
+        """
+        cdef const uint8_t[::1] memory
+        cdef engine_io *io = &self.own_io
+        cdef engine_io *done = NULL
+        io.op, io.offset, io.length, io.iovcnt = op, offset, 0, 0
+        if op == ENGINE_DISCARD:
+            io.length = data
+        elif op != ENGINE_FLUSH and len(data):
+            memory = data
+            self.own_iov.iov_base, self.own_iov.iov_len = <void *>&memory[0], memory.shape[0]
+            io.iov, io.iovcnt, io.length = &self.own_iov, 1, memory.shape[0]
+        cdef bint alive = True
+        with nogil:
+            submit(&self.v, &io, 1)
+            while alive and reap(&self.v, &done, 1) == 0:
+                alive = wait_for_answer(&self.v, dead_fd)
+        return -io.result if done != NULL else ENOTCONN
+
+    def halt(self):
+        """The server is dead: take what it has answered, and begin nothing. Any thread."""
+        cdef uint64_t one = 1
+        with nogil:
+            pthread_mutex_lock(&self.v.mutex)
+            self.v.live = 0
+            collect(&self.v)
+            begin_ring(&self.v)
+            pthread_mutex_unlock(&self.v.mutex)
+            write(self.v.call_fd, &one, 8)
+
+    def go(self):
+        """There is a server, which has this ring from its beginning. Any thread."""
+        cdef uint64_t one = 1
+        with nogil:
+            pthread_mutex_lock(&self.v.mutex)
+            self.v.live = 1
+            pump(&self.v)
+            write(self.v.kick_fd, &one, 8)
+            pthread_mutex_unlock(&self.v.mutex)
+
+    def unflushed(self):
+        """What was written and may not be on the storage: (order, operation, offset, length, data),
+        oldest first; data is empty for a discard. Only while it is halted."""
+        cdef record what
+        cdef uint64_t at
+        cdef bytes data
+        found = []
+        pthread_mutex_lock(&self.v.mutex)
+        drop_flushed(&self.v)
+        at = self.v.log.tail
+        while at < self.v.log.head:
+            get_bytes(&self.v.log, at, &what, sizeof(record))
+            at += sizeof(record)
+            data = b""
+            if what.op == ENGINE_WRITE:
+                data = bytes(what.length)
+                get_bytes(&self.v.log, at, <char *>data, what.length)
+                at += what.length
+            found.append((what.order, what.op, what.offset, what.length, data))
+        pthread_mutex_unlock(&self.v.mutex)
+        return found
+
+    def forget_unflushed(self):
+        """All of that is on the storage now."""
+        pthread_mutex_lock(&self.v.mutex)
+        self.v.log.tail = self.v.log.head
+        pthread_mutex_unlock(&self.v.mutex)
+
+    def close(self):
+        """Nothing runs here."""
+
+
+AREA_BYTES = <uint64_t>AREA
+RING_ENTRIES = <uint32_t>RING
+LAYOUT = (<uint64_t>DESCRIPTORS_AT, <uint64_t>AVAILABLE_AT, <uint64_t>USED_AT)
