@@ -159,6 +159,16 @@ def test_a_guest_keeps_the_storage_that_it_is_connected_to(directory: Path) -> N
         successor.check_identity("file 8:1 inode 6")
 
 
+def test_storage_may_be_either_of_two_while_they_are_exchanged(directory: Path) -> None:
+    DiskState(directory, DISK).remember("file 8:1 inode 5", "file 8:1 inode 6")
+
+    successor = DiskState(directory, DISK)
+    successor.check_identity("file 8:1 inode 5")
+    successor.check_identity("file 8:1 inode 6")
+    with pytest.raises(EngineError, match="that was file 8:1 inode 5 or file 8:1 inode 6, this is"):
+        successor.check_identity("file 8:1 inode 7")
+
+
 def test_the_next_guest_may_have_any_storage(directory: Path) -> None:
     state = DiskState(directory, DISK)
     state.remember("file 8:1 inode 5")

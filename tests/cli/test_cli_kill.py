@@ -3,7 +3,9 @@
 
 import json
 import os
+import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -23,12 +25,14 @@ def image(tmp_path: Path) -> Path:
     return path
 
 
-def start_fio(four: FourProcesses, fio: str, output: Path) -> subprocess.Popen[bytes]:
+def start_fio(
+    four: FourProcesses, fio: str, output: Path, loops: int = 1
+) -> subprocess.Popen[bytes]:
     """Random writes, flushed now and then, verified at the end."""
     return subprocess.Popen(
         [fio, "--name=v", "--ioengine=nbd", f"--uri={four.uri}", "--rw=randwrite", "--bs=4k",
          "--iodepth=32", f"--size={SIZE}", "--verify=crc32c", "--fsync=64", "--rate_iops=4000",
-         "--output-format=json", f"--output={output}"],
+         "--output-format=json", f"--output={output}", f"--loops={loops}"],
         stdout=subprocess.DEVNULL,
         cwd=output.parent,  # where fio puts its state
     )  # fmt: skip
@@ -68,6 +72,49 @@ def test_backend_killed_under_fio(
 
         assert load.wait(120) == 0
         assert four.nbd.process.poll() is None
+        text = output.read_text()
+        assert json.loads(text[text.index("{") :])["jobs"][0]["error"] == 0
+
+
+def begin(four: FourProcesses, *words: str) -> subprocess.Popen[bytes]:
+    """A verb on the host, which may end in any way."""
+    command = [sys.executable, "-m", "xvd.cli", *words, "--host", str(four.directory)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def target(four: FourProcesses) -> str:
+    return str(json.loads(four.run("list", "--json").stdout)[0]["target"])
+
+
+def test_backend_killed_while_it_exchanges_storage(
+    tmp_path: Path, image: Path, requires_tool
+) -> None:
+    output = tmp_path / "fio.json"
+    decided = tmp_path / "host/state/backend-0"
+    here, there = image, tmp_path / "other.img"
+    with FourProcesses(tmp_path, here) as four:
+        load = start_fio(four, requires_tool("fio"), output, loops=2)
+        for moment in ("before", "decided", "after"):
+            while writes(four) < 100:
+                assert load.poll() is None
+            assert four.run("pause", "1", "xvda").returncode == 0
+            shutil.copyfile(here, there)
+            swapping = begin(four, "swap", "1", "xvda", str(there))
+            while moment == "decided" and not any(
+                there.name in kept.read_text() for kept in decided.glob("*.decided")
+            ):
+                assert swapping.poll() in (None, 0)
+            if moment == "after":
+                assert swapping.wait(60) == 0
+            four.backend.kill()
+            swapping.wait(60)
+            four.start_backend()
+            if target(four) != str(there):
+                assert four.run("swap", "1", "xvda", str(there)).returncode == 0
+            assert four.run("resume", "1", "xvda").returncode == 0
+            here, there = there, here
+
+        assert load.wait(120) == 0
         text = output.read_text()
         assert json.loads(text[text.index("{") :])["jobs"][0]["error"] == 0
 

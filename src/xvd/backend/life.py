@@ -153,16 +153,18 @@ class StorageLife:
             undo.pop_all()
         if connection is not None:
             await connection.exchange(engine, channels)
+            self._kept.remember(engine.identity)
         self._disk.has_opened(engine, before.features)
         self._swapped(image)
 
     def _note(self, image: str, engine: Engine, undo: contextlib.ExitStack) -> None:
         was, identity = self._kept.decision(), self._disk.storage.engine.identity
+        if self._disk.connection is not None:
+            # Both, as long as it may be either that a successor opens.
+            undo.callback(self._kept.remember, identity)
+            self._kept.remember(identity, engine.identity)
         undo.callback(self._kept.decide, was)
         self._kept.decide(replace(was, image=image))
-        if self._disk.connection is not None:
-            undo.callback(self._kept.remember, identity)
-            self._kept.remember(engine.identity)
 
     async def _pause(self, timeout_s: float) -> None:
         disk, was = self._disk, self._disk.paused

@@ -25,7 +25,7 @@ from xvd.errors import BudgetError, ConfigError, EngineError
 from xvd.files import create_own, open_own, own_directory, remove
 
 _ASIDE = ".aside"
-_IDENTITY_MAX = 256
+_IDENTITY_MAX = 8192
 _DECISION_MAX = 1 << 16
 
 
@@ -96,31 +96,33 @@ class DiskState:
     def check_identity(self, identity: str) -> None:
         """`EngineError` if the connected guest had other storage than this; "": not to be told."""
         before = self._remembered()
-        if before and identity and before != identity:
+        if before and identity and identity not in before:
+            was = " or ".join(before)
             raise EngineError(
                 errno.ESTALE,
-                f"it is not what the guest is connected to: that was {before}, this is {identity}; "
+                f"it is not what the guest is connected to: that was {was}, this is {identity}; "
                 "put the other one back and start the backend again, or detach the disk",
             )
 
-    def remember(self, identity: str) -> None:
-        """A guest is connected to this storage. Raises `BudgetError` where there is no room for
-        that, or `ConfigError`."""
-        if self._directory is None or not identity or self._remembered() == identity:
+    def remember(self, *identities: str) -> None:
+        """A guest is connected to this storage, or to one of these while they are exchanged. Raises
+        `BudgetError` where there is no room for that, or `ConfigError`."""
+        told = [identity for identity in identities if identity]
+        if self._directory is None or not told or self._remembered() == told:
             return
-        self._replace(self._identity_name, identity.encode(), "the storage's identity")
+        self._replace(self._identity_name, "\n".join(told).encode(), "the storage's identity")
 
-    def _remembered(self) -> str:
+    def _remembered(self) -> list[str]:
         if self._directory is None or not self._directory.exists():
-            return ""
+            return []
         with self._open() as directory, contextlib.suppress(ConfigError):
             fd = open_own(directory, self._identity_name)
             if fd is not None:
                 try:
-                    return os.read(fd, _IDENTITY_MAX).decode("ascii", "replace")
+                    return os.read(fd, _IDENTITY_MAX).decode("ascii", "replace").splitlines()
                 finally:
                     os.close(fd)
-        return ""
+        return []
 
     # ---- What was decided for the disk while its guest used it ----
 
