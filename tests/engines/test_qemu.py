@@ -314,6 +314,29 @@ def test_a_daemon_that_is_killed_under_load_costs_a_guest_time(
     )
 
 
+def test_a_daemon_that_cannot_be_started_again_is_waited_for(
+    qcow2: Path, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("no other storage daemon: .*No such file or directory")
+    expect_log("storage daemon|not flushed")
+    away = qcow2.with_suffix(".away")
+
+    async def work() -> None:
+        async with disk_world() as world, await world.disk(f"qcow2:{qcow2}") as disk:
+            engine = qemu_of(world)
+            await disk.write(0, b"a" * BLOCK)
+            os.rename(qcow2, away)
+            kill(engine)
+            reading = asyncio.ensure_future(disk.read(0, BLOCK))
+            await until(lambda: engine.trouble != "")
+            assert not reading.done()
+            os.rename(away, qcow2)
+            assert await reading == b"a" * BLOCK
+            await until(lambda: engine.trouble == "")
+
+    run(work())
+
+
 def test_storage_is_exchanged_for_an_image_of_another_format(qcow2: Path, tmp_path: Path) -> None:
     raw = tmp_path / "disk.raw"
     raw.write_bytes(b"r" * SIZE)

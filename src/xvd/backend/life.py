@@ -79,7 +79,8 @@ class StorageLife:
         Raises `ConfigError` if that is not so after a while, and then the disk goes on.
         """
         async with self._turn:
-            was = self._kept.decision()
+            was, connection = self._kept.decision(), self._disk.connection
+            held = connection is not None and connection.held
             self._decide(paused=True)
             try:
                 await self._pause(timeout_s)
@@ -87,7 +88,8 @@ class StorageLife:
                 self._kept.decide(was)
                 raise
             self._log.info("paused")
-            await self._write_out(timeout_s)
+            if not held:
+                await self._write_out(timeout_s)
 
     async def _write_out(self, timeout_s: float) -> None:
         """Flush: an image format keeps in memory what a reader of its file would miss."""

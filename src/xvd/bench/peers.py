@@ -111,15 +111,18 @@ def fio_file(name: str, path: Path, job: Job, seconds: float, *, direct: bool) -
 
 SERVERS = {
     "nbdkit": "nbdkit -U - file {image} --run {run}",
-    "qemu-nbd": "qemu-nbd -f raw --cache={cache} --aio=io_uring -k {socket} -t {image} & pid=$!; "
+    "qemu-nbd": "qemu-nbd -f {format} --cache={cache} --aio=io_uring -k {socket} -t {image} & "
+    "pid=$!; "
     "while ! test -S {socket}; do sleep 0.02; done; uri=nbd+unix:///?socket={socket}; "
     "sh -c {run}; status=$?; kill $pid; wait $pid; rm -f {socket}; exit $status",
     "xvd serve": "{xvd} serve {image} --run {run}",
 }
-"""What serves a raw image over NBD while a command runs with ``$uri``: its command line."""
+"""What serves an image over NBD while a command runs with ``$uri``: its command line."""
 
 
-def fio_nbd(name: str, server: str, image: Path, job: Job, seconds: float) -> Case:
+def fio_nbd(
+    name: str, server: str, image: Path, job: Job, seconds: float, *, image_format: str = "raw"
+) -> Case:
     """fio's NBD engine on an image that one of `SERVERS` serves, O_DIRECT where it can."""
     fio = " ".join(_fio(job, seconds, "--ioengine=nbd", '--uri="$uri"'))
     found = f"{image}.json"
@@ -129,6 +132,7 @@ def fio_nbd(name: str, server: str, image: Path, job: Job, seconds: float) -> Ca
         "run": run,
         "socket": f"{image}.sock",
         "cache": "none",
+        "format": image_format,
         "xvd": f"{sys.executable} -m xvd.cli",
     }
     command = f"export uri; {SERVERS[server].format_map(words)}"

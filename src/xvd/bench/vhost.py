@@ -104,8 +104,9 @@ def _fetch(directory: Path) -> list[str]:
 # ---- The server ------------------------------------------------------------------------------
 
 
-def vhost(name: str, client: Path, image: Path, job: Job, *flags: str) -> Case:
-    """A job on an image that qemu-storage-daemon exports, past the page cache where it can."""
+def vhost(name: str, client: Path, image: Path, job: Job, *flags: str, qcow2: bool = False) -> Case:
+    """A job on an image that qemu-storage-daemon exports, past the page cache where it can. A qcow2
+    one it serves as it does for our own engine: without an iothread."""
     numbers = {
         "-n": job.operations, "-d": job.depth, "-b": job.size, "-w": job.write_percent,
         "-s": job.span, "-r": job.seed,
@@ -116,7 +117,8 @@ def vhost(name: str, client: Path, image: Path, job: Job, *flags: str) -> Case:
     def measure() -> Sample:
         with tempfile.TemporaryDirectory(prefix="xvd-bench-") as directory:
             socket = Path(directory) / "socket"
-            server = subprocess.Popen(_server(image, socket), stderr=subprocess.PIPE, text=True)
+            words_of = _qcow2_server if qcow2 else _server
+            server = subprocess.Popen(words_of(image, socket), stderr=subprocess.PIPE, text=True)
             try:
                 _await(socket, server)
                 done = subprocess.run(
@@ -149,6 +151,16 @@ def _server(image: Path, socket: Path) -> list[str]:
         "--blockdev", f"file,node-name=file,filename={image},aio=io_uring,cache.direct=on",
         "--blockdev", "raw,node-name=disk,file=file",
         "--export", "vhost-user-blk,id=export,node-name=disk,iothread=thread,writable=on,"
+        f"addr.type=unix,addr.path={socket}",
+    ]  # fmt: skip
+
+
+def _qcow2_server(image: Path, socket: Path) -> list[str]:
+    return [
+        "qemu-storage-daemon",
+        "--blockdev", f"file,node-name=file,filename={image},aio=io_uring,cache.direct=on",
+        "--blockdev", "qcow2,node-name=disk,file=file,cache.direct=on,discard=unmap",
+        "--export", "vhost-user-blk,id=export,node-name=disk,writable=on,"
         f"addr.type=unix,addr.path={socket}",
     ]  # fmt: skip
 
@@ -188,17 +200,17 @@ def vhost_user(run: Run) -> Report:
         "256 KiB sequential read": large,
     }
     # What is read has to stay as it is, or its checksum would prove nothing.
-    images = {kind: _image(run.directory, kind) for kind in ("read", "write")}
+    images = {kind: image(run.directory, kind) for kind in ("read", "write")}
     cases = []
     for what, job in jobs.items():
-        image = images[what.rpartition(" ")[2]]
-        cases += [vhost(f"{how}: {what}", client, image, job, *f) for how, f in CLIENTS.items()]
-        cases.append(case(f"xvd: {what}", Setup(f"file:{image}", job=replace(job, in_place=True))))
+        on = images[what.rpartition(" ")[2]]
+        cases += [vhost(f"{how}: {what}", client, on, job, *f) for how, f in CLIENTS.items()]
+        cases.append(case(f"xvd: {what}", Setup(f"file:{on}", job=replace(job, in_place=True))))
     try:
         return _report(list(jobs), run.measure(cases))
     finally:
-        for image in images.values():
-            image.unlink()
+        for on in images.values():
+            on.unlink()
 
 
 def _report(whats: Sequence[str], rounds: Rounds) -> Report:
@@ -234,7 +246,7 @@ def _report(whats: Sequence[str], rounds: Rounds) -> Report:
     )
 
 
-def _image(directory: Path, name: str) -> Path:
+def image(directory: Path, name: str) -> Path:
     """An image in memory with something in it."""
     where = Path("/dev/shm") if Path("/dev/shm").is_dir() else directory
     path = where / f"xvd-bench-vhost-{name}-{os.getpid()}.img"

@@ -12,14 +12,14 @@ from rig_queue import WORKED, QueueWorld, rq
 
 from xvd.backend.iotune import IoTune
 from xvd.blkif.abi import Op, Status
-from xvd.blkif.messages import Request
+from xvd.blkif.messages import AnyRequest, IndirectRequest
 from xvd.dataplane.back.throttle import Throttle
 from xvd.types import PAGE_SIZE
 
 SECOND = 10**9
 BEGIN = 1000 * SECOND
 DEPTH = 8
-Asked = Callable[[QueueWorld, int], Request]
+Asked = Callable[[QueueWorld, int], AnyRequest]
 
 
 def throttle(now: int = BEGIN, **limits: int) -> Throttle:
@@ -106,6 +106,20 @@ def test_a_rate_is_kept_within_three_hundredths(
         [answered] = serve([Guest(world, asked)], BEGIN, BEGIN + 4 * SECOND)
 
     assert answered == pytest.approx(4 * a_second, rel=0.03, abs=1)
+
+
+@pytest.mark.parametrize(("last", "bytes_each"), [(7, 16 * PAGE_SIZE), (0, 16 * 512)])
+def test_an_indirect_request_counts_by_what_its_segments_are(last: int, bytes_each: int) -> None:
+    def indirect(world: QueueWorld, id: int) -> IndirectRequest:
+        segments = [world.segment(page, 0, last) for page in range(16)]
+        return world.indirect(Op.WRITE, 0, segments, id=id)
+
+    with QueueWorld(indirect_max=32) as world:
+        world.queue.set_throttles(throttle(write_bytes_sec=100 * bytes_each), None)
+
+        [answered] = serve([Guest(world, indirect)], BEGIN, BEGIN + 4 * SECOND)
+
+    assert answered == pytest.approx(4 * 100, rel=0.03)
 
 
 def test_what_is_not_limited_does_not_wait() -> None:

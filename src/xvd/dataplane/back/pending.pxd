@@ -51,6 +51,7 @@ cdef struct pending:
     request rq
     journal_entry *entry
     uint32_t waiting             # 1: a predecessor's, or put back, and not begun
+    uint32_t charged             # 1: the limits have counted it by its segments' number
     uint8_t to_ask               # of what its operation asks of the storage, how much is left
     grant_mapping mapping        # what is mapped for this request only
     uint32_t passing             # how many of its references are mapped for it only

@@ -17,7 +17,7 @@ from xvd.dataplane.back.pending cimport (
 from xvd.dataplane.back.request cimport parse, request, validate
 from xvd.dataplane.back.space cimport take_space
 from xvd.dataplane.back.storage cimport refuse, use_space
-from xvd.dataplane.back.throttle cimport THROTTLES, spend, wait_for_all
+from xvd.dataplane.back.throttle cimport THROTTLES, settle, spend, wait_for_all
 from xvd.dataplane.c cimport xvd_exchange32
 from xvd.dataplane.latency cimport count_kind
 from xvd.dataplane.ports cimport ENGINE_SECURE, PAGES_EACH
@@ -68,6 +68,13 @@ cdef inline bint is_due(backend_queue *q, const request *rq) noexcept nogil:
     return True
 
 
+cdef inline void give_back_tokens(backend_queue *q, const request *rq) noexcept nogil:
+    cdef uint32_t i
+    for i in range(<uint32_t>THROTTLES):
+        if q.throttles[i] != NULL:
+            settle(q.throttles[i], q.credits[i], rq)
+
+
 cdef inline uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
     """Copy and judge new requests; those accepted are in `batch`. How many were taken.
 
@@ -94,6 +101,7 @@ cdef inline uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
         if q.throttling and refusal == REFUSAL_NONE and not is_due(q, &p.rq):
             break
         q.nr_free -= 1
+        p.charged = q.throttling and p.rq.indirect and refusal == REFUSAL_NONE
         p.entry.index = back_take(&q.ring)
         mark_taken(q.journal, p.entry, q.ring.req_cons)
         begin(q, p, refusal)
@@ -169,7 +177,7 @@ cdef inline void recover(backend_queue *q) noexcept nogil:
             q.recovering = BEGINNING
             q.stalled = 1
             continue
-        p.waiting = 0
+        p.waiting = p.charged = 0
         q.count.requests += 1
         q.count.recovered += 1
         begin(q, p, refusal)
@@ -195,4 +203,7 @@ cdef inline void admit(backend_queue *q) noexcept nogil:
     for i in range(q.nr_batch):
         p = q.batch[i]
         count_kind(&q.kinds, blkif_operations[p.rq.operation].kind, p.rq.nr_sectors)
+        if p.charged:
+            p.charged = 0
+            give_back_tokens(q, &p.rq)
         prepare(p)

@@ -11,7 +11,8 @@ they share evenly. And what is touched by all of them is written once for many r
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from xvd.dataplane.abi cimport BLKIF_NR_KINDS, BLKIF_SECTOR_SIZE, blkif_operations
+from xvd.dataplane.abi cimport (
+    BLKIF_NR_KINDS, BLKIF_SECTOR_SIZE, BLKIF_SECTORS_PER_PAGE, blkif_operations)
 from xvd.dataplane.back.request cimport request
 from xvd.dataplane.c cimport xvd_cas64, xvd_load64
 
@@ -74,7 +75,10 @@ cdef inline int64_t tokens_of(const throttle *t, uint32_t i, uint64_t bytes) noe
 
 
 cdef inline uint64_t bytes_of(const request *rq) noexcept nogil:
-    """Of its data; a discard has none."""
+    """Of its data; a discard has none. Of an indirect request the most that it may have: its
+    segments are fetched later (`settle`)."""
+    if rq.indirect:
+        return <uint64_t>rq.nr_segments * (BLKIF_SECTORS_PER_PAGE * BLKIF_SECTOR_SIZE)
     return rq.nr_sectors * BLKIF_SECTOR_SIZE if rq.nr_segments else 0
 
 
@@ -96,6 +100,16 @@ cdef inline void spend(throttle *t, credit *credits, const request *rq) noexcept
         i = __builtin_ctz(left)
         left &= left - 1
         credits[i].tokens -= tokens_of(t, i, bytes_of(rq))
+
+
+cdef inline void settle(throttle *t, credit *credits, const request *rq) noexcept nogil:
+    """Give back what an indirect request has not needed, now that its segments are known."""
+    cdef uint32_t i, left = t.active[blkif_operations[rq.operation].kind]
+    while left:
+        i = __builtin_ctz(left)
+        left &= left - 1
+        credits[i].tokens += (tokens_of(t, i, bytes_of(rq))
+                              - tokens_of(t, i, rq.nr_sectors * BLKIF_SECTOR_SIZE))
 
 
 cdef class Throttle:

@@ -8,7 +8,7 @@ import threading
 from xvd.engines.interface import Channel, Engine, EngineInfo, ThreadModel
 from xvd.engines.qemu.keeper import Keeper
 from xvd.engines.qemu.nodes import NODE, Nodes
-from xvd.engines.qemu.vhost import VhostChannel
+from xvd.engines.vhost import VhostChannel
 from xvd.errors import EngineError
 from xvd.types import EngineOp
 
@@ -38,7 +38,7 @@ class QemuEngine(Engine):
 
     @property
     def info(self) -> EngineInfo:
-        """What the daemon says of the disk."""
+        """Return what the daemon says of the disk."""
         return self._info
 
     @property

@@ -18,8 +18,8 @@ from typing import Any, Final, TypeVar
 
 from xvd.engines.qemu.daemon import QUEUES, Daemon
 from xvd.engines.qemu.nodes import Nodes
-from xvd.engines.qemu.vhost import AREA_BYTES, LAYOUT, RING_ENTRIES, VhostChannel, Writes
 from xvd.engines.qemu.vhost_user import BlkConfig
+from xvd.engines.vhost import AREA_BYTES, LAYOUT, RING_ENTRIES, VhostChannel, Writes
 from xvd.errors import EngineError, describe
 from xvd.types import EngineOp
 
@@ -89,7 +89,7 @@ class Keeper:
         return self._call(self._open_channel())
 
     def give_back(self, channel: VhostChannel) -> None:
-        """Nobody uses the channel any more, and nothing is in flight on it."""
+        """Take a channel back that nobody uses any more: nothing is in flight on it."""
         self._loop.call_soon_threadsafe(self._idle.append, channel)
 
     def execute(self, command: str, **arguments: object) -> Any:

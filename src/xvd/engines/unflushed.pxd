@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Inline header of engines/qemu/.
+# Inline header of engines/.
 """What was written through a channel since the last flush, to be written again.
 
 A storage daemon that dies takes with it what it had not written out: the tables of an image format,
@@ -59,7 +59,7 @@ cdef inline void get_bytes(const unflushed *u, uint64_t position, void *to,
 
 
 cdef inline void keep(unflushed *u, const record *what, const void *data) noexcept nogil:
-    """What was reserved for it is used now."""
+    """Put a record behind the others: what was reserved for it is used now."""
     put_bytes(u, what, sizeof(record))
     if data != NULL:
         put_bytes(u, data, what.length)
