@@ -289,7 +289,7 @@ cdef void begin_ring(vhost *v) noexcept nogil:
 
 
 cdef class Writes:
-    """Counts what was written to one storage through all its channels, and what of it is flushed."""
+    """Counts what was written to one storage through all channels, and what of it is flushed."""
 
     cdef written counts
 
