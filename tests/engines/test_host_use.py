@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from xvd.engines.image import FileEngine
+from xvd.engines.uri import open_engine
 from xvd.errors import EngineError
 
 MIB = 1 << 20
@@ -192,3 +193,26 @@ def test_a_refused_device_is_given_back(host: Host) -> None:
             FileEngine(device)
 
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_device_with_an_image_format_is_kept_from_the_host(host: Host) -> None:
+    device = host.loop(host.image())
+    host.run("qemu-img", "create", "-q", "-f", "qcow2", device, "8M")
+    engine = open_engine(f"qcow2:{device}")
+
+    with pytest.raises(OSError, match="busy"):
+        os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+
+    engine.close()
+    engine.close()
+    os.close(os.open(device, os.O_RDWR | os.O_EXCL))
+
+
+def test_an_image_format_on_a_device_that_is_mounted(host: Host) -> None:
+    device = host.loop(host.image())
+    host.mount(device)
+
+    with pytest.raises(EngineError, match="this host uses the device") as caught:
+        open_engine(f"qcow2:{device}")
+
+    assert caught.value.errno == errno.EBUSY

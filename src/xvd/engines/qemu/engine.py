@@ -3,14 +3,30 @@
 
 import dataclasses
 import errno
+import os
+import stat
 import threading
 
+from xvd.engines import hostuse
 from xvd.engines.interface import Channel, Engine, EngineInfo, ThreadModel
 from xvd.engines.qemu.keeper import Keeper
-from xvd.engines.qemu.nodes import NODE, Nodes
+from xvd.engines.qemu.nodes import NODE, Nodes, opened
 from xvd.engines.vhost import VhostChannel
 from xvd.errors import EngineError
 from xvd.types import EngineOp
+
+
+def _keep_host_away(nodes: Nodes, patience_s: float) -> int:
+    """Claim a device that is to be written to, which QEMU does not; -1 where it is none.
+
+    Raises `EngineError` where this host itself uses the image.
+    """
+    if not nodes.path or nodes.blockdev["read-only"]:
+        return -1
+    with opened(nodes.path) as fd:
+        hostuse.check_file(fd, nodes.path)
+        is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        return hostuse.claim(fd, nodes.path, patience_s) if is_device else -1
 
 
 class QemuEngine(Engine):
@@ -24,7 +40,12 @@ class QemuEngine(Engine):
         self._identity = nodes.identity
         self._mutex = threading.Lock()
         self._own: VhostChannel | None = None
-        self.keeper = Keeper(nodes, patience_s)
+        self._claim_fd = _keep_host_away(nodes, patience_s)
+        try:
+            self.keeper = Keeper(nodes, patience_s)
+        except BaseException:
+            self._let_host_in()
+            raise
         config = self.keeper.config
         self._info = EngineInfo(
             size=config.size,
@@ -103,6 +124,12 @@ class QemuEngine(Engine):
         """Let the daemon write out what it has, and end."""
         self._own = None
         self.keeper.close()
+        self._let_host_in()
+
+    def _let_host_in(self) -> None:
+        fd, self._claim_fd = self._claim_fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class _Lease:

@@ -6,6 +6,7 @@ out is written again before, in the order of the answers.
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
 import mmap
@@ -52,8 +53,10 @@ class _Memory:
         return VhostChannel(self._map, at, _ADDRESS + at, writes, discard_bytes=discard_max)
 
     def close(self) -> None:
-        """Give it back once no channel is left."""
-        os.close(self.fd)
+        """Give it back once no channel is left. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class Keeper:
@@ -102,8 +105,9 @@ class Keeper:
         return -1 if self._daemon is None else self._daemon.pidfd
 
     def close(self) -> None:
-        """Let the daemon write out what it has, and end."""
-        self._loop.call_soon_threadsafe(self._closing.set)
+        """Let the daemon write out what it has, and end. Idempotent."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended before
+            self._loop.call_soon_threadsafe(self._closing.set)
         self._end()
 
     def _end(self) -> None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a URI to what QEMU calls a block node, and the schemes that there are of that kind."""
 
+import errno
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -35,22 +37,32 @@ class Nodes:
         """One line that tells this storage from any other."""
         if not self.path:
             return json.dumps(self.blockdev, sort_keys=True)
-        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with opened(self.path) as fd:
             return f"{self.blockdev['driver']} in {identity_of(fd)}"
-        finally:
-            os.close(fd)
+
+
+@contextmanager
+def opened(path: str) -> Iterator[int]:
+    """Open a file or a block device, to ask about it; `EngineError` for anything else."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise EngineError(error.errno or errno.EIO, error.strerror or "", path) from None
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise EngineError(errno.EINVAL, "neither a file nor a block device", path)
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def file_node(path: str, how: Opening) -> Blockdev:
     """Return the node of a file or block device; `EngineError` where there is none."""
-    try:
-        device = os.path.exists(path) and not os.path.isfile(path)
-        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
-    except OSError as error:
-        raise EngineError(error.errno or 5, error.strerror or "", path) from None
+    with opened(path) as fd:
+        is_device = stat.S_ISBLK(os.fstat(fd).st_mode)
     node: Blockdev = {
-        "driver": "host_device" if device else "file",
+        "driver": "host_device" if is_device else "file",
         "filename": os.path.abspath(path),
         "aio": "io_uring",
     }
