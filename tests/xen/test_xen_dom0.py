@@ -119,17 +119,19 @@ def test_fio_sees_the_limit_of_a_disk_and_of_its_group(
 ) -> None:
     fio = (
         "fio --name=l --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=8 --size=32m"
-        f" --time_based --runtime=8 --output-format=json {load}"
+        f" --time_based --runtime=6 --output-format=json {load}"
     )
+    name, _, most = limit.partition("=")
     seen = []
-    for name in ("set --disk 0/xvda", "group bronze"):
-        sh(f"xvd {name} {limit} && xvd set --disk 0/xvda group_name=bronze")
+    for words in (
+        f"xvd set --disk 0/xvda {limit}",
+        f"xvd group bronze {limit} && xvd set --disk 0/xvda {name}=0 group_name=bronze",
+    ):
+        sh(words)
         [job] = json.loads(sh(fio))["jobs"]
         seen.append(sum(job[way][figure] for way in ("read", "write")))
-        sh(f"xvd {name} {limit.partition('=')[0]}=0")
-    sh("xvd set --disk 0/xvda group_name=")
-    limited = int(limit.partition("=")[2])
-    assert seen == [pytest.approx(limited, rel=0.05), pytest.approx(limited, rel=0.05)]
+    sh(f"xvd set --disk 0/xvda {name}=0 group_name=")  # the daemon is that of later tests too
+    assert seen == [pytest.approx(int(most), rel=0.05), pytest.approx(int(most), rel=0.05)]
 
 
 def test_a_disk_on_a_full_file_system_is_held_until_there_is_space(
