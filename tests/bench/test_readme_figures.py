@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 README = " ".join((ROOT / "README.md").read_text().split())
 PAGE = (ROOT / "docs" / "benchmarks.md").read_text()
+ONE_QUEUE = (ROOT / "docs" / "benchmarks" / "xen-trixie-1.md").read_text()
 
 
 def cell(row: str, column: int, nth: int = 0) -> float:
@@ -18,9 +19,9 @@ def cell(row: str, column: int, nth: int = 0) -> float:
     return float(text.replace(",", ""))
 
 
-def column(job: str, number: int) -> list[float]:
+def column(job: str, number: int, page: str = PAGE) -> list[float]:
     """The numbers of a column, over the rows whose name matches."""
-    rows = [line.strip("|").split("|") for line in PAGE.splitlines() if re.match(job, line)]
+    rows = [line.strip("|").split("|") for line in page.splitlines() if re.match(job, line)]
     return [float(row[number].strip().replace(",", "")) for row in rows]
 
 
@@ -28,6 +29,12 @@ LOAD = r"\| (4|128) KiB (random|sequential) \w+, depth \d+ \|"
 NBD = (
     r"\| (4|256) KiB (random|sequential) \w+ \| [\d,]+ \| [\d,]+ \| [\d,]+ \| [\d.]+ \| [\d.]+ \|$"
 )
+
+
+def on_xen(number: int) -> list[float]:
+    """The least and the most of a column of the table of one queue on real Xen."""
+    found = column(LOAD, number, ONE_QUEUE)
+    return [min(found), max(found)]
 
 
 def of_the_probe(what: str) -> float:
@@ -60,10 +67,10 @@ CLAIMS = {
         "{:.0f}", lambda: [column(r"\| 2 \| mapping \| [\d,]+ \| [\d.e-]+ \|", 2)[0] / 1e3]
     ),
     "1.12 to 3.4 times as fast as Linux's xen-blkback": (
-        "{:.2f} to {:.1f}", lambda: [min(column(LOAD, 4)), max(column(LOAD, 4))]
+        "{:.2f} to {:.1f}", lambda: on_xen(4)
     ),
     "1.9 to 114 times as fast as QEMU's": (
-        "{:.1f} to {:.0f}", lambda: [min(column(LOAD, 5)), max(column(LOAD, 5))]
+        "{:.1f} to {:.0f}", lambda: on_xen(5)
     ),
 }  # fmt: skip
 

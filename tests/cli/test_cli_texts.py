@@ -44,6 +44,26 @@ backend-0      on_error                           report live
 backend-0      poll_us                                 - ?
 backend-0      holdoff_us                              0
 backend-0      large_sectors                           0
+backend-0      total_bytes_sec                         0 live
+backend-0      read_bytes_sec                          0 live
+backend-0      write_bytes_sec                         0 live
+backend-0      total_iops_sec                          0 live
+backend-0      read_iops_sec                           0 live
+backend-0      write_iops_sec                          0 live
+backend-0      total_bytes_sec_max                     0 live
+backend-0      read_bytes_sec_max                      0 live
+backend-0      write_bytes_sec_max                     0 live
+backend-0      total_iops_sec_max                      0 live
+backend-0      read_iops_sec_max                       0 live
+backend-0      write_iops_sec_max                      0 live
+backend-0      total_bytes_sec_max_length              1 live
+backend-0      read_bytes_sec_max_length               1 live
+backend-0      write_bytes_sec_max_length              1 live
+backend-0      total_iops_sec_max_length               1 live
+backend-0      read_iops_sec_max_length                1 live
+backend-0      write_iops_sec_max_length               1 live
+backend-0      size_iops_sec                           0 live
+backend-0      group_name                              - live
 """
 HEADS = r"daemon +state +disk +rd_req +wr_req +f_req +ds_req +oo_req +rd_sect +wr_sect +errors\n"
 TOP_HEADS = (
@@ -109,7 +129,8 @@ ARGUMENTS = {
     "serve": ["null:1M"], "attach": ["1", "vdev=xvdc,target=null:1M"], "detach": ["1", "xvdc"],
     "resize": ["1", "xvda"], "nbd": ["1", "xvda"], "top": ["--count", "1", "--interval", "0.05"],
     "load": ["--operations", "9", "--engine", "null:1M", "--span", "1M"],
-    "bench": ["instructions", "--tiny"], "sim": ["--steps", "9"],
+    "bench": ["instructions", "--tiny"], "group": ["gold", "total_iops_sec=9"],
+    "sim": ["--steps", "9"],
 }  # fmt: skip
 SILENT = ("attach", "detach", "pause", "resume", "swap")
 LASTING = ("host", "backend", "nbd")
