@@ -3,6 +3,7 @@
 
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from xvd.bench.peers import NotInstalled, fio_nbd, missing
@@ -31,13 +32,11 @@ def formats(run: Run) -> Report:
     client = build_client(run.directory)
     read = Job(operations=run.operations(100_000), seed=run.seed)
     jobs = {"random read": read, "random write": replace(read, write_percent=100)}
-    raw = image(run.directory, "formats")
-    qcow2 = raw.with_suffix(".qcow2")
-    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(qcow2)]
-    subprocess.run(command, check=True)
-    raw.unlink()
+    # What is read has to stay as it is, or its checksum would prove nothing.
+    images = {what: _qcow2(run.directory, what.rpartition(" ")[2]) for what in jobs}
     cases = []
     for what, job in jobs.items():
+        qcow2 = images[what]
         cases += [
             vhost(f"{how}: {what}", client, qcow2, job, *flags, qcow2=True)
             for how, flags in CLIENTS.items()
@@ -50,7 +49,18 @@ def formats(run: Run) -> Report:
     try:
         return _report(list(jobs), run.measure(cases))
     finally:
-        qcow2.unlink()
+        for qcow2 in images.values():
+            qcow2.unlink()
+
+
+def _qcow2(directory: Path, name: str) -> Path:
+    """An image in memory with something in all of it."""
+    raw = image(directory, f"formats-{name}")
+    made = raw.with_suffix(".qcow2")
+    command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(raw), str(made)]
+    subprocess.run(command, check=True)
+    raw.unlink()
+    return made
 
 
 def _report(whats: list[str], rounds: Rounds) -> Report:
