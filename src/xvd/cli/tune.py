@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd set`` and ``xvd group``: what running daemons go by, shown and changed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +32,7 @@ def tune(
     """
     Settings.parse(setting)
     name = common.disk_key(disk) if disk else ""
-    return running.run(_tune(host, setting, name, json))
+    return running.run(_tell(host, json, _lines, "set", texts=setting, disk=name))
 
 
 def group(
@@ -50,20 +50,7 @@ def group(
     started anew begins with its own options again.
     """
     IoTune.parse(limit)
-    return running.run(_group(host, name, limit, json))
-
-
-async def _group(host: Path, name: str, texts: list[str], json: bool) -> int:
-    try:
-        answers = await ask_all(host, "backend-*", "group", name=name, texts=texts)
-    except DaemonError as error:
-        raise ConfigError(str(error)) from None
-    living = {answer.daemon: answer.result for answer in answers if answer.state == ALIVE}
-    if json:
-        output.print_json(living)
-    else:
-        output.tell("".join(_group_lines(living)))
-    return complain(answers)
+    return running.run(_tell(host, json, _group_lines, "group", name=name, texts=limit))
 
 
 def _group_lines(living: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -75,16 +62,23 @@ def _group_lines(living: dict[str, dict[str, Any]]) -> Iterator[str]:
             yield f"{daemon:<14} {name:<16} {disks or '-'}; {limits or 'no limits'}\n"
 
 
-async def _tune(host: Path, texts: list[str], disk: str, json: bool) -> int:
+async def _tell(
+    host: Path,
+    json: bool,
+    lines: Callable[[dict[str, Any]], Iterator[str]],
+    method: str,
+    **params: object,
+) -> int:
+    """Ask every backend, and print what each goes by now."""
     try:
-        answers = await ask_all(host, "backend-*", "set", texts=texts, disk=disk)
+        answers = await ask_all(host, "backend-*", method, **params)
     except DaemonError as error:
         raise ConfigError(str(error)) from None
     living = {answer.daemon: answer.result for answer in answers if answer.state == ALIVE}
     if json:
         output.print_json(living)
     else:
-        output.tell("".join(_lines(living)))
+        output.tell("".join(lines(living)))
     return complain(answers)
 
 

@@ -15,20 +15,14 @@ from posix.unistd cimport close, dup, read, write
 
 from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE
 from xvd.dataplane.ports cimport ENGINE_SECURE, engine_io, engine_ports, wrap
-from xvd.engines.channel cimport done_list, finish, reap_list
+from xvd.engines.channel cimport (
+    done_list, finish, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock, reap_list)
 
 import errno
 import logging
 import os
 import threading
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    int pthread_mutex_init(pthread_mutex_t *mutex, void *attr)
-    int pthread_mutex_destroy(pthread_mutex_t *mutex)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
 logger = logging.getLogger(__name__)
 

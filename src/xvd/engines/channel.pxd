@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # Inline header of engines/.
-"""What compiled channels share: the list of finished operations, and the checking channel."""
+"""What compiled channels share: mutexes, the list of finished operations, and the checking channel.
+"""
 
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from posix.uio cimport iovec
 
 from xvd.dataplane.ports cimport engine_io, engine_ports
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attr)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
 
 # Finished operations waiting to be reaped, oldest first.

@@ -16,7 +16,7 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EIO, ENOTCONN, EOPNOTSUPP
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.uio cimport iovec
 from posix.unistd cimport close, read, write
 
@@ -24,22 +24,18 @@ from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE
 from xvd.dataplane.c cimport (
     xvd_add64, xvd_cas64, xvd_fence, xvd_load16_acquire, xvd_load64, xvd_store16_release)
 from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
-from xvd.engines.channel cimport done_list, finish, reap_list
+from xvd.engines.channel cimport (
+    finish, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, reap_list)
 from xvd.engines.unflushed cimport (
     UNFLUSHED_BYTES, get_bytes, has_room, is_half_full, keep, record, size_in_log)
 from xvd.engines.vring cimport (
     AREA, AVAILABLE_AT, BLK_DISCARD, BLK_FLUSH, BLK_IN, BLK_OUT, DATA_AT, DESC_NEXT, DESC_WRITE,
     DESCRIPTORS_AT, EACH, HEADERS_AT, NO_ROOM, RING, SLOT_BYTES, SLOTS, STATUS_AT, STATUS_OK,
     STATUS_UNSUPPORTED, UNANSWERED, USED_AT, blk_header, copy, data_of, descriptor, discard_part,
-    kick, pthread_mutex_t, publish, slot, take_slot, describe, unlink, used_entry, vhost, written)
+    kick, publish, slot, take_slot, describe, unlink, used_entry, vhost, written)
 
 import os
-
-cdef extern from "<pthread.h>" nogil:
-    int pthread_mutex_init(pthread_mutex_t *mutex, void *attr)
-    int pthread_mutex_destroy(pthread_mutex_t *mutex)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -385,11 +381,6 @@ cdef class VhostChannel:
     def call_fd(self):
         """The eventfd by which the server tells of answers."""
         return self.v.call_fd
-
-    @property
-    def in_flight(self):
-        """Requests that the server has not answered."""
-        return SLOTS - self.v.nr_free
 
     def perform(self, uint8_t op, uint64_t offset, data, int dead_fd=-1):
         """Do one operation of a channel that no queue has, and wait for it; 0, or a positive errno.

@@ -13,12 +13,8 @@ from posix.unistd cimport write
 
 from xvd.dataplane.c cimport xvd_fence, xvd_load16_acquire, xvd_store16_release
 from xvd.dataplane.ports cimport engine_io
-from xvd.engines.channel cimport done_list
+from xvd.engines.channel cimport done_list, pthread_mutex_t
 from xvd.engines.unflushed cimport unflushed
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
 
 cdef enum:
     RING = 512                   # descriptors: a power of two
@@ -113,7 +109,6 @@ cdef struct vhost:
     done_list done
     unflushed log
     written *writes              # of the storage, through all channels
-    uint64_t bounced             # bytes copied
 
 
 # ---- Slots -------------------------------------------------------------------------------------
@@ -175,7 +170,6 @@ cdef inline void copy(vhost *v, engine_io *io, uint64_t at, uint8_t *data, uint6
     """Between a slot and the operation's memory, from its byte `at` on."""
     cdef uint32_t i = 0
     cdef uint64_t part
-    v.bounced += size
     while at >= io.iov[i].iov_len:
         at -= io.iov[i].iov_len
         i += 1
