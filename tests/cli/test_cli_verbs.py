@@ -298,8 +298,9 @@ def test_help_says_what_there_is_to_serve_and_to_put_in_front() -> None:
     words = run_xvd("serve", "--help").stdout.replace("│", " ").split()
     text = " ".join(words)
 
-    for scheme in SCHEMES.values():
-        assert f"{scheme.form} ({scheme.help})" in text
+    for served in {scheme.help for scheme in SCHEMES.values()}:
+        forms = ", ".join(scheme.form for scheme in SCHEMES.values() if scheme.help == served)
+        assert f"{forms} ({served})" in text
     for layer in LAYERS.values():
         assert f"{layer.example} ({layer.help})" in text
 
