@@ -36,6 +36,15 @@ def test_where_sleeps_cost_more_looks_are_longer() -> None:
     assert looks(waiting, 60 * S) == pytest.approx(3 * HOP, rel=0.05)
 
 
+def test_a_cpu_that_is_taken_away_within_sleeps_does_not_make_looks_long() -> None:
+    waiting = Waiting(HOP, HOP_CPU)
+    for turn in range(1, 50):
+        waiting.look_on(turn * S)
+        waiting.wakes(turn * S + US, cpu_ns=20 * MS if turn % 2 else HOP_CPU)
+
+    assert waiting.longest_ns <= 4 * HOP
+
+
 def test_where_sleeps_seem_to_cost_nothing_a_look_is_still_that_of_two_threads() -> None:
     waiting = Waiting(HOP, HOP_CPU)
     for turn in range(1, 50):

@@ -44,6 +44,9 @@ cdef enum:
     IN_VAIN_WEIGHT = 16          # of a look in vain, beside a chance for one that was not taken
     IN_VAIN_FREE = 8 * IN_VAIN_WEIGHT
     IN_VAIN_MAX = IN_VAIN_FREE + IN_VAIN_WEIGHT
+    # What a sleep is believed to cost at most, beside one between two threads. A thread's clock goes
+    # on while another guest has its CPU: one sleep in some would seem to cost milliseconds.
+    SLEEP_HOPS = 4
 
 cdef uint64_t BY_COST = <uint64_t>-1
 
@@ -199,6 +202,7 @@ cdef void wakes(waiting *w, uint64_t now, uint64_t cpu_ns) noexcept nogil:
     cpu_ns: what it cost this thread; 0: not measured.
     """
     if cpu_ns:
+        cpu_ns = min(cpu_ns, SLEEP_HOPS * w.hop_cpu_ns)
         w.sleep_cpu_ns += (<int64_t>cpu_ns - <int64_t>w.sleep_cpu_ns) // 4
         set_longest(w)
     if would_be_spared(w, now - w.idle_since_ns):

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of a disk's storage that are made while its guest uses the disk: mirrors and backups.
+
+Both are one thing: another storage is made the same as the disk's (engines/layers/mirror.py), which
+takes as long as it takes, while the guest goes on. A mirror stays the same until the disk moves to
+it (`pivot`). A backup ends when it is the same, while nothing is in flight: that is the one point
+of the guest's requests whose state it has.
+
+A copy does not outlive the daemon. A successor has the disk's own storage.
+"""
+
+import asyncio
+import contextlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+from xvd.backend.disk import ServedDisk
+from xvd.backend.life import StorageLife, unmet
+from xvd.backend.tracking import Tracking
+from xvd.engines.create import create_image
+from xvd.engines.interface import Engine
+from xvd.engines.layers.mirror import Mirror
+from xvd.errors import ConfigError, XvdError, describe
+from xvd.xenbus.log import DeviceLog
+from xvd.xenbus.runner import Runtime
+
+STEP: Final = 8 << 20
+"""Bytes from one look at what goes on to the next."""
+NEAR: Final = 4 << 20
+"""So much may be left when a mirror is ready: it is copied while the guest waits."""
+IDLE_S: Final = 0.05
+"""Until the next look where there is nothing to be copied."""
+PATIENCE_S: Final = 60.0
+"""For storage to come to rest, and for the last bytes to be copied."""
+
+
+class Kind(StrEnum):
+    """What a copy is for."""
+
+    MIRROR = "mirror"
+    BACKUP = "backup"
+
+
+class Phase(StrEnum):
+    """How far a copy is."""
+
+    COPYING = "copying"
+    READY = "ready"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+_OVER: Final = frozenset((Phase.DONE, Phase.CANCELLED, Phase.FAILED))
+
+
+@dataclass(slots=True)
+class Job:
+    """One copy. image: the target's URI. tracked: of a backup, the name of the map of what changes
+    after it. incremental: whether it has only what had changed."""
+
+    kind: Kind
+    image: str
+    mirror: Mirror
+    size: int
+    tracked: str = ""
+    incremental: bool = False
+    phase: Phase = Phase.COPYING
+    why: str = ""
+    copied: int = 0
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """What is to be told of it; bytes."""
+        return {
+            "kind": self.kind,
+            "storage": self.image,
+            "phase": self.phase,
+            "why": self.why,
+            "incremental": self.incremental,
+            "copied": self.copied,
+            "left": 0 if self.phase in _OVER else self.mirror.left,
+            "size": self.size,
+        }
+
+
+class Copies:
+    """The copies of one disk, one at a time. For the event loop's thread."""
+
+    def __init__(
+        self,
+        life: StorageLife,
+        disk: ServedDisk,
+        tracking: Tracking,
+        log: DeviceLog,
+        runtime: Runtime,
+    ) -> None:
+        self.job: Job | None = None
+        """The copy that is made, or was made last."""
+        self._life = life
+        self._disk = disk
+        self._tracking = tracking
+        self._log = log
+        self._runtime = runtime
+        self._lock = asyncio.Lock()
+
+    @property
+    def _active(self) -> Job | None:
+        return None if self.job is None or self.job.phase in _OVER else self.job
+
+    # ---- What may be asked for ----
+
+    async def mirror(self, image: str) -> dict[str, Any]:
+        """Begin to make other storage the same as the disk's; it is created where there is none.
+
+        Raises `ConfigError` where it does not fit, and what opening it raises.
+        """
+        async with self._lock:
+            self._check_free()
+            before = self._life.storage
+            target = await self._open(image, before.engine.info.size)
+            try:
+                lacking = unmet(before.features, self._life.offers(target))
+                self._life.check_fits(image, lacking)
+                mirror = Mirror(before.engine, target)
+                job = Job(Kind.MIRROR, image, mirror, before.engine.info.size)
+                await self._begin(job)
+            except BaseException:
+                await self._runtime.call(target.close)
+                raise
+            return job.figures()
+
+    async def backup(self, image: str, name: str = "") -> dict[str, Any]:
+        """Begin to write the disk's content to other storage, and only what has changed since the
+        last backup of this name, if there was one; `figures` tells when it is whole.
+
+        Raises as `mirror` does.
+        """
+        async with self._lock:
+            self._check_free()
+            engine = self._life.storage.engine
+            size = engine.info.size
+            last = self._tracking.last(name, size) if name else None
+            changed = None if last is None else last.changed
+            target = await self._open(image, size, "" if last is None else last.image)
+            try:
+                self._check_holds(image, target, size)
+                mirror = Mirror(engine, target, changed)
+                job = Job(Kind.BACKUP, image, mirror, size, name, changed is not None)
+                await self._begin(job)
+            except BaseException:
+                await self._runtime.call(target.close)
+                raise
+            return job.figures()
+
+    async def pivot(self, timeout_s: float = PATIENCE_S) -> None:
+        """Let the disk go on with the storage that is the same by now. Raises `ConfigError` if it
+        is not, or the disk does not come to rest; then the mirror goes on."""
+        async with self._lock:
+            job = self._active
+            if job is None or job.kind is not Kind.MIRROR:
+                raise ConfigError(f"{self._log.disk}: it has no mirror; see xvd mirror")
+            if job.phase is not Phase.READY:
+                left = job.mirror.left
+                raise ConfigError(f"{self._log.disk}: {left} bytes are not copied yet; wait")
+            # A caller that goes away leaves no half of it.
+            await asyncio.shield(asyncio.ensure_future(self._pivot(job, timeout_s)))
+
+    async def cancel(self) -> None:
+        """Give up the copy that is made; the disk keeps its storage. `ConfigError` if none is."""
+        async with self._lock:
+            job = self._active
+            if job is None:
+                raise ConfigError(f"{self._log.disk}: no copy of it is being made")
+            await self._halt(job)
+            if job.phase not in _OVER:
+                await asyncio.shield(asyncio.ensure_future(self._drop(job, Phase.CANCELLED)))
+
+    async def end(self) -> None:
+        """Make no more copies: the disk is about to be left. What is open is closed with it."""
+        job = self.job
+        if job is not None:
+            await asyncio.gather(self._halt(job), return_exceptions=True)
+            if job.phase not in _OVER:
+                job.phase, job.why = Phase.FAILED, "the disk was left"
+
+    def figures(self) -> dict[str, Any] | None:
+        """What the copy is, that is made or was made last."""
+        return None if self.job is None else self.job.figures()
+
+    # ---- The beginning ----
+
+    def _check_free(self) -> None:
+        if self._life.held_by:
+            raise ConfigError(f"{self._log.disk}: {self._life.held_by}")
+
+    async def _open(self, image: str, size: int, backing: str = "") -> Engine:
+        await self._runtime.call(create_image, image, size, backing)
+        return await self._life.open(image)
+
+    def _check_holds(self, image: str, target: Engine, size: int) -> None:
+        """A backup's storage has to hold the disk's content, and that is all."""
+        found = target.info
+        lacking = []
+        if found.size < size:
+            lacking.append(f"it has {found.size} bytes and the disk {size}")
+        if found.read_only:
+            lacking.append("it is read-only")
+        if size % found.logical_block_size:
+            lacking.append(f"its blocks are of {found.logical_block_size} bytes")
+        self._life.check_fits(image, lacking)
+
+    async def _begin(self, job: Job) -> None:
+        async with self._life.turn:
+            async with self._life.at_rest(PATIENCE_S):
+                await self._life.exchange(job.mirror)
+            self._life.held_by = (
+                f"it is being copied to {job.image}; wait for that, or give it up: "
+                f"xvd {job.kind} --cancel"
+            )
+        self.job = job
+        self._log.info("is being copied to %s (%s)", job.image, job.kind)
+        job.task = asyncio.create_task(self._drive(job))
+
+    # ---- While it is made ----
+
+    async def _drive(self, job: Job) -> None:
+        try:
+            await self._copy(job)
+            if job.kind is Kind.BACKUP and not job.stop.is_set():
+                await self._complete(job)
+        except (OSError, XvdError) as error:
+            job.why = describe(error)
+            self._log.error("the copy to %s has failed: %s", job.image, job.why)
+            await self._drop(job, Phase.FAILED)
+
+    async def _copy(self, job: Job) -> None:
+        """Until a backup is ready, or somebody has it stopped."""
+        while not job.stop.is_set():
+            copied = await self._runtime.call(job.mirror.copy, STEP)
+            job.copied += copied
+            if job.phase is Phase.COPYING and job.mirror.left <= NEAR:
+                job.phase = Phase.READY
+                if job.kind is Kind.BACKUP:
+                    return
+                self._log.info("%s is the same by now", job.image)
+            if not copied:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(IDLE_S):
+                        await job.stop.wait()
+
+    async def _halt(self, job: Job) -> None:
+        """Let the task end by itself: it may be in the middle of something."""
+        job.stop.set()
+        if job.task is not None:
+            await job.task
+
+    # ---- The end ----
+
+    async def _complete(self, job: Job) -> None:
+        """A backup: the state of the disk while nothing is in flight."""
+        async with self._life.turn, self._life.at_rest(PATIENCE_S):
+            async with asyncio.timeout(PATIENCE_S):
+                await self._runtime.call(job.mirror.finish)
+            engine = job.mirror.lower
+            if job.tracked:
+                engine = self._tracking.begin(job.tracked, engine, job.image)
+            await self._life.exchange(engine)
+            self._over(job, Phase.DONE)
+        await self._close(job.mirror.target)
+        self._log.info("its content is in %s", job.image)
+
+    async def _pivot(self, job: Job, timeout_s: float) -> None:
+        await self._halt(job)
+        if job.phase in _OVER:
+            raise ConfigError(f"{self._log.disk}: the mirror has failed: {job.why}")
+        mirror = job.mirror
+        try:
+            async with self._life.turn, self._life.at_rest(timeout_s):
+                async with asyncio.timeout(timeout_s):
+                    await self._runtime.call(mirror.finish)
+                target = self._tracking.moved(mirror.lower, mirror.target)
+                await self._life.exchange(target, job.image)
+                self._over(job, Phase.DONE)
+        except BaseException:
+            job.stop.clear()
+            job.task = asyncio.create_task(self._drive(job))
+            raise
+        self._log.info("its storage is %s now", job.image)
+        await self._life.close_old(lambda: self._runtime.call(mirror.lower.close))
+        await self._disk.follow_size()
+
+    async def _drop(self, job: Job, phase: Phase) -> None:
+        """Let the disk go on without the copy."""
+        try:
+            async with self._life.turn, self._life.at_rest(PATIENCE_S):
+                await self._life.exchange(job.mirror.lower)
+        except (OSError, XvdError) as error:
+            self._log.error("the copy to %s cannot be given up: %s", job.image, describe(error))
+            raise
+        self._over(job, phase)
+        await self._close(job.mirror.target)
+        self._log.info("is not being copied any more")
+
+    def _over(self, job: Job, phase: Phase) -> None:
+        job.phase = phase
+        self._life.held_by = ""
+
+    async def _close(self, target: Engine) -> None:
+        await self._life.close_old(lambda: self._runtime.call(target.close))

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend's daemon may be asked for on its control socket; see control.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+from xvd.backend.device import Device
+from xvd.backend.server import Server
+from xvd.cli.report import disk_figures, disk_info
+
+
+def control_methods(server: Server) -> dict[str, Callable[..., object]]:
+    """Each method's name and what it calls; its parameters are what is called with."""
+
+    def of(method: Callable[..., object]) -> Callable[..., object]:
+        """Call it with the disk that is named ``DOMID/VDEV``."""
+        return lambda disk, **params: method(server.device(disk), **params)
+
+    def resize(device: Device, size: int | None, shrink: bool = False) -> Any:
+        return device.disk.resize(size, shrink=shrink)
+
+    return {
+        "stats": lambda: [disk_figures(device) for device in server.devices.values()],
+        "info": of(disk_info),
+        "set": server.change,
+        "group": server.change_group,
+        "resize": of(resize),
+        "pause": of(lambda device, timeout_s: device.life.pause(timeout_s)),
+        "resume": of(lambda device: device.life.resume()),
+        "swap": of(lambda device, image, timeout_s: device.life.swap(image, timeout_s)),
+        "mirror": of(lambda device, image: device.copies.mirror(image)),
+        "backup": of(lambda device, image, name: device.copies.backup(image, name)),
+        "pivot": of(lambda device: device.copies.pivot()),
+        "cancel_copy": of(lambda device: device.copies.cancel()),
+        "copy": of(lambda device: device.copies.figures()),
+    }

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that are made where somebody names one that is not there yet."""
+
+import os
+import shutil
+import subprocess
+from typing import Final
+
+from xvd.engines.formats import FORMATS
+from xvd.engines.text import split_scheme
+from xvd.errors import ConfigError
+
+_RAW: Final = ("", "file", "raw")
+_CAN_HAVE_BACKING: Final = ("qcow2", "qed")
+
+
+def _format_of(image: str) -> tuple[str, str]:
+    """QEMU's name of the format, and the path; no name for what is no image file."""
+    scheme, path = split_scheme(image)
+    if scheme in _RAW:
+        return "raw", path
+    row = FORMATS.get(scheme)
+    driver = row.driver if row else scheme
+    known = driver in {row.driver for row in FORMATS.values()} - {"luks"}
+    return (driver if known else ""), path
+
+
+def create_image(image: str, size: int, backing: str = "") -> None:
+    """Make the image file that a URI names, of `size` bytes, if there is none; sparse.
+
+    backing: the URI of an image that it is to be an overlay of. Then one that is there already has
+    to be that image itself, which is written over. Raises `ConfigError`, with what qemu-img says.
+    """
+    driver, path = _format_of(image)
+    if not driver or os.path.exists(path):
+        if backing and image != backing:
+            raise ConfigError(
+                f"what has changed since {backing} goes into a new image (qcow2:PATH), or over "
+                f"{backing}; {image} is neither"
+            )
+        return
+    if backing and driver not in _CAN_HAVE_BACKING:
+        raise ConfigError(f"{image} cannot have {backing} behind it: write qcow2:PATH")
+    if driver == "raw":
+        with open(path, "xb") as file:
+            file.truncate(size)
+        return
+    _run_qemu_img(driver, path, size, _words_of_backing(backing))
+
+
+def _words_of_backing(backing: str) -> list[str]:
+    if not backing:
+        return []
+    driver, path = _format_of(backing)
+    if not driver:
+        raise ConfigError(f"no image can have {backing} behind it: it is no file")
+    return ["-b", os.path.abspath(path), "-F", driver]
+
+
+def _run_qemu_img(driver: str, path: str, size: int, words: list[str]) -> None:
+    program = shutil.which("qemu-img")
+    if program is None:
+        raise ConfigError(
+            f"qemu-img is not here, which makes {path}; on Debian: apt-get install qemu-utils"
+        )
+    command = [program, "create", "-q", "-f", driver, *words, path, str(size)]
+    made = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        said = made.stderr.strip().removeprefix("qemu-img: ")
+        raise ConfigError(f"{path} cannot be made: {said}")
