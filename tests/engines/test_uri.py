@@ -2,6 +2,7 @@
 """What a user writes for storage, and what it becomes; mistakes are told with their remedy."""
 
 import errno
+import os
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from xvd.engines.interface import Engine, EngineInfo, Scheme
 from xvd.engines.layers.base import LayerKind
 from xvd.engines.layers.stats import Stats
 from xvd.engines.memory import MemoryEngine
+from xvd.engines.rbd import library
 from xvd.engines.uri import LAYERS, PATH_SCHEMES, SCHEMES, open_engine
 from xvd.errors import ConfigError, EngineError
 
@@ -143,3 +145,20 @@ def test_a_size_that_is_no_multiple_of_the_block() -> None:
     engine: Engine = Blocks(8192)
     with pytest.raises(EngineError, match="no multiple of its 4096-byte blocks; extend it: trunc"):
         Checked(engine)
+
+
+@pytest.mark.parametrize(
+    "uri", ["rbd:image", "rbd:pool/", "rbd:a/b/c/d", "rbd:pool/image,size=1", "rbd:p/i,conf=/none"]
+)
+def test_what_names_no_image_is_said(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"names no image|there is no file /none"):
+        open_engine(uri)
+
+
+def test_a_host_without_librbd(monkeypatch: pytest.MonkeyPatch) -> None:
+    library._load.cache_clear()
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda name: os.stat(f"/nowhere/{name}"))
+
+    with pytest.raises(EngineError, match="apt-get install librbd1"):
+        open_engine("rbd:pool/image")
+    library._load.cache_clear()

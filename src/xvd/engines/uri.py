@@ -16,11 +16,12 @@ from xvd.engines.interface import Engine, Opening, Scheme
 from xvd.engines.layers import delay, error, log, readonly, stats
 from xvd.engines.layers.base import LayerKind
 from xvd.engines.qemu import schemes as qemu
+from xvd.engines.rbd import schemes as rbd
 from xvd.engines.text import in_format, parse_options, split_scheme
 from xvd.errors import ConfigError
 
 SCHEMES: Final[dict[str, Scheme]] = {
-    scheme.name: scheme for module in (image, memory, null, qemu) for scheme in module.SCHEMES
+    scheme.name: scheme for module in (image, memory, null, qemu, rbd) for scheme in module.SCHEMES
 }
 PATH_SCHEMES: Final = frozenset(
     name for name, scheme in SCHEMES.items() if scheme.form == f"{name}:PATH"
