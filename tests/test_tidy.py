@@ -40,7 +40,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "sim": (*ABOVE, "toolstack"),
     # The compiled transmission fills a table, as a fast engine does, for its disk's queues.
     "export": ("frontend", "dataplane.ports", "dataplane.abi", "dataplane.c"),
-    "backend": ENDS,
+    "backend": (*ENDS, "engines.live"),
     "frontend": ENDS,
     "toolstack": ("blkif", "engines", "machine.xs"),
     "engines": ("blkif.assignment", *TABLES),

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from rig_disk import World, disk_world, opener, run
+from rig_disk import World, disk_world, opener, run, until
 from rig_engines import PythonEngine
 
 from xvd.backend.copies import Phase
 from xvd.backend.device import Device
-from xvd.engines.interface import Engine
+from xvd.engines.interface import Channel, Engine
 from xvd.engines.memory import MemoryEngine
 from xvd.errors import ConfigError, EngineError
 from xvd.frontend.disk import Disk
@@ -40,10 +40,8 @@ async def phase(world: World, wanted: Phase) -> None:
     """Wait until the copy is so far."""
     job = device(world).copies.job
     assert job is not None
-    async with asyncio.timeout(20):
-        while job.phase is not wanted:
-            assert job.phase is not Phase.FAILED, job.why
-            await asyncio.sleep(0.001)
+    await until(lambda: job.phase in (wanted, Phase.FAILED))
+    assert job.phase is wanted, job.why
 
 
 async def use(disk: Disk, user: int, stop: asyncio.Event) -> None:
@@ -176,7 +174,7 @@ class Failing(MemoryEngine):
             raise EngineError(errno.ENOSPC, "there is no room")
         super().write(buffer, offset)
 
-    def open_channel(self):  # noqa: ANN201
+    def open_channel(self) -> Channel:
         return Engine.open_channel(self)
 
 
@@ -202,9 +200,7 @@ def test_a_target_that_fails_is_nothing_to_the_guest(
                 await phase(world, Phase.READY)
                 target.fails = True
             await disk.write(0, b"n" * 512)
-            async with asyncio.timeout(10):
-                while copies.job is not None and copies.job.phase is not Phase.FAILED:
-                    await asyncio.sleep(0.001)
+            await phase(world, Phase.FAILED)
             await disk.write(512, b"m" * 512)
             await disk.flush()
             assert device(world).disk.counters().errors == 0

@@ -4,8 +4,8 @@
 import pytest
 
 from xvd.engines.changes import GRANULE, ChangeMap, map_size
-from xvd.engines.layers.mirror import Mirror
-from xvd.engines.layers.tracked import Tracked
+from xvd.engines.live.mirror import Mirror
+from xvd.engines.live.tracked import Tracked
 from xvd.engines.memory import MemoryEngine
 from xvd.engines.mirror import Twins
 from xvd.errors import EngineError

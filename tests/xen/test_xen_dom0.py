@@ -108,6 +108,42 @@ def test_an_overlay_of_a_golden_image_is_verified_and_exchanged_for_a_raw_one(
     assert "No errors were found" in sh(f"qemu-img check {tmp_path}/overlay")
 
 
+def test_it_is_mirrored_and_moves_under_a_verifying_load(
+    backend: Backend, slot: Slot, tmp_path: Path
+) -> None:
+    sh(
+        f"cd {tmp_path}; dd if=/dev/urandom of=golden bs=1M count=32 2>&1; truncate -s 64M golden;"
+        "qemu-img create -q -f qcow2 -b golden -F raw overlay"
+    )
+    disk = Disk(Path(f"qcow2:{tmp_path}/overlay"), slot)
+    disk.attach()
+    try:
+        fio = subprocess.Popen(
+            "fio --name=v --filename=/dev/xvda --direct=1 --ioengine=libaio --iodepth=16"
+            " --rw=randwrite --bs=4k --size=16m --verify=crc32c --verify_fatal=1 --loops=6"
+            " --rate_iops=400",
+            shell=True,
+            stdout=subprocess.DEVNULL,
+        )
+        sh("xvd snapshot create 0 xvda early")
+        assert sh("xvd snapshot list 0 xvda").startswith("early ")
+        assert "ready" in sh(f"xvd mirror 0 xvda {tmp_path}/moved")
+        assert "done" in sh("xvd mirror 0 xvda --pivot")
+        assert "done" in sh(f"xvd backup 0 xvda qcow2:{tmp_path}/one --incremental nightly")
+        assert "what has changed" in sh(
+            f"xvd backup 0 xvda qcow2:{tmp_path}/two --incremental nightly"
+        )
+        assert fio.wait(timeout=500) == 0
+        seen = sh("blockdev --flushbufs /dev/xvda; md5sum </dev/xvda")
+        assert "done" in sh(f"xvd backup 0 xvda qcow2:{tmp_path}/two --incremental nightly")
+        sh(f"xvd swap 0 xvda qcow2:{tmp_path}/two; blockdev --flushbufs /dev/xvda")
+        assert sh("md5sum </dev/xvda") == seen
+    finally:
+        disk.detach()
+    for image in ("overlay", "one", "two"):
+        assert "No errors were found" in sh(f"qemu-img check {tmp_path}/{image}")
+
+
 @pytest.mark.parametrize(
     ("limit", "load", "figure"),
     [("total_iops_sec=200", "--bs=4k --rw=randrw", "iops"),

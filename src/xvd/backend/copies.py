@@ -18,9 +18,9 @@ from typing import Any, Final
 from xvd.backend.disk import ServedDisk
 from xvd.backend.life import StorageLife, unmet
 from xvd.backend.tracking import Tracking
-from xvd.engines.create import create_image
 from xvd.engines.interface import Engine
-from xvd.engines.layers.mirror import Mirror
+from xvd.engines.live.images import create_image
+from xvd.engines.live.mirror import Mirror
 from xvd.errors import ConfigError, XvdError, describe
 from xvd.xenbus.log import DeviceLog
 from xvd.xenbus.runner import Runtime
@@ -73,7 +73,7 @@ class Job:
     task: asyncio.Task[None] | None = None
 
     def figures(self) -> dict[str, Any]:
-        """What is to be told of it; bytes."""
+        """Return what is to be told of it; bytes."""
         return {
             "kind": self.kind,
             "storage": self.image,
@@ -187,7 +187,7 @@ class Copies:
                 job.phase, job.why = Phase.FAILED, "the disk was left"
 
     def figures(self) -> dict[str, Any] | None:
-        """What the copy is, that is made or was made last."""
+        """Tell of the copy that is made, or was made last."""
         return None if self.job is None else self.job.figures()
 
     # ---- The beginning ----
@@ -237,7 +237,7 @@ class Copies:
             await self._drop(job, Phase.FAILED)
 
     async def _copy(self, job: Job) -> None:
-        """Until a backup is ready, or somebody has it stopped."""
+        """Copy until a backup is ready, or somebody has it stopped."""
         while not job.stop.is_set():
             copied = await self._runtime.call(job.mirror.copy, STEP)
             job.copied += copied

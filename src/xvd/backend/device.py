@@ -14,13 +14,16 @@ from typing import Final
 
 from xvd.backend.budget import Budget, Room
 from xvd.backend.connection import Connection, Plan
+from xvd.backend.copies import Copies
 from xvd.backend.disk import ServedDisk
 from xvd.backend.groups import Groups
 from xvd.backend.hold import Hold
 from xvd.backend.life import StorageLife
 from xvd.backend.negotiation import Agreement, features_of, negotiate, own_node
 from xvd.backend.settings import Settings
+from xvd.backend.snapshots import Snapshots
 from xvd.backend.state import DiskState
+from xvd.backend.tracking import Tracking
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment, with_image
 from xvd.blkif.features import format_backend, format_offer, format_size, without
@@ -95,6 +98,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._rival = rival
         self._runtime = runtime
         self._kept = DiskState(settings.state_dir, path)
+        self.tracking = Tracking(self._kept, log)
         self.life = StorageLife(
             self.disk,
             self._kept,
@@ -103,7 +107,11 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             opened=self._open_other,
             offers=lambda engine: features_of(engine, self._assigned, self.disk.settings),
             swapped=self._has_image,
+            tracking=self.tracking,
+            is_held=lambda: bool(self.hold.why),
         )
+        parts = (self.life, self.disk, self.tracking, log, runtime)
+        self.copies, self.snapshots = Copies(*parts), Snapshots(*parts)
         self.hold = Hold(self.disk, log, partial(report_error, store, path))
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -160,7 +168,9 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         if self._opening is not None:
             # Not cancelled: what it opens would be nobody's, and stay open and locked.
             await self._opening
+        await self.copies.end()
         await self.disk.close()
+        self.tracking.close()
 
     def _foreign_state(self) -> XenbusState | None:
         return foreign_state(self._written)
@@ -217,6 +227,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             engine = await self._open_storage(assignment)
             try:
                 self._kept.check_identity(engine.identity)
+                engine = self.tracking.opened(engine)
             except BaseException:
                 await self._runtime.call(engine.close)
                 raise

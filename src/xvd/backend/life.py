@@ -7,11 +7,13 @@ not as before. What was decided outlives the daemon (`DiskState.decide`).
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 
 from xvd.backend.disk import ServedDisk
+from xvd.backend.opened import Opened
 from xvd.backend.state import DiskState
+from xvd.backend.tracking import Tracking
 from xvd.blkif.abi import InfoFlag
 from xvd.blkif.features import BackendFeatures
 from xvd.engines.interface import Engine
@@ -44,7 +46,8 @@ class StorageLife:
     """What may be done to one disk's storage, one thing at a time. For the event loop's thread.
 
     opened: opens other storage for the disk. offers: what such storage would let the disk offer.
-    swapped: called with the URI of the storage that it has now.
+    swapped: called with the URI of the storage that it has now. tracking: of what changes on it.
+    is_held: whether its storage is away, and what failed is tried again now and then.
     """
 
     def __init__(
@@ -57,15 +60,22 @@ class StorageLife:
         opened: Callable[[str], Awaitable[Engine]],
         offers: Callable[[Engine], BackendFeatures],
         swapped: Callable[[str], None],
+        tracking: Tracking,
+        is_held: Callable[[], bool],
     ) -> None:
         self._disk = disk
         self._kept = kept
         self._log = log
         self._runtime = runtime
-        self._open = opened
-        self._offers = offers
+        self.open = opened
+        self.offers = offers
+        self.turn = asyncio.Lock()
+        """Whoever changes the storage has it."""
+        self.held_by = ""
+        """Why the storage may not be exchanged now, in words; mostly nothing."""
         self._swapped = swapped
-        self._turn = asyncio.Lock()
+        self._tracking = tracking
+        self._is_held = is_held
 
     @property
     def swapped_to(self) -> str:
@@ -78,9 +88,9 @@ class StorageLife:
 
         Raises `ConfigError` if that is not so after a while, and then the disk goes on.
         """
-        async with self._turn:
+        async with self.turn:
             was, connection = self._kept.decision(), self._disk.connection
-            held = connection is not None and connection.held
+            held = self._is_held() or (connection is not None and connection.held)
             self._decide(paused=True)
             try:
                 await self._pause(timeout_s)
@@ -105,7 +115,7 @@ class StorageLife:
 
     async def resume(self) -> None:
         """Go on, if it is paused."""
-        async with self._turn:
+        async with self.turn:
             self._decide(paused=False)
             self._resume()
             self._log.info("resumed")
@@ -116,48 +126,77 @@ class StorageLife:
         Raises `ConfigError` where it does not fit or the old one does not come to rest in time, and
         what opening it raises; then nothing is changed.
         """
-        async with self._turn:
+        async with self.turn:
+            if self.held_by:
+                raise ConfigError(f"{self._log.disk}: {self.held_by}")
             # A caller that goes away, as one who is interrupted does, leaves no half of it.
             await asyncio.shield(asyncio.ensure_future(self._swap(image, timeout_s)))
 
     async def _swap(self, image: str, timeout_s: float) -> None:
-        disk = self._disk
-        if disk.opened is None:
-            raise ConfigError(f"{self._log.disk}: it has no storage; detach it")
-        before, paused = disk.opened, disk.paused
-        engine = await self._open(image)
+        before = self.storage
+        engine = await self.open(image)
         try:
-            if not_there := unmet(before.features, self._offers(engine)):
-                raise ConfigError(f"{self._log.disk}: {image} does not fit: {'; '.join(not_there)}")
-            await self._pause(timeout_s)
-            await self._exchange(engine, image)
+            self.check_fits(image, unmet(before.features, self.offers(engine)))
+            async with self.at_rest(timeout_s):
+                await self.exchange(engine, image)
+                self._tracking.forget()
         except BaseException:
             await self._runtime.call(engine.close)
             raise
+        self._log.info("its storage is %s now", image)
+        await self.close_old(before.close)
+        await self._disk.follow_size()
+
+    # ---- What an exchange is made of, for whoever has the turn ----
+
+    @property
+    def storage(self) -> Opened:
+        """The storage that it has; `ConfigError` if there is none."""
+        if self._disk.opened is None:
+            raise ConfigError(f"{self._log.disk}: it has no storage; detach it")
+        return self._disk.opened
+
+    def check_fits(self, image: str, lacking: list[str]) -> None:
+        """Raise `ConfigError` with what an image lacks, if that is anything."""
+        if lacking:
+            raise ConfigError(f"{self._log.disk}: {image} does not fit: {'; '.join(lacking)}")
+
+    @contextlib.asynccontextmanager
+    async def at_rest(self, timeout_s: float) -> AsyncIterator[None]:
+        """Let nothing be in flight meanwhile. Raises `ConfigError` if that does not come to be."""
+        paused = self._disk.paused
+        try:
+            await self._pause(timeout_s)
+            yield
         finally:
             if not paused:
                 self._resume()
-        self._log.info("its storage is %s now", image)
-        try:  # only now: it may fail, and take as long as it likes, and the guest is not to wait
-            await before.close()
-        except (OSError, XvdError) as error:
-            self._log.warning("its old storage could not be closed: %s", describe(error))
-        await disk.follow_size()
 
-    async def _exchange(self, engine: Engine, image: str) -> None:
-        before, connection = self._disk.storage, self._disk.connection
+    async def exchange(self, engine: Engine, image: str = "") -> None:
+        """Go on with another engine, at rest. image: what it is, if that is other storage and not
+        only another way to the same."""
+        before, connection = self.storage, self._disk.connection
         with contextlib.ExitStack() as undo:
             channels = [] if connection is None else connection.open_channels(engine)
             for channel in channels:
                 undo.callback(channel.close)
             # A successor opens what is noted here: before the first request can reach it.
-            self._note(image, engine, undo)
+            if image:
+                self._note(image, engine, undo)
             undo.pop_all()
         if connection is not None:
             await connection.exchange(engine, channels)
             self._kept.remember(engine.identity)
         self._disk.has_opened(engine, before.features)
-        self._swapped(image)
+        if image:
+            self._swapped(image)
+
+    async def close_old(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Close storage that the disk has no more. It may fail, and take as long as it likes."""
+        try:
+            await close()
+        except (OSError, XvdError) as error:
+            self._log.warning("its old storage could not be closed: %s", describe(error))
 
     def _note(self, image: str, engine: Engine, undo: contextlib.ExitStack) -> None:
         was, identity = self._kept.decision(), self._disk.storage.engine.identity

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 from xvd.backend.device import StorageOpener
 from xvd.blkif.assignment import BackendAssignment
-from xvd.engines.interface import Channel, Engine, EngineInfo, Extent
+from xvd.engines.interface import (
+    Channel,
+    Engine,
+    EngineInfo,
+    Extent,
+    Snapshot,
+    SnapshotAction,
+)
 from xvd.errors import XenstoreError
 from xvd.machine.xs.client import XenstoreClient
 
@@ -115,6 +122,12 @@ class _Lease(Engine):
 
     def measure(self) -> int:
         return self._engine.measure()
+
+    def snapshots(self) -> list[Snapshot]:
+        return self._engine.snapshots()
+
+    def snapshot(self, action: SnapshotAction, name: str) -> None:
+        self._engine.snapshot(action, name)
 
     def accept_size(self) -> None:
         self._engine.accept_size()

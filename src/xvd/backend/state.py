@@ -25,6 +25,7 @@ from xvd.errors import BudgetError, ConfigError, EngineError
 from xvd.files import create_own, open_own, own_directory, remove
 
 _ASIDE = ".aside"
+_MAP = ".changed"
 _IDENTITY_MAX = 8192
 _DECISION_MAX = 1 << 16
 
@@ -144,6 +145,41 @@ class DiskState:
         if self._directory is not None:
             self._replace(self._decision_name, msgspec.json.encode(decision), "what was decided")
 
+    # ---- What was changed since a backup (tracking.py) ----
+
+    def new_map(self, name: str, size: int) -> mmap.mmap | bytearray:
+        """Memory of zeros for a map, in a file where there is a directory. Raises `BudgetError` or
+        `ConfigError`."""
+        if self._directory is None:
+            return bytearray(size)
+        with self._open() as directory:
+            remove(directory, self._map_name(name))
+            return _create_mapped(directory, self._map_name(name), size, f"a map of {size} bytes")
+
+    def find_maps(self) -> dict[str, mmap.mmap]:
+        """Each map that a predecessor left, by its name; one that cannot be mapped is removed."""
+        found: dict[str, mmap.mmap] = {}
+        if self._directory is None or not self._directory.exists():
+            return found
+        pattern = re.compile(rf"{re.escape(self._disk)}-(.+){re.escape(_MAP)}")
+        with self._open() as directory:
+            for match in filter(None, map(pattern.fullmatch, os.listdir(directory))):
+                try:
+                    fd = open_own(directory, match[0])
+                    assert fd is not None
+                    with open(fd, "r+b") as file:
+                        found[match[1]] = mmap.mmap(file.fileno(), 0)
+                except (ConfigError, OSError, ValueError):  # an empty one cannot be mapped
+                    remove(directory, match[0])
+        return found
+
+    def remove_map(self, name: str) -> None:
+        """Forget a map."""
+        self._remove(re.escape(self._map_name(name)))
+
+    def _map_name(self, name: str) -> str:
+        return f"{self._disk}-{name}{_MAP}"
+
     def _replace(self, name: str, content: bytes, what: str) -> None:
         """Let a file have this content, all of it or what it had."""
         aside = name + ".new"
@@ -169,7 +205,7 @@ class DiskState:
     def gone(self) -> None:
         """The disk is no more: nothing of it stays."""
         self._decision = Decision()
-        kept = r"(-q\d+\.ring|\.storage|\.decided)"
+        kept = rf"(-q\d+\.ring|\.storage|\.decided|-.+{re.escape(_MAP)})"
         self._remove(rf"{re.escape(self._disk)}{kept}({re.escape(_ASIDE)}|\.new)?")
 
     def _remove(self, pattern: str) -> None:
@@ -210,13 +246,18 @@ def _create_journal(directory: int, name: str, entries: int) -> Journal:
     Raises `BudgetError` if its file system has no room for it, and then leaves nothing.
     """
     size = journal_size(entries)
+    return Journal(_create_mapped(directory, name, size, f"a journal of {size} bytes"))
+
+
+def _create_mapped(directory: int, name: str, size: int, what: str) -> mmap.mmap:
+    """A new file, mapped, whose space is taken; `BudgetError` if there is none, and no file."""
     fd = create_own(directory, name)
     try:
         os.posix_fallocate(fd, 0, size)
-        return Journal(mmap.mmap(fd, size))
+        return mmap.mmap(fd, size)
     except OSError as error:
         os.unlink(name, dir_fd=directory)
-        raise _no_room(directory, f"a journal of {size} bytes", error) from None
+        raise _no_room(directory, what, error) from None
     finally:
         os.close(fd)
 

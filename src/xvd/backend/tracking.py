@@ -15,9 +15,8 @@ from typing import Final
 import msgspec
 
 from xvd.backend.state import DiskState
-from xvd.engines.changes import ChangeMap, map_size
 from xvd.engines.interface import Engine
-from xvd.engines.layers.tracked import Tracked
+from xvd.engines.live.tracked import ChangeMap, Tracked, map_size
 from xvd.errors import ConfigError
 from xvd.xenbus.log import DeviceLog
 
@@ -149,7 +148,7 @@ class Tracking:
         return self._in_front_of(engine)
 
     def forget(self) -> None:
-        """The disk has other storage: everything counts as changed."""
+        """The disk has other content: everything counts as changed."""
         for name in list(self._maps):
             self._forget(name)
 

@@ -37,6 +37,10 @@ VERBS: Final = {
     "pause": "life.pause",
     "resume": "life.resume",
     "swap": "life.swap",
+    "mirror": "copies.mirror",
+    "backup": "copies.backup",
+    "snapshot": "snapshots.SNAPSHOT",
+    "disk": "info.DISK",
     "set": "tune.tune",
     "group": "tune.group",
     "list": "attach.list_disks",
@@ -48,8 +52,8 @@ VERBS: Final = {
     "sim": "sim.sim",
     "doctor": "doctor.doctor",
 }
-"""Each verb's module and function. Only what is asked for is imported: a daemon that starts needs
-nothing of the others."""
+"""Each verb's module and function, or the table of the verbs behind it. Only what is asked for is
+imported: a daemon that starts needs nothing of the others."""
 
 
 def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
@@ -64,8 +68,14 @@ def _exiting(verb: Callable[..., int]) -> Callable[..., None]:
 
 def _add(name: str) -> None:
     module, _, function = VERBS[name].partition(".")
-    verb: Callable[..., int] = getattr(import_module(f"xvd.cli.{module}"), function)
-    app.command(name)(_exiting(verb))
+    verb = getattr(import_module(f"xvd.cli.{module}"), function)
+    if not isinstance(verb, dict):
+        app.command(name)(_exiting(verb))
+        return
+    group = typer.Typer(name=name, no_args_is_help=True, help=", ".join(verb))
+    for each, behind in verb.items():
+        group.command(each)(_exiting(behind))
+    app.add_typer(group)
 
 
 def _show_version(wanted: bool) -> None:

@@ -18,7 +18,7 @@ from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
 from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
-from xvd.cli.report import disk_figures
+from xvd.cli.methods import control_methods
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_assigned
 from xvd.errors import ConfigError, PeerClosed
@@ -124,21 +124,7 @@ async def _backend(
             machine, store, storage, kinds=kinds, settings=settings, overrides=overrides,
             budget=common.budget_of(machine), groups=groups, rival=rival if real else no_rival,
         )  # fmt: skip
-        control = ControlServer(
-            {
-                "stats": lambda: [disk_figures(device) for device in server.devices.values()],
-                "set": server.change,
-                "group": server.change_group,
-                "resize": lambda disk, size, shrink=False: server.device(disk).disk.resize(
-                    size, shrink=shrink
-                ),
-                "pause": lambda disk, timeout_s: server.device(disk).life.pause(timeout_s),
-                "resume": lambda disk: server.device(disk).life.resume(),
-                "swap": lambda disk, image, timeout_s: server.device(disk).life.swap(
-                    image, timeout_s
-                ),
-            }
-        )
+        control = ControlServer(control_methods(server))
         await control.listen(directory / "control" / name)
         stack.push_async_callback(control.close)
         stack.callback(MemoryPressure(server.squeeze).close)

@@ -100,26 +100,25 @@ async def _copy(
         await _follow(host, guest, vdev, json)
     if pivot or cancel:
         await ask_server(host, guest, vdev, "pivot" if pivot else "cancel_copy", _PATIENCE_S)
-    if not storage or (pivot and json):
-        figures = await ask_server(host, guest, vdev, "copy", _PATIENCE_S)
-        if json:
-            output.print_json(figures)
-        else:
-            output.tell(f"{_line(figures)}\n" if figures else "no copy is being made\n")
+    figures = await ask_server(host, guest, vdev, "copy", _PATIENCE_S)
+    if json:
+        output.print_json(figures, indent=0)
+    else:
+        output.tell(f"{_line(figures)}\n" if figures else "no copy has been made\n")
     return 0
 
 
 async def _follow(host: Path, guest: int, vdev: str, json: bool) -> None:
-    """Until a mirror is ready, or a backup whole. Raises `CopyFailed`."""
+    """Wait until a mirror is ready, or a backup whole. Raises `CopyFailed`."""
     with _progress(json) as show:
         while True:
             figures = await ask_server(host, guest, vdev, "copy", _PATIENCE_S)
-            show(figures)
             if figures["phase"] in ("failed", "cancelled"):
                 why = figures["why"] or "it was given up"
                 raise CopyFailed(f"{guest}/{vdev}: the copy has failed: {why}")
             if figures["phase"] == ("ready" if figures["kind"] == "mirror" else "done"):
                 return
+            show(figures)
             await asyncio.sleep(_LOOK_S)
 
 
@@ -130,7 +129,7 @@ def _progress(json: bool) -> Iterator[Any]:
 
     def show(figures: dict[str, Any]) -> None:
         if json:
-            output.print_json(figures)
+            output.print_json(figures, indent=0)
         elif on_terminal:
             sys.stderr.write(f"\r{_line(figures)}\x1b[K")
             sys.stderr.flush()
@@ -139,7 +138,7 @@ def _progress(json: bool) -> Iterator[Any]:
         yield show
     finally:
         if on_terminal:
-            sys.stderr.write("\n")
+            sys.stderr.write("\r\x1b[K")
 
 
 def _line(figures: dict[str, Any]) -> str:

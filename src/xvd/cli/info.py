@@ -31,7 +31,7 @@ async def _info(host: Path, guest: int, vdev: str, json: bool) -> int:
 
 
 def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What there is to say, by name; parts of parts are named by both."""
+    """Tell what there is to say, by name; parts of parts are named by both."""
     for name, value in found.items():
         if isinstance(value, dict):
             yield from ((f"{name}.{part}", text) for part, text in _lines(value))

@@ -3,7 +3,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -69,11 +69,21 @@ def swap(
 async def _ask(
     host: Path, guest: int, vdev: str, method: str, patience_s: float, **params: object
 ) -> int:
+    await ask_server(host, guest, vdev, method, patience_s, **params)
+    return 0
+
+
+async def ask_server(
+    host: Path, guest: int, vdev: str, method: str, patience_s: float, **params: object
+) -> Any:
+    """Ask the daemon that serves a disk for something about it; what it answers.
+
+    Raises `PeerClosed` if none serves it or it takes much longer than `patience_s`.
+    """
     number = common.vdev_number(vdev)
     socket, figures = await server_of(host, guest, number)
     try:
         async with asyncio.timeout(patience_s + _MARGIN_S):
-            await ask(socket, method, disk=f"{guest}/{number}", **params)
+            return await ask(socket, method, disk=f"{guest}/{number}", **params)
     except TimeoutError:
         raise PeerClosed(f"{figures['disk']}: its daemon does not answer; see xvd stats") from None
-    return 0

@@ -32,5 +32,9 @@ def control_methods(server: Server) -> dict[str, Callable[..., object]]:
         "backup": of(lambda device, image, name: device.copies.backup(image, name)),
         "pivot": of(lambda device: device.copies.pivot()),
         "cancel_copy": of(lambda device: device.copies.cancel()),
+        "snapshots": of(lambda device: device.snapshots.list()),
+        "snapshot": of(
+            lambda device, action, name, timeout_s: device.snapshots.change(action, name, timeout_s)
+        ),
         "copy": of(lambda device: device.copies.figures()),
     }

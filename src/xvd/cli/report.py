@@ -5,6 +5,7 @@ from typing import Any
 
 from xvd.backend.counters import BackCounters
 from xvd.backend.device import Device
+from xvd.engines.interface import describe
 from xvd.frontend.disk import Disk
 from xvd.frontend.statistics import FrontCounters
 from xvd.types import RING_SECTOR_SIZE
@@ -40,6 +41,23 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
     if disk is not None:
         figures |= disk.statistics().figures()
     return figures
+
+
+def disk_info(device: Device) -> dict[str, Any]:
+    """Return what a disk's storage is, and what is done with it."""
+    disk, engine = device.disk, device.disk.engine
+    return {
+        "disk": device.name,
+        "state": device.state.name,
+        "image": device.assignment.image if device.assignment else "",
+        "identity": "" if engine is None else engine.identity,
+        "trouble": "" if engine is None else engine.trouble,
+        "paused": disk.paused,
+        "held": device.hold.why,
+        "storage": {} if engine is None else describe(engine),
+        "copy": device.copies.figures(),
+        "backups": device.tracking.names,
+    }
 
 
 def _size(count: int) -> str:

@@ -59,6 +59,18 @@ static inline void xvd_clear_bits(void *p, uint32_t bits)
 	__atomic_fetch_and((uint32_t *)p, ~bits, __ATOMIC_RELAXED);
 }
 
+/* Add bits where other threads add and take away others; those before. The order is that of all
+ * such. */
+static inline uint64_t xvd_set_bits64(void *p, uint64_t bits)
+{
+	return __atomic_fetch_or((uint64_t *)p, bits, __ATOMIC_SEQ_CST);
+}
+
+static inline void xvd_clear_bits64(void *p, uint64_t bits)
+{
+	__atomic_fetch_and((uint64_t *)p, ~bits, __ATOMIC_SEQ_CST);
+}
+
 static inline int xvd_cas32(void *p, uint32_t old, uint32_t v)
 {
 	return __atomic_compare_exchange_n((uint32_t *)p, &old, v, 0, __ATOMIC_SEQ_CST,

@@ -13,6 +13,8 @@ cdef extern from "atomics.h" nogil:
     void xvd_fence()
     uint32_t xvd_exchange32(void *p, uint32_t v)
     void xvd_clear_bits(void *p, uint32_t bits)
+    uint64_t xvd_set_bits64(void *p, uint64_t bits)
+    void xvd_clear_bits64(void *p, uint64_t bits)
     bint xvd_cas32(void *p, uint32_t old, uint32_t v)
     bint xvd_cas64(void *p, uint64_t old, uint64_t v)
     uint64_t xvd_load64(const void *p)

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# Inline header of engines/.
 """A map of what was changed, as compiled channels mark it; see changes.pyx."""
 
 from libc.stdint cimport uint64_t

@@ -28,7 +28,7 @@ def map_size(uint64_t size):
 
 
 cdef uint64_t bits_of(const change_map *m, uint64_t word) noexcept nogil:
-    """Those of a word that stand for something."""
+    """The bits of a word that stand for something."""
     cdef uint64_t last = m.granules & 63
     if last and word == m.granules >> 6:
         return ((<uint64_t>1) << last) - 1
@@ -80,7 +80,7 @@ cdef class ChangeMap:
             memset(self.view.buf, 0, self.view.len)
 
     def add(self, ChangeMap other not None):
-        """What is marked in a map of the same size is marked here too."""
+        """Mark what is marked in a map of the same size."""
         cdef uint64_t word, bits
         if other.m.granules != self.m.granules:
             raise ValueError("the maps are of disks of different sizes")

@@ -5,8 +5,8 @@ The words of the contract (interface.py) that stand on nothing else.
 """
 
 from dataclasses import dataclass
-from enum import Enum
-from typing import Protocol
+from enum import Enum, StrEnum
+from typing import NamedTuple, Protocol
 
 from xvd.types import RING_SECTOR_SIZE
 
@@ -47,6 +47,21 @@ class Extent:
 
     length: int
     hole: bool
+
+
+class SnapshotAction(StrEnum):
+    """What may be done with a snapshot of storage."""
+
+    CREATE = "create"
+    DELETE = "delete"
+    REVERT = "revert"
+
+
+class Snapshot(NamedTuple):
+    """A state of the storage that it keeps. created: seconds since 1970."""
+
+    name: str
+    created: int
 
 
 class Channel(Protocol):

@@ -21,10 +21,10 @@ import errno
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from xvd.engines.bridge import ThreadedChannel
-from xvd.engines.info import Channel, EngineInfo, Extent, ThreadModel
+from xvd.engines.info import Channel, EngineInfo, Extent, Snapshot, SnapshotAction, ThreadModel
 from xvd.errors import EngineError
 
 __all__ = [
@@ -34,9 +34,16 @@ __all__ = [
     "Extent",
     "Opening",
     "Scheme",
+    "Snapshot",
+    "SnapshotAction",
     "ThreadModel",
     "describe",
 ]
+
+
+_NO_SNAPSHOTS: Final = (
+    "the storage keeps no snapshots; qcow2 does: xvd mirror DOMID VDEV qcow2:PATH --pivot"
+)
 
 
 class Engine(ABC):
@@ -97,6 +104,16 @@ class Engine(ABC):
     def resize(self, size: int) -> None:
         """Make the storage `size` bytes, whole logical blocks; `measure` is due afterwards."""
         raise EngineError(errno.EOPNOTSUPP, "this storage has the size that it has")
+
+    def snapshots(self) -> list[Snapshot]:
+        """Tell what states of the storage it keeps, oldest first. Raises `EngineError` where it
+        keeps none."""
+        raise EngineError(errno.EOPNOTSUPP, _NO_SNAPSHOTS)
+
+    def snapshot(self, action: SnapshotAction, name: str) -> None:
+        """Create, delete or go back to the state of this name, durably; only while nothing is in
+        flight. `measure` is due afterwards. Raises as `snapshots` does."""
+        raise EngineError(errno.EOPNOTSUPP, _NO_SNAPSHOTS)
 
     def accept_size(self) -> None:  # noqa: B027
         """The storage is smaller than it was, and may be: nothing is missing any more."""

@@ -59,7 +59,7 @@ cdef enum:
     CLAIMS_SHIFT = 48            # of a bucket's word: its claims above, its writers below
     WRITERS = 0xffffffff
     PLACES = 2048                # requests of the largest ring: a queue has no more in flight
-    PARTS = 512                  # of a write that the target gets too; what has more is copied later
+    PARTS = 512                  # of a write that the target gets at once, at most
     BATCH = 64
     RUN_SHIFT = 16               # of a run: its first granule above, how many they are below
 
@@ -195,7 +195,7 @@ cdef void fail(twins *t, uint32_t number) noexcept nogil:
 
 
 cdef class Twins:
-    """What may differ between two storages: what is marked in `todo`, a `ChangeMap` of `size`
+    """The parts that may differ between two storages: marked in `todo`, a `ChangeMap` of `size`
     bytes. Channels write, in any thread; one thread at a time takes and copies."""
 
     cdef twins t
@@ -285,7 +285,7 @@ cdef struct mirror:
 
 
 cdef pair *pair_of(const mirror *m, const engine_io *io) noexcept nogil:
-    """What we have put into an operation that comes back; NULL for one that was passed on."""
+    """Our own part of an operation that comes back; NULL for one that was passed on."""
     cdef pair *found = <pair *>io.owner
     return found if m.pairs <= found and found < m.pairs + PLACES else NULL
 
@@ -397,9 +397,8 @@ cdef void reap_target(mirror *m) noexcept nogil:
                 finish(&m.done, io, io.result)
 
 
-cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
-    cdef mirror *m = <mirror *>ctx
-    cdef uint32_t i, n, found, begun = m.begun
+cdef uint32_t reap_both(mirror *m, engine_io **out, uint32_t room) noexcept nogil:
+    cdef uint32_t i, n, found
     cdef engine_io *io
     cdef pair *p
     reap_target(m)
@@ -411,9 +410,18 @@ cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
         if io != NULL:
             out[n] = io
             n += 1
-    if m.waiting.first != NULL and m.begun < begun:
-        begin_waiting(m)
     return n
+
+
+cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
+    cdef mirror *m = <mirror *>ctx
+    cdef uint32_t n = 0, begun
+    while True:
+        begun = m.begun
+        n += reap_both(m, out + n, room - n)
+        if m.waiting.first == NULL or m.begun == begun:
+            return n
+        begin_waiting(m)
 
 
 cdef void attach(void *ctx, void *io_uring) noexcept nogil:

@@ -44,8 +44,8 @@ cdef enum:
     IN_VAIN_WEIGHT = 16          # of a look in vain, beside a chance for one that was not taken
     IN_VAIN_FREE = 8 * IN_VAIN_WEIGHT
     IN_VAIN_MAX = IN_VAIN_FREE + IN_VAIN_WEIGHT
-    # What a sleep is believed to cost at most, beside one between two threads. A thread's clock goes
-    # on while another guest has its CPU: one sleep in some would seem to cost milliseconds.
+    # What a sleep is believed to cost at most, beside one between two threads. A thread's clock
+    # goes on while another guest has its CPU: one sleep in some would seem to cost milliseconds.
     SLEEP_HOPS = 4
 
 cdef uint64_t BY_COST = <uint64_t>-1

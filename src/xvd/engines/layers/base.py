@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from xvd.engines.info import Snapshot, SnapshotAction
 from xvd.engines.interface import Engine, EngineInfo
 from xvd.types import EngineOp
 
@@ -87,6 +88,14 @@ class Layer(Engine):
     def resize(self, size: int) -> None:
         """Pass on."""
         self.lower.resize(size)
+
+    def snapshots(self) -> list[Snapshot]:
+        """Pass on."""
+        return self.lower.snapshots()
+
+    def snapshot(self, action: SnapshotAction, name: str) -> None:
+        """Pass on."""
+        self.lower.snapshot(action, name)
 
     def accept_size(self) -> None:
         """Pass on."""

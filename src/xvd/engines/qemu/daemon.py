@@ -143,6 +143,10 @@ class Daemon:
         finally:
             loop.remove_reader(self.pidfd)
 
+    def end_soon(self) -> None:
+        """Let it write out what it has, and end; `stop` is due when it is `dead`."""
+        self._process.terminate()
+
     async def stop(self) -> None:
         """Let it write out what it has, and end; it is gone afterwards. Idempotent."""
         if self.pidfd >= 0:

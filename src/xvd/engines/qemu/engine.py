@@ -8,7 +8,9 @@ import stat
 import threading
 
 from xvd.engines import hostuse
+from xvd.engines.info import Snapshot, SnapshotAction
 from xvd.engines.interface import Channel, Engine, EngineInfo, ThreadModel
+from xvd.engines.qemu.images import change_snapshot
 from xvd.engines.qemu.keeper import Keeper
 from xvd.engines.qemu.nodes import NODE, Nodes, opened
 from xvd.engines.vhost import VhostChannel
@@ -115,6 +117,25 @@ class QemuEngine(Engine):
         except EngineError as error:
             text = f"it cannot have {size} bytes: {error.strerror}"
             raise EngineError(error.errno or errno.EIO, text, self._nodes.path or None) from None
+
+    def snapshots(self) -> list[Snapshot]:
+        """List those within the image."""
+        self._check_snapshots()
+        found = self.keeper.execute("query-named-block-nodes", flat=True)
+        described = next(n["image"] for n in found if n["node-name"] == NODE)
+        return [Snapshot(one["name"], one["date-sec"]) for one in described.get("snapshots", ())]
+
+    def snapshot(self, action: SnapshotAction, name: str) -> None:
+        """Let qemu-img do it, while no daemon has the image."""
+        self._check_snapshots()
+        self.flush()
+        self.keeper.without_daemon(lambda: change_snapshot(self._nodes.path, action, name))
+
+    def _check_snapshots(self) -> None:
+        driver = self._nodes.blockdev["driver"]
+        if driver != "qcow2":
+            text = f"{driver} keeps no snapshots; qcow2 does"
+            raise EngineError(errno.EOPNOTSUPP, text, self._nodes.path or None)
 
     def open_channel(self) -> Channel:
         """A virtqueue of the daemon's."""

@@ -7,13 +7,14 @@ out is written again before, in the order of the answers.
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import logging
 import mmap
 import os
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, Final, TypeVar
 
@@ -36,6 +37,8 @@ _FIRST_S: Final = 0.1
 _MOST_S: Final = 10.0
 """From one try to start a successor to the next."""
 _LOCKED_S: Final = 0.05
+_BACK_S: Final = 30.0
+"""For a successor of a daemon that was asked to end."""
 
 
 class _Memory:
@@ -76,6 +79,8 @@ class Keeper:
         self._daemon: Daemon | None = None
         self._loop = asyncio.new_event_loop()
         self._closing = asyncio.Event()
+        self._back = asyncio.Event()
+        self._asked: tuple[Callable[[], None], asyncio.Future[None]] | None = None
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(patience_s, started), name="xvd-qsd", daemon=True
@@ -98,6 +103,11 @@ class Keeper:
     def execute(self, command: str, **arguments: object) -> Any:
         """Give the daemon a QMP command. Raises `EngineError`, ENOTCONN while there is none."""
         return self._call(self._execute(command, arguments))
+
+    def without_daemon(self, work: Callable[[], None]) -> None:
+        """Let the daemon write out what it has and end, do something with its image, and start
+        another daemon. Nothing may be in flight, and all be flushed. Raises what `work` raises."""
+        self._call(self._ask_without_daemon(work))
 
     @property
     def pid_fd(self) -> int:
@@ -133,18 +143,50 @@ class Keeper:
             return
         started.set_result(None)
         while self._daemon is not None and await self._lives(self._daemon):
-            logger.warning("the storage daemon of %s died", self._name)
+            asked, self._asked = self._asked, None
+            if asked is None:
+                logger.warning("the storage daemon of %s died", self._name)
             for channel in self._channels:
                 channel.halt()
             await self._daemon.stop()
             self._daemon = None
-            await self._succeed()
+            if asked is not None:
+                await self._do_without_daemon(*asked)
+            level = logging.WARNING if asked is None else logging.INFO
+            await self._succeed(level)
+            self._back.set()
         if self._daemon is not None:
             await self._daemon.stop()
 
     @property
     def _name(self) -> str:
         return self._nodes.path or str(self._nodes.blockdev["driver"])
+
+    async def _ask_without_daemon(self, work: Callable[[], None]) -> None:
+        if self._daemon is None or self._asked is not None:
+            raise EngineError(errno.ENOTCONN, self.trouble or "it is busy", self._name)
+        done = asyncio.get_running_loop().create_future()
+        self._asked = (work, done)
+        self._back.clear()
+        self._daemon.end_soon()
+        await done
+        try:
+            async with asyncio.timeout(_BACK_S):
+                await self._back.wait()
+        except TimeoutError:
+            raise EngineError(errno.ENOTCONN, self.trouble, self._name) from None
+
+    async def _do_without_daemon(
+        self, work: Callable[[], None], done: "asyncio.Future[None]"
+    ) -> None:
+        """Do it, and let the image have another size afterwards."""
+        try:
+            await asyncio.to_thread(work)
+        except Exception as error:  # it is whoever asked who is told
+            done.set_exception(error)
+        else:
+            self.config = dataclasses.replace(self.config, size=0)
+            done.set_result(None)
 
     async def _lives(self, daemon: Daemon) -> bool:
         """Whether it has died, once it has; False when this is to end."""
@@ -174,8 +216,8 @@ class Keeper:
             raise
         return daemon, config
 
-    async def _succeed(self) -> None:
-        """Start a successor, however long that takes, and let it go on."""
+    async def _succeed(self, level: int) -> None:
+        """Start a successor, however long that takes, and let it go on. level: of saying so."""
         pause = _FIRST_S
         while not self._closing.is_set():
             try:
@@ -189,7 +231,7 @@ class Keeper:
                     )
                 self.trouble = f"its storage daemon died, and there is no other: {describe(error)}"
             else:
-                logger.warning("%s goes on with another storage daemon", self._name)
+                logger.log(level, "%s goes on with another storage daemon", self._name)
                 self.trouble = ""
                 return
             try:

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disk's owner puts in front of its storage to know what was changed (changes.pyx).
-
-No layer of a URI: the maps are somebody's, who reads them.
-"""
+"""What of a disk was changed, in maps (changes.pyx)."""
 
 from collections.abc import Callable, Sequence
 
-from xvd.engines.changes import ChangeMap, TrackedChannel
+from xvd.engines.changes import ChangeMap, TrackedChannel, map_size
 from xvd.engines.interface import Channel, Engine
 from xvd.engines.layers.base import Asked, Layer
 from xvd.types import EngineOp
+
+__all__ = ["CHANGING", "ChangeMap", "Tracked", "map_size"]
 
 CHANGING = frozenset((EngineOp.WRITE, EngineOp.DISCARD))
 """The operations after which a range may hold something else."""

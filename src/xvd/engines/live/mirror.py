@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a disk's owner puts in front of its storage to make another one the same (mirror.pyx).
-
-No layer of a URI: somebody has to copy, and to decide what becomes of it.
-"""
+"""Another storage that becomes the same as a disk's, and stays so (mirror.pyx)."""
 
 import errno
 import mmap
@@ -13,7 +10,7 @@ from xvd.engines.changes import GRANULE, ChangeMap, map_size
 from xvd.engines.file import all_zero
 from xvd.engines.interface import Channel, Engine
 from xvd.engines.layers.base import Asked, Layer
-from xvd.engines.layers.tracked import CHANGING
+from xvd.engines.live.tracked import CHANGING
 from xvd.engines.mirror import MirrorChannel, Twins
 from xvd.errors import EngineError
 
@@ -107,6 +104,7 @@ class Mirror(Layer):
 
     def resize(self, size: int) -> None:
         """Raise `EngineError`: what is copied has one size."""
+        del size
         raise EngineError(errno.EBUSY, "the disk is being copied; wait for that, or cancel it")
 
     def open_channel(self) -> Channel:

@@ -2,11 +2,10 @@
 """Images that are made where somebody names one that is not there yet."""
 
 import os
-import shutil
-import subprocess
 from typing import Final
 
 from xvd.engines.formats import FORMATS
+from xvd.engines.qemu.images import run_qemu_img
 from xvd.engines.text import split_scheme
 from xvd.errors import ConfigError
 
@@ -45,7 +44,8 @@ def create_image(image: str, size: int, backing: str = "") -> None:
         with open(path, "xb") as file:
             file.truncate(size)
         return
-    _run_qemu_img(driver, path, size, _words_of_backing(backing))
+    words = ["create", "-q", "-f", driver, *_words_of_backing(backing), path, str(size)]
+    run_qemu_img(words, f"{path} cannot be made")
 
 
 def _words_of_backing(backing: str) -> list[str]:
@@ -55,18 +55,3 @@ def _words_of_backing(backing: str) -> list[str]:
     if not driver:
         raise ConfigError(f"no image can have {backing} behind it: it is no file")
     return ["-b", os.path.abspath(path), "-F", driver]
-
-
-def _run_qemu_img(driver: str, path: str, size: int, words: list[str]) -> None:
-    program = shutil.which("qemu-img")
-    if program is None:
-        raise ConfigError(
-            f"qemu-img is not here, which makes {path}; on Debian: apt-get install qemu-utils"
-        )
-    command = [program, "create", "-q", "-f", driver, *words, path, str(size)]
-    made = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        said = made.stderr.strip().removeprefix("qemu-img: ")
-        raise ConfigError(f"{path} cannot be made: {said}")
