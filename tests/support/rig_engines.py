@@ -11,7 +11,10 @@ from xvd.engines.layers.delay import Delay
 from xvd.engines.layers.error import Error
 from xvd.engines.layers.log import Log
 from xvd.engines.layers.stats import Stats
+from xvd.engines.live.mirror import Mirror
+from xvd.engines.live.tracked import ChangeMap, Tracked, map_size
 from xvd.engines.memory import MemoryEngine
+from xvd.engines.uri import add_layer
 
 SIZE = 1 << 20
 
@@ -54,6 +57,7 @@ class ByHand(MemoryEngine):
 
 
 def image(where: Path, size: int = SIZE) -> Path:
+    where.mkdir(exist_ok=True)
     path = where / "disk.img"
     path.touch()
     with path.open("r+b") as file:
@@ -81,5 +85,16 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
         FileEngine(str(image(where))), read_s=1e-4, write_s=2e-4
     ),
     "error, never": lambda where: Error(MemoryEngine(SIZE), operations=()),
+    "cow": lambda where: add_layer(MemoryEngine(SIZE), "cow"),
+    "cow in a file": lambda where: add_layer(
+        FileEngine(str(image(where))), f"cow:file={where}/over"
+    ),
+    "tracked": lambda where: Tracked(
+        MemoryEngine(SIZE), [ChangeMap(bytearray(map_size(SIZE)), SIZE)]
+    ),
+    "mirror": lambda where: Mirror(MemoryEngine(SIZE), MemoryEngine(SIZE)),
+    "mirror between files": lambda where: Mirror(
+        FileEngine(str(image(where))), FileEngine(str(image(where / "target")))
+    ),
     "stats on file": lambda where: Stats(FileEngine(str(image(where)))),
 }

@@ -22,10 +22,10 @@ A guest that changes what it is having written may have one on this and the othe
 with any mirror.
 """
 
-from libc.errno cimport EAGAIN, errno
+from libc.errno cimport EAGAIN
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset, strerror
+from libc.string cimport memcpy, memset
 from posix.unistd cimport close
 from posix.uio cimport iovec
 
@@ -37,21 +37,7 @@ from xvd.dataplane.ports cimport completion, engine_io, engine_of, engine_ports,
 from xvd.engines.changes cimport (
     GRANULE_SHIFT, ChangeMap, change_map, end_granule, first_granule, is_marked, is_within, mark,
     mark_range)
-from xvd.engines.channel cimport done_list, finish, reap_list
-
-cdef extern from "sys/epoll.h" nogil:
-    ctypedef union epoll_data_t:
-        int fd
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    enum:
-        EPOLLIN
-        EPOLLET
-        EPOLL_CLOEXEC
-        EPOLL_CTL_ADD
-    int epoll_create1(int flags)
-    int epoll_ctl(int epoll, int op, int fd, epoll_event *event)
+from xvd.engines.channel cimport done_list, either_fd, finish, reap_list
 
 cdef enum:
     BUCKETS = 4096
@@ -430,21 +416,6 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
     m.target.attach(m.target.ctx, io_uring)
 
 
-cdef int both(int one, int other) except -2:
-    """A descriptor that is readable when something new has come to one of two."""
-    cdef epoll_event event
-    cdef int fd = epoll_create1(EPOLL_CLOEXEC)
-    event.events = EPOLLIN | EPOLLET
-    for each in (one, other):
-        event.data.fd = each
-        if fd < 0 or epoll_ctl(fd, EPOLL_CTL_ADD, each, &event) != 0:
-            number = errno
-            if fd >= 0:
-                close(fd)
-            raise OSError(number, f"no epoll is to be had: {strerror(number).decode()}")
-    return fd
-
-
 cdef class MirrorChannel:
     """`Channel` in front of those of the disk's own storage and of the target, both of which it
     closes."""
@@ -473,9 +444,7 @@ cdef class MirrorChannel:
             self.m.pairs[i].next = self.m.free
             self.m.free = &self.m.pairs[i]
         self.table.ctx = &self.m
-        self.table.fd = max(self.m.lower.fd, self.m.target.fd)
-        if self.m.lower.fd >= 0 and self.m.target.fd >= 0:
-            self.table.fd = self.epoll_fd = both(self.m.lower.fd, self.m.target.fd)
+        self.table.fd = either_fd(self.m.lower.fd, self.m.target.fd, &self.epoll_fd)
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach

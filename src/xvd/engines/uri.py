@@ -3,7 +3,8 @@
 
 A module listed here brings its own schemes, openers and help, or its own layer with its options.
 Nothing else has to know of it. A bare path is a file. Layers are written ``NAME`` or
-``NAME:key=value,key=value``; the first one is nearest to the guest.
+``NAME:key=value,key=value``; the first one is nearest to the guest. They may stand in front of a
+URI, too: ``LAYER|LAYER|URI``.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from xvd.blkif.assignment import BackendAssignment
 from xvd.engines import image, memory, null
 from xvd.engines.checked import Checked
 from xvd.engines.interface import Engine, Opening, Scheme
-from xvd.engines.layers import delay, error, log, readonly, stats
+from xvd.engines.layers import cow, delay, error, log, readonly, stats
 from xvd.engines.layers.base import LayerKind
 from xvd.engines.qemu import schemes as qemu
 from xvd.engines.rbd import schemes as rbd
@@ -29,19 +30,33 @@ PATH_SCHEMES: Final = frozenset(
 """The schemes behind which a path stands, which may be a relative one."""
 
 LAYERS: Final[dict[str, LayerKind]] = {
-    module.LAYER.name: module.LAYER for module in (delay, error, readonly, stats, log)
+    module.LAYER.name: module.LAYER for module in (cow, delay, error, readonly, stats, log)
 }
 
 LOCK_PATIENCE_S: Final = 5.0
 """How long a backend waits for the lock of a predecessor that was killed with I/O in flight."""
 
 
+def split_layers(uri: str) -> tuple[list[str], str]:
+    """Split ``LAYER|LAYER|URI``; a path may have such a line in its name as well."""
+    *words, last = uri.split("|")
+    layers: list[str] = []
+    while words and words[0].partition(":")[0] in LAYERS:
+        layers.append(words.pop(0))
+    return layers, "|".join([*words, last])
+
+
+def _kind(text: str) -> LayerKind:
+    name = text.partition(":")[0]
+    if name not in LAYERS:
+        raise ConfigError(f"there is no layer {name!r}; there are {', '.join(sorted(LAYERS))}")
+    return LAYERS[name]
+
+
 def add_layer(lower: Engine, text: str) -> Engine:
     """Put the layer that `text` describes in front; raises `ConfigError`."""
     name, _, rest = text.partition(":")
-    if name not in LAYERS:
-        raise ConfigError(f"there is no layer {name!r}; there are {', '.join(sorted(LAYERS))}")
-    layer, options = LAYERS[name], parse_options(rest)
+    layer, options = _kind(text), parse_options(rest)
     if wrong := sorted(options.keys() - layer.options.keys()):
         known = ", ".join(layer.options)
         has = f"its options are {known}" if known else "it has none"
@@ -62,6 +77,8 @@ def open_engine(
 
     Raises `ConfigError` for what cannot be understood, `EngineError` for what cannot be opened.
     """
+    own, uri = split_layers(uri)
+    layers = (*layers, *own)
     scheme, rest = split_scheme(uri)
     scheme = scheme or "file"
     if scheme not in SCHEMES:
@@ -69,12 +86,15 @@ def open_engine(
         raise ConfigError(f"unknown storage {uri!r}; there are {known} and a bare path is a file")
     if not rest:
         raise ConfigError(f"{uri!r} names no storage; write a path or a size after {scheme}:")
-    engine = SCHEMES[scheme].open(rest, Opening(read_only, patience_s, user, device_model))
+    only_reads = read_only or any(_kind(text).only_reads for text in layers)
+    engine = SCHEMES[scheme].open(rest, Opening(only_reads, patience_s, user, device_model))
     try:
-        if read_only and not engine.info.read_only:
+        if only_reads and not engine.info.read_only:
             engine = readonly.ReadOnly(engine)
         for text in reversed(layers):
             engine = add_layer(engine, text)
+        if read_only and not engine.info.read_only:
+            engine = readonly.ReadOnly(engine)
         return Checked(engine)
     except BaseException:
         engine.close()
@@ -89,7 +109,8 @@ def storage_uri(assignment: BackendAssignment) -> str:
     if assignment.image_format != "raw":
         return f"{assignment.image_format}:{assignment.image}"
     if assignment.format_said:
-        return in_format(assignment.image, "raw")
+        layers, image = split_layers(assignment.image)
+        return "|".join([*layers, in_format(image, "raw")])
     return assignment.image
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from xvd.blkif.vdev import parse_vdev
 from xvd.engines.formats import FORMATS as KNOWN_FORMATS
 from xvd.engines.text import in_format, split_scheme
-from xvd.engines.uri import PATH_SCHEMES
+from xvd.engines.uri import PATH_SCHEMES, split_layers
 from xvd.errors import ConfigError
 
 FORMATS = ("raw", "qcow", "qcow2", "vhd", "qed")
@@ -103,8 +103,11 @@ def _parts(text: str) -> list[str]:
 
 def absolute_target(target: str, directory: Path) -> str:
     """A target whose path, if it is a relative one, begins at `directory`: the user's, not the
-    daemon's. ``file:`` and formats may stand in front; what names no file stays as it is.
+    daemon's. Layers, ``file:`` and formats may stand in front; what names no file stays as it is.
     """
+    layers, target = split_layers(target)
+    if layers:
+        return "|".join([*layers, absolute_target(target, directory)])
     scheme, colon, rest = target.partition(":")
     if colon and scheme in _BEFORE_A_PATH:
         return f"{scheme}:{absolute_target(rest, directory)}"

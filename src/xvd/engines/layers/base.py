@@ -111,7 +111,7 @@ class LayerKind(NamedTuple):
 
     help: what it does. example: how it is written. make: the engine behind it, and every option's
     text -> the layer; it raises `ConfigError`. options: those that it has, with what they are
-    where they are not said.
+    where they are not said. only_reads: whether what is behind is never written to.
     """
 
     name: str
@@ -119,3 +119,4 @@ class LayerKind(NamedTuple):
     example: str
     make: Callable[[Engine, Mapping[str, str]], Engine]
     options: Mapping[str, str] = {}
+    only_reads: bool = False
