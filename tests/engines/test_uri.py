@@ -71,7 +71,10 @@ def test_the_first_layer_is_nearest_to_the_guest() -> None:
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
-        ("sheep", "there is no layer 'sheep'; there are cow, delay, error, log, readonly, stats"),
+        (
+            "sheep",
+            "there is no layer 'sheep'; there are cow, delay, error, log, rate, readonly, stats",
+        ),
         ("delay:read", "layer options are key=value, separated by commas, not 'read'"),
         ("delay:read=1h", "'1h' is no time"),
         ("delay:reed=1s", "layer delay has no option reed"),

@@ -10,6 +10,7 @@ from xvd.engines.interface import Engine, EngineInfo, ThreadModel
 from xvd.engines.layers.delay import Delay
 from xvd.engines.layers.error import Error
 from xvd.engines.layers.log import Log
+from xvd.engines.layers.rate import Rate
 from xvd.engines.layers.stats import Stats
 from xvd.engines.live.mirror import Mirror
 from xvd.engines.live.tracked import ChangeMap, Tracked, map_size
@@ -84,6 +85,8 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "delay of an image": lambda where: Delay(
         FileEngine(str(image(where))), read_s=1e-4, write_s=2e-4
     ),
+    "rate, compiled": lambda where: Rate(MemoryEngine(SIZE), each_s=1e-4, byte_s=1e-9),
+    "rate": lambda where: Rate(MemoryEngine(SIZE), each_s=1, sleep=nothing),
     "error, never": lambda where: Error(MemoryEngine(SIZE), operations=()),
     "cow": lambda where: add_layer(MemoryEngine(SIZE), "cow"),
     "cow in a file": lambda where: add_layer(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 # cython: language_level=3, boundscheck=False, auto_pickle=False, embedsignature=True, binding=True
-"""The delaying channel: each operation is passed on a fixed time later, any number at once.
+"""The delaying channel: each operation is held until it is due.
 
-One time for each kind of operation makes one line for each, in which nothing overtakes; a timer of
-the system is set to the head that is due first.
+That is a fixed time later, for any number at once; or when those before it have had theirs, each of
+which takes so long by itself and for its bytes; or the later of both. One fixed time for each kind
+of operation makes one line for each, in which nothing overtakes; a timer of the system is set to
+the head that is due first.
 """
 
 from libc.errno cimport errno
@@ -13,7 +15,7 @@ from libc.string cimport strerror
 from posix.time cimport itimerspec
 from posix.unistd cimport close
 
-from xvd.dataplane.abi cimport ENGINE_DISCARD
+from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH
 from xvd.dataplane.c cimport monotonic_ns
 from xvd.dataplane.ports cimport engine_io, engine_of, engine_ports, wrap
 cdef extern from "sys/timerfd.h" nogil:
@@ -43,6 +45,9 @@ cdef struct delayed:
     engine_ports *lower
     int timer_fd
     uint64_t set_to_ns           # 0: the timer is not set
+    uint64_t each_ns             # an operation takes so long, and the next waits for it
+    double byte_ns
+    uint64_t free_ns             # when those that have come are through
     line lines[KINDS]
     engine_io *batch[PLACES]
 
@@ -65,19 +70,30 @@ cdef void set_timer(delayed *d) noexcept nogil:
     timerfd_settime(d.timer_fd, TFD_TIMER_ABSTIME, &at, NULL)
 
 
+cdef uint64_t when_due(delayed *d, const line *l, const engine_io *io,
+                       uint64_t now) noexcept nogil:
+    cdef uint64_t due = now + l.delay_ns
+    cdef uint64_t takes = d.each_ns + <uint64_t>(d.byte_ns * io.length)
+    if takes == 0 or io.op == ENGINE_FLUSH:
+        return due
+    d.free_ns = max(d.free_ns, now) + takes
+    return max(due, d.free_ns)
+
+
 cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
     cdef delayed *d = <delayed *>ctx
-    cdef uint64_t now = monotonic_ns()
+    cdef uint64_t now = monotonic_ns(), due
     cdef uint32_t i, at
     cdef line *l
     for i in range(n):
         l = &d.lines[ios[i].op]
-        if l.delay_ns == 0 or l.count == PLACES:
+        due = when_due(d, l, ios[i], now)
+        if due == now or l.count == PLACES:
             d.lower.submit(d.lower.ctx, &ios[i], 1)
             continue
         at = (l.first + l.count) % PLACES
         l.ios[at] = ios[i]
-        l.due_ns[at] = now + l.delay_ns
+        l.due_ns[at] = due
         l.count += 1
     set_timer(d)
 
@@ -122,7 +138,7 @@ cdef class DelayedChannel:
     """`Channel` in front of another, for which `can_delay` holds.
 
     delays_s: seconds by kind of operation, 0 and more, in the order of ports.pxd: read, write,
-    flush, discard.
+    flush, discard. each_s, byte_s: how long an operation takes, and each of its bytes.
     """
 
     cdef delayed d
@@ -132,12 +148,13 @@ cdef class DelayedChannel:
     def __cinit__(self):
         self.d.timer_fd = -1
 
-    def __init__(self, lower, delays_s):
+    def __init__(self, lower, delays_s, *, double each_s=0.0, double byte_s=0.0):
         cdef uint32_t kind
         if self.d.timer_fd >= 0:
             raise ValueError("a channel is made once")
         self.lower = lower
         self.d.lower = engine_of(lower)
+        self.d.each_ns, self.d.byte_ns = <uint64_t>(each_s * 1e9), byte_s * 1e9
         for kind in range(<uint32_t>KINDS):
             self.d.lines[kind].delay_ns = <uint64_t>(delays_s[kind] * 1e9)
             self.d.lines[kind].ios = <engine_io **>calloc(PLACES, sizeof(void *))
