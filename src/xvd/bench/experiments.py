@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from xvd.bench import disks, formats, limit, published, scale, steps, vhost
+from xvd.bench import cluster, disks, formats, limit, published, scale, steps, vhost
 from xvd.bench.report import Report
 from xvd.bench.run import Run
 
@@ -15,6 +15,7 @@ EXPERIMENTS: Final[dict[str, Callable[[Run], Report]]] = {
     "nbd": limit.nbd,
     "vhost-user": vhost.vhost_user,
     "formats": formats.formats,
+    "cluster": cluster.cluster,
     "scale": scale.scale,
     "disks": disks.disks,
     "persistent": published.persistent,

@@ -109,6 +109,12 @@ def fio_file(name: str, path: Path, job: Job, seconds: float, *, direct: bool) -
     return Case(name, lambda: _sample(_output(_fio(job, seconds, *options)), job.size))
 
 
+def fio_rbd(name: str, pool: str, image: str, job: Job, seconds: float) -> Case:
+    """fio's own engine for an image of the cluster of ``$CEPH_CONF``."""
+    where = ("--ioengine=rbd", "--clientname=admin", f"--pool={pool}", f"--rbdname={image}")
+    return Case(name, lambda: _sample(_output(_fio(job, seconds, *where)), job.size))
+
+
 SERVERS = {
     "nbdkit": "nbdkit -U - file {image} --run {run}",
     "qemu-nbd": "qemu-nbd -f {format} --cache={cache} --aio=io_uring -k {socket} -t {image} & "

@@ -7,19 +7,16 @@ waited for, by librbd: a guest sees a delay.
 
 import ctypes
 import dataclasses
-import errno
 import threading
-import time
 from typing import Final
 
 from xvd.engines.info import Snapshot, SnapshotAction
 from xvd.engines.interface import Channel, Engine, EngineInfo, ThreadModel
-from xvd.engines.rbd.library import EXCLUSIVE, Image, Where, addresses
+from xvd.engines.rbd.library import Image, Where, addresses
+from xvd.engines.rbd.lock import take_lock
 from xvd.engines.rbdio import RbdChannel
-from xvd.errors import EngineError
 from xvd.types import RING_SECTOR_SIZE
 
-_LOCKED_S: Final = 0.2
 _BLOCK: Final = 4096
 _CALLS: Final = {
     SnapshotAction.CREATE: "snap_create",
@@ -34,13 +31,12 @@ class RbdEngine(Engine):
 
     def __init__(self, where: Where, *, read_only: bool, patience_s: float = 0.0) -> None:
         read_only = read_only or bool(where.snapshot)
-        self._where = where
         self._image = Image(where, read_only=read_only)
         self._mutex = threading.Lock()
         self._closed = False
         try:
             if not read_only:
-                self._lock(patience_s)
+                take_lock(self._image, str(where), patience_s)
             self._identity = self._image.identity
             self._info = EngineInfo(
                 size=self._whole_sectors(),
@@ -53,22 +49,6 @@ class RbdEngine(Engine):
         except BaseException:
             self.close()
             raise
-
-    def _lock(self, patience_s: float) -> None:
-        deadline = time.monotonic() + patience_s
-        while True:
-            try:
-                self._image.call("lock_acquire", EXCLUSIVE)
-                return
-            except EngineError as error:
-                if error.errno == errno.EINVAL:
-                    text = f"{self._where} has no lock: rbd feature enable IMAGE exclusive-lock"
-                    raise EngineError(errno.EINVAL, text) from None
-                if error.errno not in (errno.EBUSY, errno.EROFS):
-                    raise
-                if time.monotonic() >= deadline:
-                    raise EngineError(errno.EBUSY, f"{self._where} is in use") from None
-            time.sleep(_LOCKED_S)
 
     def _whole_sectors(self) -> int:
         size = self._image.size

@@ -18,8 +18,6 @@ from xvd.errors import EngineError
 
 _TEXT_MAX: Final = 256
 _SNAPSHOTS_MAX: Final = 1024
-EXCLUSIVE: Final = 0
-"""RBD_LOCK_MODE_EXCLUSIVE of rbd/librbd.h."""
 
 
 @cache
@@ -182,6 +180,10 @@ class Image:
             raise EngineError(errno.EOPNOTSUPP, f"this librbd has no {name}")
         call.restype = ctypes.c_ssize_t if name in ("read", "write") else ctypes.c_int
         return check(call(self.handle, *arguments), str(self._where))
+
+    def forget(self, name: str, *arguments: Any) -> None:
+        """Call librbd's `rbd_<name>`, which gives something back and has no image."""
+        getattr(self._library, f"rbd_{name}")(*arguments)
 
     @property
     def identity(self) -> str:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An image of a Ceph cluster behind the ring, beside fio's own engine for such images."""
+
+import os
+from dataclasses import replace
+
+from xvd.bench.peers import NotInstalled, fio_rbd, missing
+from xvd.bench.report import Report, Table
+from xvd.bench.ring import Setup, case
+from xvd.bench.run import Run, iops
+from xvd.bench.sample import ratio
+from xvd.frontend.load import Job
+
+IMAGE = "XVD_BENCH_RBD"
+"""The variable that names an image to be overwritten: POOL/IMAGE. The cluster is that of
+``$CEPH_CONF``, as with Ceph's own tools."""
+
+METHOD = """The same image of the same cluster, whose client library is the same too; 4 KiB, one
+queue, depth 32."""
+
+
+def cluster(run: Run) -> Report:
+    """Measure an image that the user names."""
+    name = os.environ.get(IMAGE, "")
+    pool, _, image = name.partition("/")
+    if lacking := missing("fio"):
+        raise NotInstalled(*lacking)
+    if not image:
+        raise NotInstalled(f"an image of a cluster that may be overwritten: {IMAGE}=POOL/IMAGE")
+    read = Job(operations=run.operations(20_000), seed=run.seed, span=64 << 20)
+    jobs = {"random read": read, "random write": replace(read, write_percent=100)}
+    conf = f",conf={os.environ['CEPH_CONF']}" if os.environ.get("CEPH_CONF") else ""
+    cases = []
+    for what, job in jobs.items():
+        cases.append(case(f"xvd: {what}", Setup(f"rbd:{name}{conf}", job=job, filled=True)))
+        cases.append(fio_rbd(f"fio: {what}", pool, image, job, run.seconds(3)))
+    rounds = run.measure(cases)
+    ratios = {what: ratio(rounds, f"xvd: {what}", f"fio: {what}") for what in jobs}
+    rows = [
+        (what, iops(rounds[f"xvd: {what}"]), iops(rounds[f"fio: {what}"]), ratios[what])
+        for what in jobs
+    ]
+    return Report(
+        "cluster",
+        "An image of a Ceph cluster",
+        METHOD.replace("\n", " "),
+        [Table(("", "xvd: IOPS", "fio's rbd engine: IOPS", "xvd of: fio"), rows)],
+        None,
+        ratios={f"{what}, against fio's rbd engine": value for what, value in ratios.items()},
+    )
