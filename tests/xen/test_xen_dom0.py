@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from xen_host import Backend, Disk, Slot, sh
 
+with_qemu_img = pytest.mark.skipif(
+    not shutil.which("qemu-img"), reason="there is no qemu-img for this dom0"
+)
+
 
 def test_a_file_system_through_the_ring_is_the_one_in_the_image(attached: Disk) -> None:
     sh(
@@ -80,7 +84,7 @@ def test_its_storage_is_exchanged_under_a_verifying_load(attached: Disk, tmp_pat
     assert seen == hashlib.md5(here.read_bytes()).hexdigest()
 
 
-@pytest.mark.skipif(not shutil.which("qemu-img"), reason="there is no qemu-img for this dom0")
+@with_qemu_img
 def test_an_overlay_of_a_golden_image_is_verified_and_exchanged_for_a_raw_one(
     backend: Backend, slot: Slot, tmp_path: Path
 ) -> None:
@@ -108,6 +112,7 @@ def test_an_overlay_of_a_golden_image_is_verified_and_exchanged_for_a_raw_one(
     assert "No errors were found" in sh(f"qemu-img check {tmp_path}/overlay")
 
 
+@with_qemu_img
 def test_it_is_mirrored_and_moves_under_a_verifying_load(
     backend: Backend, slot: Slot, tmp_path: Path
 ) -> None:

@@ -86,6 +86,18 @@ class Job:
         }
 
 
+def _lacks(target: Engine, size: int) -> list[str]:
+    """Return what keeps storage from holding a disk's content, in words."""
+    found, lacking = target.info, []
+    if found.size < size:
+        lacking.append(f"it has {found.size} bytes and the disk {size}")
+    if found.read_only:
+        lacking.append("it is read-only")
+    if size % found.logical_block_size:
+        lacking.append(f"its blocks are of {found.logical_block_size} bytes")
+    return lacking
+
+
 class Copies:
     """The copies of one disk, one at a time. For the event loop's thread."""
 
@@ -122,10 +134,10 @@ class Copies:
             before = self._life.storage
             target = await self._open(image, before.engine.info.size)
             try:
+                size = before.engine.info.size
                 lacking = unmet(before.features, self._life.offers(target))
-                self._life.check_fits(image, lacking)
-                mirror = Mirror(before.engine, target)
-                job = Job(Kind.MIRROR, image, mirror, before.engine.info.size)
+                self._life.check_fits(image, lacking or _lacks(target, size))
+                job = Job(Kind.MIRROR, image, Mirror(before.engine, target), size)
                 await self._begin(job)
             except BaseException:
                 await self._runtime.call(target.close)
@@ -146,7 +158,7 @@ class Copies:
             changed = None if last is None else last.changed
             target = await self._open(image, size, "" if last is None else last.image)
             try:
-                self._check_holds(image, target, size)
+                self._life.check_fits(image, _lacks(target, size))
                 mirror = Mirror(engine, target, changed)
                 job = Job(Kind.BACKUP, image, mirror, size, name, changed is not None)
                 await self._begin(job)
@@ -200,20 +212,10 @@ class Copies:
         await self._runtime.call(create_image, image, size, backing)
         return await self._life.open(image)
 
-    def _check_holds(self, image: str, target: Engine, size: int) -> None:
-        """A backup's storage has to hold the disk's content, and that is all."""
-        found = target.info
-        lacking = []
-        if found.size < size:
-            lacking.append(f"it has {found.size} bytes and the disk {size}")
-        if found.read_only:
-            lacking.append("it is read-only")
-        if size % found.logical_block_size:
-            lacking.append(f"its blocks are of {found.logical_block_size} bytes")
-        self._life.check_fits(image, lacking)
-
     async def _begin(self, job: Job) -> None:
         async with self._life.turn:
+            if self._life.storage.engine is not job.mirror.lower:
+                raise ConfigError(f"{self._log.disk}: its storage was exchanged just now; again")
             async with self._life.at_rest(PATIENCE_S):
                 await self._life.exchange(job.mirror)
             self._life.held_by = (
@@ -234,14 +236,14 @@ class Copies:
         except (OSError, XvdError) as error:
             job.why = describe(error)
             self._log.error("the copy to %s has failed: %s", job.image, job.why)
-            await self._drop(job, Phase.FAILED)
+            await self._drop_at_last(job)
 
     async def _copy(self, job: Job) -> None:
         """Copy until a backup is ready, or somebody has it stopped."""
         while not job.stop.is_set():
             copied = await self._runtime.call(job.mirror.copy, STEP)
             job.copied += copied
-            if job.phase is Phase.COPYING and job.mirror.left <= NEAR:
+            if job.phase is Phase.COPYING and copied < STEP and job.mirror.left <= NEAR:
                 job.phase = Phase.READY
                 if job.kind is Kind.BACKUP:
                     return
@@ -292,14 +294,21 @@ class Copies:
         await self._life.close_old(lambda: self._runtime.call(mirror.lower.close))
         await self._disk.follow_size()
 
+    async def _drop_at_last(self, job: Job) -> None:
+        """Let the disk go on without the copy, as soon as it can."""
+        while not job.stop.is_set():
+            try:
+                await self._drop(job, Phase.FAILED)
+            except (OSError, XvdError) as error:
+                self._log.error("the copy to %s cannot be given up: %s", job.image, describe(error))
+                await asyncio.sleep(IDLE_S)
+            else:
+                return
+
     async def _drop(self, job: Job, phase: Phase) -> None:
-        """Let the disk go on without the copy."""
-        try:
-            async with self._life.turn, self._life.at_rest(PATIENCE_S):
-                await self._life.exchange(job.mirror.lower)
-        except (OSError, XvdError) as error:
-            self._log.error("the copy to %s cannot be given up: %s", job.image, describe(error))
-            raise
+        """Let the disk go on without the copy. Raises as `StorageLife.at_rest` does."""
+        async with self._life.turn, self._life.at_rest(PATIENCE_S):
+            await self._life.exchange(job.mirror.lower)
         self._over(job, phase)
         await self._close(job.mirror.target)
         self._log.info("is not being copied any more")
