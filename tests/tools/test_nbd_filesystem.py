@@ -20,6 +20,8 @@ pytestmark = [pytest.mark.tools, pytest.mark.slow]
 LIBRARY = Path(os.__file__).parent
 TREE = ("asyncio", "email", "encodings", "lib2to3", "unittest", "xml")
 """Directories of Python's own library: some hundred files of all sizes."""
+SIZE = 320 << 20
+CHECKS = {"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n")}
 _NO_CACHES = shutil.ignore_patterns("__pycache__")
 
 
@@ -61,7 +63,7 @@ def mounted(device: str, directory: Path) -> Iterator[Path]:
 
 
 def require_loop_devices() -> None:
-    require("nbdfuse", "fusermount3", "losetup", "mkfs.ext4", "e2fsck", "mount", "diff")
+    require("nbdfuse", "fusermount3", "losetup", "mount", "diff")
     if os.geteuid() != 0:
         missing("mounting needs root")
     for device in ("/dev/fuse", "/dev/loop-control"):
@@ -73,22 +75,43 @@ async def figures(server: NbdServer) -> dict[str, int]:
     return server.counters()
 
 
-@pytest.mark.parametrize("kind", ["memory", "file"])
-def test_ext4_keeps_a_tree_and_is_clean(kind: str, tmp_path: Path) -> None:
-    require_loop_devices()
-    image = tmp_path / "disk.img"
+def storage(kind: str, place: Path) -> str:
+    image = place / "disk.img"
     with image.open("wb") as file:
-        file.truncate(256 << 20)
-    target = "memory:256M" if kind == "memory" else str(image)
+        file.truncate(SIZE)
+    if kind != "qcow2":
+        return f"memory:{SIZE}" if kind == "memory" else str(image)
+    require("qemu-storage-daemon", "qemu-img")
+    overlay = place / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", image, "-F", "raw", overlay)
+    return f"qcow2:{overlay}"
+
+
+def require_file_system(name: str) -> None:
+    require(f"mkfs.{name}", CHECKS[name][0])
+    if name not in Path("/proc/filesystems").read_text().split():
+        pytest.skip(f"this kernel has no {name}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("memory", "ext4"), ("file", "ext4"), ("qcow2", "ext4"), ("qcow2", "xfs")],
+)
+def test_a_file_system_keeps_a_tree_and_is_clean(kind: str, name: str, tmp_path: Path) -> None:
+    require_loop_devices()
+    require_file_system(name)
+    target = storage(kind, tmp_path)
     with served_disk(target, tmp_path) as served:
         with fuse_file(served.uri, tmp_path / "fuse") as path, loop_device(path) as device:
-            run("mkfs.ext4", "-q", device)
+            run(f"mkfs.{name}", "-q", device)
             with mounted(device, tmp_path / "fs") as root:
-                for name in TREE:
-                    shutil.copytree(LIBRARY / name, root / name, ignore=_NO_CACHES)
+                for part in TREE:
+                    shutil.copytree(LIBRARY / part, root / part, ignore=_NO_CACHES)
             with mounted(device, tmp_path / "fs") as root:
-                for name in TREE:
-                    run("diff", "-r", "-x", "__pycache__", LIBRARY / name, root / name)
-            run("e2fsck", "-fn", device)
+                for part in TREE:
+                    run("diff", "-r", "-x", "__pycache__", LIBRARY / part, root / part)
+            run(*CHECKS[name], device)
         # By name, with those of a client that is only just leaving.
         assert served.call(figures(served.server))["bytes_written"] > 1 << 20
+    if kind == "qcow2":
+        run("qemu-img", "check", "-q", target.removeprefix("qcow2:"))
