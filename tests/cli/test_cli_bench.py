@@ -3,10 +3,13 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ceph import POOL, PROGRAMS, Cluster
 from xvd_process import run_xvd
 
 from xvd.bench.experiments import EXPERIMENTS
@@ -51,11 +54,28 @@ def test_an_experiment_that_does_not_exist() -> None:
     assert "no experiment 'speed'" in result.stderr
 
 
+@contextmanager
+def rbd_image(requires_tool: Callable[[str], str], place: Path) -> Iterator[dict[str, str]]:
+    """The variables that name an image of a cluster."""
+    for program in PROGRAMS:
+        requires_tool(program)
+    (place / "ceph").mkdir()
+    cluster = Cluster(place / "ceph")
+    try:
+        cluster.image("bench", 64 << 20)
+        yield {"CEPH_CONF": str(cluster.conf), "XVD_BENCH_RBD": f"{POOL}/bench"}
+    finally:
+        cluster.stop()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_in_its_tiny_form_makes_a_page(name: str, tmp_path: Path) -> None:
+def test_an_experiment_in_its_tiny_form_makes_a_page(
+    name: str, tmp_path: Path, requires_tool: Callable[[str], str]
+) -> None:
     page = tmp_path / "benchmarks.md"
-    result = run_xvd("bench", name, "--tiny", "--json", "--out", str(page))
+    with rbd_image(requires_tool, tmp_path) if name == "cluster" else nullcontext({}) as variables:
+        result = run_xvd("bench", name, "--tiny", "--json", "--out", str(page), **variables)
     if "not to be had" in result.stderr and os.environ.get("XVD_REQUIRE_TOOLS") != "1":
         pytest.skip(result.stderr)
 

@@ -130,9 +130,10 @@ ARGUMENTS = {
     "resize": ["1", "xvda"], "nbd": ["1", "xvda"], "top": ["--count", "1", "--interval", "0.05"],
     "load": ["--operations", "9", "--engine", "null:1M", "--span", "1M"],
     "bench": ["instructions", "--tiny"], "group": ["gold", "total_iops_sec=9"],
-    "sim": ["--steps", "9"],
+    "sim": ["--steps", "9"], "mirror": ["1", "xvda"], "backup": ["1", "xvda"],
+    "disk": ["info", "1", "xvda"],
 }  # fmt: skip
-SILENT = ("attach", "detach", "pause", "resume", "swap")
+SILENT = ("attach", "detach", "pause", "resume", "swap", "snapshot")
 LASTING = ("host", "backend", "nbd")
 
 

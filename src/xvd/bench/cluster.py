@@ -3,9 +3,10 @@
 
 import os
 from dataclasses import replace
+from typing import Final
 
 from xvd.bench.peers import NotInstalled, fio_rbd, missing
-from xvd.bench.report import Report, Table
+from xvd.bench.report import Plot, Report, Table
 from xvd.bench.ring import Setup, case
 from xvd.bench.run import Run, iops
 from xvd.bench.sample import ratio
@@ -14,6 +15,8 @@ from xvd.frontend.load import Job
 IMAGE = "XVD_BENCH_RBD"
 """The variable that names an image to be overwritten: POOL/IMAGE. The cluster is that of
 ``$CEPH_CONF``, as with Ceph's own tools."""
+
+_NAMES: Final = {"xvd": "xvd", "fio": "fio's rbd engine"}
 
 METHOD = """The same image of the same cluster, whose client library is the same too; 4 KiB, one
 queue, depth 32."""
@@ -36,15 +39,13 @@ def cluster(run: Run) -> Report:
         cases.append(fio_rbd(f"fio: {what}", pool, image, job, run.seconds(3)))
     rounds = run.measure(cases)
     ratios = {what: ratio(rounds, f"xvd: {what}", f"fio: {what}") for what in jobs}
-    rows = [
-        (what, iops(rounds[f"xvd: {what}"]), iops(rounds[f"fio: {what}"]), ratios[what])
-        for what in jobs
-    ]
+    found = {who: {what: iops(rounds[f"{who}: {what}"]) for what in jobs} for who in _NAMES}
+    rows = [(what, *(found[who][what] for who in _NAMES), ratios[what]) for what in jobs]
     return Report(
         "cluster",
         "An image of a Ceph cluster",
         METHOD.replace("\n", " "),
         [Table(("", "xvd: IOPS", "fio's rbd engine: IOPS", "xvd of: fio"), rows)],
-        None,
+        Plot("", "IOPS", {name: list(found[who].items()) for who, name in _NAMES.items()}),
         ratios={f"{what}, against fio's rbd engine": value for what, value in ratios.items()},
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A RADOS block device as storage: ``rbd:POOL/IMAGE[@SNAP][,id=USER][,conf=FILE]``.
+"""A RADOS block device as storage: ``rbd:POOL/IMAGE[@SNAP][,id=USER]...``.
 
 Who writes to an image holds its exclusive lock, so nobody else does. A cluster that is away is
 waited for, by librbd: a guest sees a delay.

@@ -9,7 +9,7 @@ from xvd.engines.interface import Engine, Opening, Scheme
 from xvd.engines.text import parse_options
 from xvd.errors import ConfigError
 
-FORM: Final = "rbd:POOL/IMAGE[@SNAP][,id=USER][,conf=FILE]"
+FORM: Final = "rbd:POOL/IMAGE[,id=USER][,conf=FILE]"
 
 
 def _open(rest: str, how: Opening) -> Engine:
