@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from xvd.bench.peers import NotInstalled, fio_rbd, missing
-from xvd.bench.report import Plot, Report, Table
+from xvd.bench.report import Cell, Plot, Report, Table
 from xvd.bench.ring import Setup, case
 from xvd.bench.run import Run, iops
 from xvd.bench.sample import ratio
@@ -40,7 +40,9 @@ def cluster(run: Run) -> Report:
     rounds = run.measure(cases)
     ratios = {what: ratio(rounds, f"xvd: {what}", f"fio: {what}") for what in jobs}
     found = {who: {what: iops(rounds[f"{who}: {what}"]) for what in jobs} for who in _NAMES}
-    rows = [(what, *(found[who][what] for who in _NAMES), ratios[what]) for what in jobs]
+    rows: list[tuple[Cell, ...]] = [
+        (what, *(found[who][what] for who in _NAMES), ratios[what]) for what in jobs
+    ]
     return Report(
         "cluster",
         "An image of a Ceph cluster",
