@@ -10,11 +10,12 @@ import random
 import statistics
 import subprocess
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from ceph import Cluster, running_cluster
 from rig_disk import disk_world
 
 from xvd.frontend.disk import Disk
@@ -94,16 +95,23 @@ async def use(disk: Disk, storages: Storages, user: int, stop: asyncio.Event) ->
         await storages.read(disk, block)
 
 
+@pytest.fixture
+def cluster(tmp_path: Path, requires_tool: Callable[[str], str]) -> Iterator[Cluster]:
+    with running_cluster(tmp_path / "ceph", requires_tool) as cluster:
+        yield cluster
+
+
 @pytest.mark.slow
+@pytest.mark.tools
 def test_no_kind_of_storage_loses_anything_when_it_is_exchanged(
-    tmp_path: Path, requires_tool: Callable[[str], str]
+    tmp_path: Path, requires_tool: Callable[[str], str], cluster: Cluster
 ) -> None:
     requires_tool("qemu-storage-daemon")
     raw, qcow2 = tmp_path / "disk.img", tmp_path / "disk.qcow2"
     raw.write_bytes(bytes(SIZE))
     words = [requires_tool("qemu-img"), "create", "-q", "-f", "qcow2", str(qcow2), str(SIZE)]
     subprocess.run(words, check=True)
-    kinds = [str(raw), f"qcow2:{qcow2}", "memory:8M"]
+    kinds = [str(raw), f"qcow2:{qcow2}", "memory:8M", cluster.image("swapped", SIZE)]
     draw = random.Random(1)
 
     async def work() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ceph import POOL, PROGRAMS, Cluster
+from ceph import POOL, running_cluster
 from xvd_process import run_xvd
 
 from xvd.bench.experiments import EXPERIMENTS
@@ -57,15 +57,9 @@ def test_an_experiment_that_does_not_exist() -> None:
 @contextmanager
 def rbd_image(requires_tool: Callable[[str], str], place: Path) -> Iterator[dict[str, str]]:
     """The variables that name an image of a cluster."""
-    for program in PROGRAMS:
-        requires_tool(program)
-    (place / "ceph").mkdir()
-    cluster = Cluster(place / "ceph")
-    try:
+    with running_cluster(place / "ceph", requires_tool) as cluster:
         cluster.image("bench", 64 << 20)
         yield {"CEPH_CONF": str(cluster.conf), "XVD_BENCH_RBD": f"{POOL}/bench"}
-    finally:
-        cluster.stop()
 
 
 @pytest.mark.slow

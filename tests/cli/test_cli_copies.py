@@ -96,6 +96,8 @@ def test_a_backup_and_what_has_changed_since(
     elsewhere = four.run("backup", "1", "xvda", str(image), "--incremental", "nightly")
     raw = four.run("backup", "1", "xvda", str(tmp_path / "new"), "--incremental", "nightly")
     none = four.run("backup", "1", "xvda", "--cancel")
+    forgotten = four.run("backup", "1", "xvda", "--forget", "nightly")
+    unknown = four.run("backup", "1", "xvda", "--forget", "nightly")
 
     assert said == [
         (0, f"everything is written to qcow2:{days[0]}: done\n", ""),
@@ -111,6 +113,38 @@ def test_a_backup_and_what_has_changed_since(
     )
     assert "cannot have" in raw.stderr
     assert (none.returncode, none.stderr) == (1, "xvd: 1/xvda: no copy of it is being made\n")
+    assert (forgotten.returncode, forgotten.stdout, forgotten.stderr) == (0, "", "")
+    assert (unknown.returncode, unknown.stderr) == (
+        1, "xvd: there is no backup 'nightly' to forget; there are: none\n"
+    )  # fmt: skip
+
+
+def changed_in(image: Path, socket: Path, qemu_nbd: str, nbdinfo: str) -> list[tuple[int, int]]:
+    """The offsets and lengths that lie in the first image of a chain, as NBD tells."""
+    asked = [nbdinfo, "--map=qemu:allocation-depth", "--json", f"nbd+unix:///?socket={socket}"]
+    words = [qemu_nbd, "-r", "-A", "-f", "qcow2", "-k", str(socket), str(image)]
+    with subprocess.Popen(words) as server:
+        while not socket.exists():
+            assert server.poll() is None
+        told = subprocess.run(asked, check=True, capture_output=True, text=True)
+    return [(e["offset"], e["length"]) for e in json.loads(told.stdout) if e["type"] == 1]
+
+
+def test_a_backup_tool_sees_over_nbd_what_has_changed(
+    four: FourProcesses, tmp_path: Path, requires_tool: Callable[[str], str]
+) -> None:
+    requires_tool("qemu-storage-daemon")
+    qemu_io, qemu_nbd, nbdinfo = map(requires_tool, ("qemu-io", "qemu-nbd", "nbdinfo"))
+    days = [tmp_path / f"day{n}.qcow2" for n in range(2)]
+    for day in days:
+        command = [qemu_io, "-f", "raw", "-c", "write -P 9 3M 128k", four.uri]
+        subprocess.run(command, check=True, capture_output=True)
+        words = ("backup", "1", "xvda", f"qcow2:{day}", "--incremental", "nightly")
+        assert four.run(*words).returncode == 0
+
+    changed = changed_in(days[1], tmp_path / "sock", qemu_nbd, nbdinfo)
+
+    assert changed == [(3 << 20, 128 << 10)]
 
 
 def test_what_has_changed_is_known_after_any_number_of_kills(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ceph import PROGRAMS, Cluster
+from ceph import running_cluster
 from xvd_process import FourProcesses
 
 pytestmark = [pytest.mark.slow, pytest.mark.tools]
@@ -110,13 +110,9 @@ def test_an_nbd_export_has_what_fio_verified(
 
 
 def test_an_image_of_a_cluster_has_what_fio_verified(tmp_path: Path, requires_tool: Tool) -> None:
-    for program in PROGRAMS:
-        requires_tool(program)
     fio = requires_tool("fio")
-    (tmp_path / "ceph").mkdir()
-    cluster = Cluster(tmp_path / "ceph")
-    try:
-        with FourProcesses(tmp_path, cluster.image("verified", SIZE)) as four:
-            verify(four, fio, tmp_path / "fio.json")
-    finally:
-        cluster.stop()
+    with (
+        running_cluster(tmp_path / "ceph", requires_tool) as cluster,
+        FourProcesses(tmp_path, cluster.image("verified", SIZE)) as four,
+    ):
+        verify(four, fio, tmp_path / "fio.json")

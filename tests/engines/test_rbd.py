@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ceph import POOL, PROGRAMS, Cluster
+from ceph import POOL, Cluster, running_cluster
 from rig_disk import disk_world, run
 
 from xvd.engines.info import SnapshotAction
@@ -25,11 +25,8 @@ SIZE, BLOCK = 32 << 20, 4096
 def cluster(
     tmp_path_factory: pytest.TempPathFactory, requires_tool: Callable[[str], str]
 ) -> Iterator[Cluster]:
-    for program in PROGRAMS:
-        requires_tool(program)
-    cluster = Cluster(tmp_path_factory.mktemp("ceph"))
-    yield cluster
-    cluster.stop()
+    with running_cluster(tmp_path_factory.mktemp("rbd") / "ceph", requires_tool) as cluster:
+        yield cluster
 
 
 def test_what_a_guest_wrote_is_in_the_image(cluster: Cluster, tmp_path: Path) -> None:

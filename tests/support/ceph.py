@@ -7,6 +7,8 @@ import socket
 import subprocess
 import time
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CONF = """
@@ -40,7 +42,7 @@ pid_file = {place}/$name.pid
 log_file = {place}/$name.log
 """
 POOL = "rbd"
-PROGRAMS = ("ceph-mon", "ceph-osd", "ceph", "rbd", "monmaptool", "ceph-authtool")
+_PROGRAMS = ("ceph-mon", "ceph-osd", "ceph", "rbd", "monmaptool", "ceph-authtool")
 
 
 def _free_ports() -> tuple[int, int]:
@@ -108,6 +110,20 @@ class Cluster:
         os.kill(int((self.place / "osd.0.pid").read_text()), number)
 
     def stop(self) -> None:
+        """End it at once."""
         for daemon in ("osd.0", "mon.a"):
             pid = int((self.place / f"{daemon}.pid").read_text())
             os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def running_cluster(place: Path, requires_tool: Callable[[str], str]) -> Iterator[Cluster]:
+    """A cluster in a new directory, or a test that is skipped for want of Ceph."""
+    for program in _PROGRAMS:
+        requires_tool(program)
+    place.mkdir()
+    cluster = Cluster(place)
+    try:
+        yield cluster
+    finally:
+        cluster.stop()

@@ -190,6 +190,14 @@ class Copies:
             if job.phase not in _OVER:
                 await asyncio.shield(asyncio.ensure_future(self._drop(job, Phase.CANCELLED)))
 
+    async def forget(self, name: str) -> None:
+        """Note no more what has changed since a backup of this name. Raises `ConfigError`."""
+        async with self._lock, self._life.turn:
+            self._check_free()
+            async with self._life.at_rest(PATIENCE_S):
+                before = self._life.storage.engine
+                await self._life.exchange(self._tracking.without(name, before))
+
     async def end(self) -> None:
         """Make no more copies: the disk is about to be left. What is open is closed with it."""
         job = self.job

@@ -147,6 +147,14 @@ class Tracking:
             one.note(msgspec.structs.replace(one.header, identities=identities))
         return self._in_front_of(engine)
 
+    def without(self, name: str, engine: Engine) -> Engine:
+        """Keep no map of this name any more; the engine to go by. `ConfigError` without one."""
+        if name not in self._maps:
+            known = ", ".join(sorted(self._maps)) or "none"
+            raise ConfigError(f"there is no backup {name!r} to forget; there are: {known}")
+        self._forget(name)
+        return self._in_front_of(_behind(engine))
+
     def forget(self) -> None:
         """The disk has other content: everything counts as changed."""
         for name in list(self._maps):

@@ -68,6 +68,12 @@ def backup(
             "qcow2 image in front of that one; or everything, if there was none.",
         ),
     ] = "",
+    forget: Annotated[
+        str,
+        typer.Option(
+            "--forget", metavar="NAME", help="Note no more what has changed since that backup."
+        ),
+    ] = "",
     cancel: Cancel = False,
     host: common.HostDir = common.DEFAULT_HOST,
     json: common.Json = False,
@@ -77,6 +83,10 @@ def backup(
     It has what the disk had at one moment, shortly before this returns: as after a loss of power.
     An interruption of this command does not end it; see --cancel.
     """
+    if forget:
+        if storage or incremental or cancel:
+            raise ConfigError("--forget goes with nothing else")
+        return running.run(_forget(host, guest, vdev, forget))
     more = {"name": incremental}
     return running.run(_copy(host, guest, vdev, "backup", storage, json, False, cancel, **more))
 
@@ -105,6 +115,11 @@ async def _copy(
         output.print_json(figures, indent=0)
     else:
         output.tell(f"{_line(figures)}\n" if figures else "no copy has been made\n")
+    return 0
+
+
+async def _forget(host: Path, guest: int, vdev: str, name: str) -> int:
+    await ask_server(host, guest, vdev, "forget_backup", _PATIENCE_S, name=name)
     return 0
 
 

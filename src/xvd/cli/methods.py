@@ -30,6 +30,7 @@ def control_methods(server: Server) -> dict[str, Callable[..., object]]:
         "swap": of(lambda device, image, timeout_s: device.life.swap(image, timeout_s)),
         "mirror": of(lambda device, image: device.copies.mirror(image)),
         "backup": of(lambda device, image, name: device.copies.backup(image, name)),
+        "forget_backup": of(lambda device, name: device.copies.forget(name)),
         "pivot": of(lambda device: device.copies.pivot()),
         "cancel_copy": of(lambda device: device.copies.cancel()),
         "snapshots": of(lambda device: device.snapshots.list()),
