@@ -85,3 +85,8 @@ def remove(directory: int, name: str) -> None:
         return
     except (IsADirectoryError, PermissionError):
         shutil.rmtree(name, dir_fd=directory)
+
+
+def boot_id() -> str:
+    """Tell this run of the kernel from any other: what is only in memory does not outlive it."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -13,6 +13,7 @@ import pytest
 from rig_disk import World, disk_world, opener, run, until
 from rig_engines import PythonEngine
 
+from xvd.backend import tracking
 from xvd.backend.copies import Phase
 from xvd.backend.device import Device
 from xvd.engines.interface import Channel, Engine
@@ -312,6 +313,26 @@ def test_what_has_changed_is_known_to_the_next_backend(tmp_path: Path) -> None:
     assert copy.read_bytes() == one.read_bytes()
 
 
+def test_everything_counts_as_changed_when_the_host_was_started_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, expect_log
+) -> None:
+    one, copy = image(tmp_path / "a"), tmp_path / "copy"
+    expect_log("backup nightly are not known: this host was started anew")
+
+    async def work() -> None:
+        async with disk_world() as world, await world.disk(str(one)) as disk:
+            await device(world).copies.backup(str(copy), "nightly")
+            await phase(world, Phase.DONE)
+            assert world.server is not None
+            await world.server.close()
+            monkeypatch.setattr(tracking, "boot_id", lambda: "another")
+            await world.serve(opener())
+            await disk.read(0, 512)
+            assert device(world).tracking.names == {}
+
+    run(work())
+
+
 def test_everything_counts_as_changed_on_other_storage_and_when_it_grows(tmp_path: Path) -> None:
     one, other = image(tmp_path / "a"), image(tmp_path / "b", 2)
 
@@ -358,9 +379,8 @@ def test_the_map_goes_with_the_disk_to_its_mirror(tmp_path: Path) -> None:
 def test_what_is_no_name_is_refused(tmp_path: Path, name: str) -> None:
     async def work() -> None:
         async with disk_world() as world, await world.disk(str(image(tmp_path / "a"))):
-            tracking = device(world).tracking
             with pytest.raises(ConfigError, match="is no name of a backup"):
-                tracking.last(name, SIZE)
+                device(world).tracking.last(name, SIZE)
 
     run(work())
 

@@ -2,8 +2,8 @@
 """What of a disk has changed since its last backup of each name: a map in the state directory.
 
 A bit is set before the write it stands for is submitted, in memory that a successor maps again: a
-backend that is killed loses none. The directory does not outlive the host's kernel. Where there is
-no map, or one of other storage or of another size, everything counts as changed.
+backend that is killed loses none. It is not written out, so a map counts for one run of the host's
+kernel. Where there is none, or one of other storage or of another size, everything has changed.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from xvd.backend.state import DiskState
 from xvd.engines.interface import Engine
 from xvd.engines.live.tracked import ChangeMap, Tracked, map_size
 from xvd.errors import ConfigError
+from xvd.files import boot_id
 from xvd.xenbus.log import DeviceLog
 
 _HEADER: Final = 4096
@@ -27,11 +28,13 @@ MOST: Final = 8
 
 
 class _Header(msgspec.Struct, frozen=True):
-    """What a map is of. image: where the last backup is."""
+    """What a map is of. image: where the last backup is. boot: of the kernel that has the map in
+    its memory; on a medium there may be less."""
 
     identities: list[str]
     size: int
     image: str
+    boot: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,8 @@ class Tracking:
                 found = _Map.read(memory)
                 if engine.identity not in found.header.identities:
                     raise ConfigError("it is of other storage")
+                if found.header.boot != boot_id():
+                    raise ConfigError("this host was started anew")
                 self._maps[name] = found
             except ConfigError as error:
                 self._log.warning("the changes since backup %s are not known: %s", name, error)
@@ -128,7 +133,7 @@ class Tracking:
         engine: the one before; the map of this name may not have been in front of it.
         """
         size = engine.info.size
-        header = _Header([engine.identity], size, image)
+        header = _Header([engine.identity], size, image, boot_id())
         found = self._maps.get(name)
         if found is not None and found.header.size == size:
             found.note(header)  # first: killed in between, more counts as changed than has

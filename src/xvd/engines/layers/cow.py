@@ -13,7 +13,6 @@ import errno
 import mmap
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -24,10 +23,10 @@ from xvd.engines.interface import Channel, Engine, EngineInfo
 from xvd.engines.layers.base import Asked, Layer, LayerKind
 from xvd.engines.memory import MemoryEngine
 from xvd.errors import ConfigError, EngineError
+from xvd.files import boot_id
 from xvd.types import EngineOp
 
 _HEADER: Final = 4096
-_BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class _Header(msgspec.Struct, frozen=True):
@@ -132,8 +131,7 @@ def _exactly(memory: mmap.mmap, begin: int, info: EngineInfo) -> memoryview:
 
 def _in_file(lower: Engine, path: str) -> Cow:
     info = lower.info
-    boot = _BOOT.read_text().strip()
-    header = _Header(lower.identity, info.size, info.logical_block_size, boot)
+    header = _Header(lower.identity, info.size, info.logical_block_size, boot_id())
     fd = _open(path)
     if os.fstat(fd).st_size == 0:
         os.ftruncate(fd, info.size)

@@ -18,6 +18,7 @@ import msgspec
 
 from xvd.engines.rbd.library import Image
 from xvd.errors import EngineError
+from xvd.files import boot_id
 
 _EXCLUSIVE: Final = 0
 """RBD_LOCK_MODE_EXCLUSIVE of rbd/librbd.h."""
@@ -41,17 +42,13 @@ class Holder(msgspec.Struct, frozen=True):
     @classmethod
     def this(cls, owner: str) -> "Holder":
         """This process."""
-        return cls(owner, _boot(), _namespace(), os.getpid(), _start_of(os.getpid()))
+        return cls(owner, boot_id(), _namespace(), os.getpid(), _start_of(os.getpid()))
 
     @property
     def is_dead(self) -> bool:
         """Whether it is known to be dead: it was of this host, and there is no such process."""
-        here = (self.boot, self.namespace) == (_boot(), _namespace())
+        here = (self.boot, self.namespace) == (boot_id(), _namespace())
         return here and _start_of(self.pid) != self.started
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _namespace() -> int:
