@@ -150,16 +150,20 @@ def test_a_mirror_is_given_up_and_the_disk_keeps_its_storage(tmp_path: Path) -> 
     assert other.read_bytes()[:512] != b"n" * 512
 
 
-def test_storage_that_does_not_fit_is_not_mirrored_to(tmp_path: Path) -> None:
+def test_storage_that_does_not_fit_is_not_mirrored_to_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
     one, small = image(tmp_path / "a"), tmp_path / "small"
     small.write_bytes(bytes(4096))
 
     async def work() -> None:
         async with disk_world() as world, await world.disk(str(one)) as disk:
+            await device(world).copies.mirror(str(tmp_path / "new"))
+            await device(world).copies.cancel()
+            assert not (tmp_path / "new").exists()
             for copy in (device(world).copies.mirror, device(world).copies.backup):
                 with pytest.raises(ConfigError, match="4096 bytes and the disk 8388608"):
                     await copy(str(small))
-            assert device(world).copies.figures() is None
             await disk.read(0, 512)
 
     run(work())

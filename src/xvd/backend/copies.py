@@ -11,6 +11,7 @@ A copy does not outlive the daemon. A successor has the disk's own storage.
 
 import asyncio
 import contextlib
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
@@ -58,7 +59,8 @@ _OVER: Final = frozenset((Phase.DONE, Phase.CANCELLED, Phase.FAILED))
 @dataclass(slots=True)
 class Job:
     """One copy. image: the target's URI. tracked: of a backup, the name of the map of what changes
-    after it. incremental: whether it has only what had changed."""
+    after it. incremental: whether it has only what had changed. made: the path of an image that was
+    made for it."""
 
     kind: Kind
     image: str
@@ -66,6 +68,7 @@ class Job:
     size: int
     tracked: str = ""
     incremental: bool = False
+    made: str = ""
     phase: Phase = Phase.COPYING
     why: str = ""
     copied: int = 0
@@ -96,6 +99,12 @@ def _lacks(target: Engine, size: int) -> list[str]:
     if size % found.logical_block_size:
         lacking.append(f"its blocks are of {found.logical_block_size} bytes")
     return lacking
+
+
+def _remove(made: str) -> None:
+    if made:
+        with contextlib.suppress(OSError):
+            os.unlink(made)
 
 
 class Copies:
@@ -132,15 +141,15 @@ class Copies:
         async with self._lock:
             self._check_free()
             before = self._life.storage
-            target = await self._open(image, before.engine.info.size)
+            target, made = await self._open(image, before.engine.info.size)
             try:
                 size = before.engine.info.size
                 lacking = unmet(before.features, self._life.offers(target))
                 self._life.check_fits(image, lacking or _lacks(target, size))
-                job = Job(Kind.MIRROR, image, Mirror(before.engine, target), size)
+                job = Job(Kind.MIRROR, image, Mirror(before.engine, target), size, made=made)
                 await self._begin(job)
             except BaseException:
-                await self._runtime.call(target.close)
+                await self._close(target, made)
                 raise
             return job.figures()
 
@@ -156,14 +165,14 @@ class Copies:
             size = engine.info.size
             last = self._tracking.last(name, size) if name else None
             changed = None if last is None else last.changed
-            target = await self._open(image, size, "" if last is None else last.image)
+            target, made = await self._open(image, size, "" if last is None else last.image)
             try:
                 self._life.check_fits(image, _lacks(target, size))
                 mirror = Mirror(engine, target, changed)
-                job = Job(Kind.BACKUP, image, mirror, size, name, changed is not None)
+                job = Job(Kind.BACKUP, image, mirror, size, name, changed is not None, made)
                 await self._begin(job)
             except BaseException:
-                await self._runtime.call(target.close)
+                await self._close(target, made)
                 raise
             return job.figures()
 
@@ -216,9 +225,14 @@ class Copies:
         if self._life.held_by:
             raise ConfigError(f"{self._log.disk}: {self._life.held_by}")
 
-    async def _open(self, image: str, size: int, backing: str = "") -> Engine:
-        await self._runtime.call(create_image, image, size, backing)
-        return await self._life.open(image)
+    async def _open(self, image: str, size: int, backing: str = "") -> tuple[Engine, str]:
+        """Open a target. Its path too, if it was made for that."""
+        made = await self._runtime.call(create_image, image, size, backing)
+        try:
+            return await self._life.open(image), made
+        except BaseException:
+            _remove(made)
+            raise
 
     async def _begin(self, job: Job) -> None:
         async with self._life.turn:
@@ -318,12 +332,14 @@ class Copies:
         async with self._life.turn, self._life.at_rest(PATIENCE_S):
             await self._life.exchange(job.mirror.lower)
         self._over(job, phase)
-        await self._close(job.mirror.target)
+        await self._close(job.mirror.target, job.made)
         self._log.info("is not being copied any more")
 
     def _over(self, job: Job, phase: Phase) -> None:
         job.phase = phase
         self._life.held_by = ""
 
-    async def _close(self, target: Engine) -> None:
+    async def _close(self, target: Engine, made: str = "") -> None:
+        """Close a target. made: an image that was made for nothing."""
         await self._life.close_old(lambda: self._runtime.call(target.close))
+        _remove(made)

@@ -21,7 +21,7 @@ def create(
     timeout: Patience = 60.0,
     host: common.HostDir = common.DEFAULT_HOST,
 ) -> int:
-    """Keep the state that a disk has now, while its guest uses it; its storage has to be qcow2.
+    """Keep the state that a disk has now; its storage has to be qcow2 or rbd.
 
     It is that of one moment: as after a loss of power. The guest sees a delay.
     """

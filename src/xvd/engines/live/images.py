@@ -24,8 +24,9 @@ def _format_of(image: str) -> tuple[str, str]:
     return (driver if known else ""), path
 
 
-def create_image(image: str, size: int, backing: str = "") -> None:
-    """Make the image file that a URI names, of `size` bytes, if there is none; sparse.
+def create_image(image: str, size: int, backing: str = "") -> str:
+    """Make the image file that a URI names, of `size` bytes, if there is none; sparse. Its path, if
+    it was made.
 
     backing: the URI of an image that it is to be an overlay of. Then one that is there already has
     to be that image itself, which is written over. Raises `ConfigError`, with what qemu-img says.
@@ -37,15 +38,16 @@ def create_image(image: str, size: int, backing: str = "") -> None:
                 f"what has changed since {backing} goes into a new image (qcow2:PATH), or over "
                 f"{backing}; {image} is neither"
             )
-        return
+        return ""
     if backing and driver not in _CAN_HAVE_BACKING:
         raise ConfigError(f"{image} cannot have {backing} behind it: write qcow2:PATH")
     if driver == "raw":
         with open(path, "xb") as file:
             file.truncate(size)
-        return
+        return path
     words = ["create", "-q", "-f", driver, *_words_of_backing(backing), path, str(size)]
     run_qemu_img(words, f"{path} cannot be made")
+    return path
 
 
 def _words_of_backing(backing: str) -> list[str]:
