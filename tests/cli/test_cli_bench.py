@@ -56,10 +56,12 @@ def test_an_experiment_that_does_not_exist() -> None:
 
 @contextmanager
 def rbd_image(requires_tool: Callable[[str], str], place: Path) -> Iterator[dict[str, str]]:
-    """The variables that name an image of a cluster."""
+    """The variables that name images of a cluster."""
     with running_cluster(place / "ceph", requires_tool) as cluster:
-        cluster.image("bench", 64 << 20)
-        yield {"CEPH_CONF": str(cluster.conf), "XVD_BENCH_RBD": f"{POOL}/bench"}
+        for name in ("read", "write"):
+            cluster.image(name, 64 << 20)
+        images = f"{POOL}/read,{POOL}/write"
+        yield {"CEPH_CONF": str(cluster.conf), "XVD_BENCH_RBD": images}
 
 
 @pytest.mark.slow

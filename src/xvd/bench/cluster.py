@@ -12,30 +12,36 @@ from xvd.bench.run import Run, iops
 from xvd.bench.sample import ratio
 from xvd.frontend.load import Job
 
-IMAGE = "XVD_BENCH_RBD"
-"""The variable that names an image to be overwritten: POOL/IMAGE. The cluster is that of
-``$CEPH_CONF``, as with Ceph's own tools."""
+IMAGES = "XVD_BENCH_RBD"
+"""The variable that names two images to be overwritten: POOL/IMAGE,POOL/IMAGE. One is for reads, as
+what is read has to stay as it is. The cluster is that of ``$CEPH_CONF``, as with Ceph's tools."""
 
 _NAMES: Final = {"xvd": "xvd", "fio": "fio's rbd engine"}
 
-METHOD = """The same image of the same cluster, whose client library is the same too; 4 KiB, one
+METHOD = """The same images of the same cluster, whose client library is the same too; 4 KiB, one
 queue, depth 32."""
 
 
 def cluster(run: Run) -> Report:
-    """Measure an image that the user names."""
-    name = os.environ.get(IMAGE, "")
-    pool, _, image = name.partition("/")
+    """Measure images that the user names."""
+    names = os.environ.get(IMAGES, "").split(",")
     if lacking := missing("fio"):
         raise NotInstalled(*lacking)
-    if not image:
-        raise NotInstalled(f"an image of a cluster that may be overwritten: {IMAGE}=POOL/IMAGE")
+    if len(names) != 2 or not all("/" in name for name in names):
+        raise NotInstalled(f"two images of a cluster: {IMAGES}=POOL/IMAGE,POOL/IMAGE")
     read = Job(operations=run.operations(20_000), seed=run.seed, span=64 << 20)
     jobs = {"random read": read, "random write": replace(read, write_percent=100)}
+    fill = replace(
+        read, write_percent=100, sequential=True, operations=run.operations(read.span // read.size)
+    )
     conf = f",conf={os.environ['CEPH_CONF']}" if os.environ.get("CEPH_CONF") else ""
     cases = []
-    for what, job in jobs.items():
-        cases.append(case(f"xvd: {what}", Setup(f"rbd:{name}{conf}", job=job, filled=True)))
+    for name, (what, job) in zip(names, jobs.items(), strict=True):
+        pool, _, image = name.partition("/")
+        uri = f"rbd:{name}{conf}"
+        # Once: what is written is not the same each time, and what is read is to be.
+        case("fill", Setup(uri, job=fill)).measure()
+        cases.append(case(f"xvd: {what}", Setup(uri, job=job)))
         cases.append(fio_rbd(f"fio: {what}", pool, image, job, run.seconds(3)))
     rounds = run.measure(cases)
     ratios = {what: ratio(rounds, f"xvd: {what}", f"fio: {what}") for what in jobs}
