@@ -194,7 +194,8 @@ def test_what_waits_is_on_the_ring_and_holds_nothing() -> None:
 
         counters = world.queue.counters()
 
-        assert (guest.answered, counters["requests"], counters["mapped"]) == (1, 1, 1)
+        assert (guest.answered, counters["requests"]) == (1, 1)
+        assert counters["mapped"] <= 1  # real Xen has it copied
         assert (world.queue.in_flight, counters["throttled"]) == (0, 1)
 
 
