@@ -299,6 +299,7 @@ def test_what_has_changed_is_known_to_the_next_backend(tmp_path: Path) -> None:
             await device(world).copies.backup(str(copy), "nightly")
             await phase(world, Phase.DONE)
             assert copy.read_bytes() == one.read_bytes()
+            assert copy.stat().st_mode & 0o777 == 0o600
             await disk.write(1 << 20, b"n" * 512)
             assert world.server is not None
             await world.server.close()

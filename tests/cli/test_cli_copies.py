@@ -103,6 +103,7 @@ def test_a_backup_and_what_has_changed_since(
         (0, f"everything is written to qcow2:{days[0]}: done\n", ""),
         (0, f"what has changed is written to qcow2:{days[1]}: done\n", ""),
     ]
+    assert {day.stat().st_mode & 0o777 for day in days} == {0o600}
     assert (info["copy"]["copied"], info["backups"]["nightly"]["changed"]) == (1 << 16, 0)
     compared = [qemu_img, "compare", "-f", "qcow2", "-F", "raw", str(days[1]), str(image)]
     assert subprocess.run(compared, check=False, capture_output=True).returncode == 0
@@ -172,6 +173,7 @@ def test_a_mirror_that_cannot_be_says_why(four: FourProcesses, tmp_path: Path) -
 
     refused = four.run("mirror", "1", "xvda", str(small))
     lost = four.run("mirror", "1", "xvda", str(tmp_path / "no" / "b.img"))
+    nowhere = four.run("backup", "1", "xvda", "--incremental", "nightly")
     both = four.run("mirror", "1", "xvda", str(small), "--cancel")
     none = four.run("mirror", "1", "xvda")
 
@@ -181,14 +183,18 @@ def test_a_mirror_that_cannot_be_says_why(four: FourProcesses, tmp_path: Path) -
     assert (lost.returncode, lost.stderr) == (
         1, f"xvd: {tmp_path}/no/b.img: No such file or directory\n"
     )  # fmt: skip
+    assert (nowhere.returncode, nowhere.stderr) == (2, "xvd: --incremental: where to? name it\n")
     assert (both.returncode, both.stderr) == (2, "xvd: --cancel goes with nothing else\n")
     assert (none.returncode, none.stdout) == (0, "no copy has been made\n")
 
 
-def test_a_disk_is_told_about(four: FourProcesses, image: Path) -> None:
+def test_a_disk_is_told_about(four: FourProcesses, image: Path, tmp_path: Path) -> None:
+    assert four.run("backup", "1", "xvda", str(tmp_path / "copy.img")).returncode == 0
     shown = four.run("disk", "info", "1", "xvda")
     lines = dict(line.split(maxsplit=1) for line in shown.stdout.splitlines())
 
     assert (shown.returncode, shown.stderr) == (0, "")
     assert (lines["disk"], lines["image"], lines["paused"]) == ("1/xvda", str(image), "no")
     assert lines["storage.size"] == str(SIZE)
+    assert (lines["copy.left"], lines["storage.read_only"]) == ("0", "no")
+    assert (lines["trouble"], "storage.engine" in lines) == ("-", False)

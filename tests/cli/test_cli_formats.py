@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from ceph import running_cluster
+from qemu_img import run_qemu_img
 from xvd_process import FourProcesses
 
 pytestmark = [pytest.mark.slow, pytest.mark.tools]
@@ -38,11 +39,9 @@ def image(tmp_path: Path, requires_tool: Tool, request: pytest.FixtureRequest) -
     size = [str(SIZE)]
     if kind == "qcow2":
         golden = tmp_path / "golden"
-        subprocess.run([img, "create", "-q", "-f", "qcow2", str(golden), str(SIZE)], check=True)
+        run_qemu_img(img, "create", "-q", "-f", "qcow2", golden, SIZE)
         words, size = ["-b", str(golden), "-F", "qcow2"], []
-    command = [img, "create", "-q", *words, *IMAGES[kind], str(path), *size]
-    while subprocess.run(command, check=False).returncode:
-        assert kind == "luks"  # it may fail to find out how fast it is
+    run_qemu_img(img, "create", "-q", *words, *IMAGES[kind], path, *size)
     return f"{kind}:{path}" + (f",key-file={key}" if kind == "luks" else ""), path
 
 

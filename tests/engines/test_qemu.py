@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from qemu_img import run_qemu_img
 from rig_disk import World, disk_world, run, until
 from rig_queue import ALL, QueueWorld, rq
 
@@ -46,14 +47,7 @@ def img(requires_tool: Tool) -> Callable[..., str]:
     tool = requires_tool("qemu-img")
 
     def work(*words: object) -> str:
-        command = [tool, *map(str, words)]
-        while True:
-            done = subprocess.run(command, check=False, capture_output=True, text=True)
-            # It measures how fast it is, and gives up where the clock of its CPU time went back.
-            if "Unable to get accurate CPU usage" not in done.stderr:
-                break
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        return run_qemu_img(tool, *words)
 
     return work
 

@@ -87,6 +87,8 @@ def backup(
         if storage or incremental or cancel:
             raise ConfigError("--forget goes with nothing else")
         return running.run(_forget(host, guest, vdev, forget))
+    if incremental and not storage:
+        raise ConfigError("--incremental: where to? name it")
     more = {"name": incremental}
     return running.run(_copy(host, guest, vdev, "backup", storage, json, False, cancel, **more))
 

@@ -9,6 +9,7 @@ from xvd.cli import common, output, running
 from xvd.cli.life import ask_server
 
 _PATIENCE_S: Final = 10.0
+_WORDS: Final = {True: "yes", False: "no"}
 
 
 def info(
@@ -36,7 +37,7 @@ def _lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict):
             yield from ((f"{name}.{part}", text) for part, text in _lines(value))
         elif value is not None:
-            yield name, {True: "yes", False: "no"}.get(value, str(value)) if value != "" else "-"
+            yield name, _WORDS[value] if isinstance(value, bool) else str(value) or "-"
 
 
 DISK: Final[dict[str, Callable[..., int]]] = {"info": info}

@@ -46,6 +46,8 @@ def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
 def disk_info(device: Device) -> dict[str, Any]:
     """Return what a disk's storage is, and what is done with it."""
     disk, engine = device.disk, device.disk.engine
+    storage = {} if engine is None else describe(engine)
+    storage.pop("engine", None)  # that of the layer which checks
     return {
         "disk": device.name,
         "state": device.state.name,
@@ -54,7 +56,7 @@ def disk_info(device: Device) -> dict[str, Any]:
         "trouble": "" if engine is None else engine.trouble,
         "paused": disk.paused,
         "held": device.hold.why,
-        "storage": {} if engine is None else describe(engine),
+        "storage": storage,
         "copy": device.copies.figures(),
         "backups": device.tracking.names,
     }

@@ -42,7 +42,7 @@ __all__ = [
 
 
 _NO_SNAPSHOTS: Final = (
-    "the storage keeps no snapshots; qcow2 does: xvd mirror DOMID VDEV qcow2:PATH --pivot"
+    "the storage keeps no snapshots; qcow2 and rbd do: xvd mirror DOMID VDEV qcow2:PATH --pivot"
 )
 
 

@@ -23,7 +23,7 @@ with any mirror.
 """
 
 from libc.errno cimport EAGAIN
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from posix.unistd cimport close
@@ -33,7 +33,7 @@ from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_WRITE
 from xvd.dataplane.c cimport (
     xvd_add64, xvd_clear_bits64, xvd_exchange32, xvd_fence, xvd_load64, xvd_load_acquire,
     xvd_set_bits64, xvd_store64)
-from xvd.dataplane.ports cimport completion, engine_io, engine_of, engine_ports, wrap
+from xvd.dataplane.ports cimport engine_io, engine_of, engine_ports, wrap
 from xvd.engines.changes cimport (
     GRANULE_SHIFT, ChangeMap, change_map, end_granule, first_granule, is_marked, is_within, mark,
     mark_range)

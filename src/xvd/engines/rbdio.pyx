@@ -13,7 +13,7 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t, uintptr_t
 from posix.uio cimport iovec
 from posix.unistd cimport close, write
 
-from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE
+from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_READ, ENGINE_WRITE
 from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
 from xvd.engines.channel cimport (
     done_list, finish, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,

@@ -25,8 +25,8 @@ def _format_of(image: str) -> tuple[str, str]:
 
 
 def create_image(image: str, size: int, backing: str = "") -> str:
-    """Make the image file that a URI names, of `size` bytes, if there is none; sparse. Its path, if
-    it was made.
+    """Make the image file that a URI names, of `size` bytes, if there is none; sparse, and for this
+    user alone: it is about to have what a guest has. Its path, if it was made.
 
     backing: the URI of an image that it is to be an overlay of. Then one that is there already has
     to be that image itself, which is written over. Raises `ConfigError`, with what qemu-img says.
@@ -42,8 +42,11 @@ def create_image(image: str, size: int, backing: str = "") -> str:
     if backing and driver not in _CAN_HAVE_BACKING:
         raise ConfigError(f"{image} cannot have {backing} behind it: write qcow2:PATH")
     if driver == "raw":
-        with open(path, "xb") as file:
-            file.truncate(size)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
         return path
     words = ["create", "-q", "-f", driver, *_words_of_backing(backing), path, str(size)]
     run_qemu_img(words, f"{path} cannot be made")

@@ -26,7 +26,8 @@ def run_qemu_img(words: Sequence[str], what: str) -> None:
     if program is None:
         raise ConfigError(f"qemu-img is not here ({what}); on Debian: apt-get install qemu-utils")
     done = subprocess.run(
-        [program, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+        [program, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        umask=0o077,
+    )  # fmt: skip
     if done.returncode:
         raise ConfigError(f"{what}: {done.stderr.strip().removeprefix('qemu-img: ')}")
