@@ -50,10 +50,14 @@ cdef inline bint forget_limits(backend_queue *q) noexcept nogil:
     return True
 
 
-cdef inline bint is_due(backend_queue *q, const request *rq) noexcept nogil:
+cdef inline bint is_due(backend_queue *q, pending *p, int refusal) noexcept nogil:
     """Whether the limits let a request through now; otherwise nothing is taken until they do."""
+    cdef const request *rq = &p.rq
     cdef uint64_t until = 0
     cdef uint32_t i
+    p.charged = rq.indirect and refusal == REFUSAL_NONE
+    if refusal != REFUSAL_NONE:
+        return True
     forget_limits(q)
     for i in range(<uint32_t>THROTTLES):
         if q.throttles[i] != NULL:
@@ -68,11 +72,18 @@ cdef inline bint is_due(backend_queue *q, const request *rq) noexcept nogil:
     return True
 
 
-cdef inline void give_back_tokens(backend_queue *q, const request *rq) noexcept nogil:
-    cdef uint32_t i
-    for i in range(<uint32_t>THROTTLES):
-        if q.throttles[i] != NULL:
-            settle(q.throttles[i], q.credits[i], rq)
+cdef inline void give_back_tokens(backend_queue *q) noexcept nogil:
+    """Of the batch's indirect requests, whose segments are known now."""
+    cdef uint32_t i, k
+    cdef pending *p
+    for k in range(q.nr_batch):
+        p = q.batch[k]
+        if not p.charged:
+            continue
+        p.charged = 0
+        for i in range(<uint32_t>THROTTLES):
+            if q.throttles[i] != NULL:
+                settle(q.throttles[i], q.credits[i], &p.rq)
 
 
 cdef inline uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
@@ -83,7 +94,7 @@ cdef inline uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
     """
     cdef uint32_t count, i, taken = 0, pages = 0
     cdef int refusal
-    cdef bint again = q.stalled
+    cdef bint again = q.stalled, limited = q.throttling
     cdef pending *p
     q.stalled = 0
     if back_pending(&q.ring, &count) == RING_BROKEN:
@@ -98,10 +109,9 @@ cdef inline uint32_t take(backend_queue *q, uint32_t budget) noexcept nogil:
             q.stalled = 1
             q.count.oo_req += not again
             break
-        if q.throttling and refusal == REFUSAL_NONE and not is_due(q, &p.rq):
+        if limited and not is_due(q, p, refusal):
             break
         q.nr_free -= 1
-        p.charged = q.throttling and p.rq.indirect and refusal == REFUSAL_NONE
         p.entry.index = back_take(&q.ring)
         mark_taken(q.journal, p.entry, q.ring.req_cons)
         begin(q, p, refusal)
@@ -200,10 +210,9 @@ cdef inline void admit(backend_queue *q) noexcept nogil:
     """Count and prepare what has been judged for good."""
     cdef uint32_t i
     cdef pending *p
+    if q.throttling and q.nr_indirect:
+        give_back_tokens(q)
     for i in range(q.nr_batch):
         p = q.batch[i]
         count_kind(&q.kinds, blkif_operations[p.rq.operation].kind, p.rq.nr_sectors)
-        if p.charged:
-            p.charged = 0
-            give_back_tokens(q, &p.rq)
         prepare(p)
