@@ -18,19 +18,20 @@ choose_suite() {
     suite=$1
     out=$work/$suite
     mkdir -p "$out"
-    # Seconds for all tests and for one, and how often a disk is attached and detached in a row.
+    # Seconds for all tests of a boot and for one, how often a disk is attached and detached in a
+    # row, and in how many boots all of it is done.
     case $arch in
     amd64)
         triplet=x86_64-linux-gnu loader=lib64/ld-linux-x86-64.so.2 tools=
         qemu=qemu-system-x86_64 emulator= # the host's
-        bus=pci transport=pci patience=2400 test_limit=300 cycles=100
+        bus=pci transport=pci patience=2400 test_limit=300 cycles=100 boots=1
         more_packages=(qemu-system-xen qemu-utils qemu-system-common grub-xen-host) flavours=() built_kernels=() dom0_kernels=()
         ;;
     arm64)
         triplet=aarch64-linux-gnu loader=lib/ld-linux-aarch64.so.1 tools=aarch64-linux-gnu-
-        qemu=qemu-system-aarch64 emulator=trixie # with 7.2 a CPU may lose its timer for good
+        qemu=qemu-system-aarch64 emulator=trixie # of 7.2 a CPU loses its timer sooner
         bus=mmio transport=device
-        patience=5400 test_limit=600 cycles=10 # this software CPU is the slower one
+        patience=5400 test_limit=600 cycles=10 boots=5 # this software CPU is the slower one
         # Kernels with larger pages beside the suite's own, /boot/vmlinux-NAME: flavours that Debian
         # has, those that `kernel` builds, as NAME:DEBIAN:VERSION, and which of them dom0 runs too.
         # XEN_KERNELS=packaged builds none.
