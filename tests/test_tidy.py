@@ -45,8 +45,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "toolstack": ("blkif", "engines", "machine.xs"),
     "engines": ("blkif.assignment", *TABLES),
     "xenbus": ("blkif", "dataplane", "machine.interface", "machine.xs"),
-    "machine.emulated": ("machine.interface", "machine.xs", *TABLES),
-    "machine.xen": ("machine.interface", "machine.xs", *TABLES),
+    "machine.emulated": ("machine.interface", "machine.pages", "machine.xs", *TABLES),
+    "machine.xen": ("machine.interface", "machine.pages", "machine.xs", *TABLES),
     "machine.xs": ("machine.xs",),
     "machine": ("machine.xs",),  # interface.py names the store's client for the type checker
     "dataplane.ring": TABLES,

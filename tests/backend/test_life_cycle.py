@@ -2,7 +2,9 @@
 """Disks that go away, or lose their frontend, with requests in flight and otherwise."""
 
 import asyncio
-from collections.abc import Callable
+import gc
+import os
+from collections.abc import Callable, Iterator
 
 import pytest
 from rig_disk import World, disk_world, run, until
@@ -128,6 +130,31 @@ def test_a_disk_may_come_and_go_at_once_a_hundred_times() -> None:
             answer = await frontend.ask(rq(Op.READ, 0, Segment(frontend.pages.grefs[0])))
             assert answer.status == Status.OKAY
             frontend.close()
+
+    run(work())
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_what_a_disk_held_is_given_back_at_once_and_not_when_garbage_is_collected() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            held = []
+            for _ in range(3):
+                vbd = await world.attach()
+                async with await world.open(vbd) as disk:
+                    await disk.read(0, 4096)
+                await detach(world.store, vbd)
+                held.append(len(os.listdir("/proc/self/fd")))
+
+            assert held == held[:1] * 3
 
     run(work())
 

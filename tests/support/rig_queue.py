@@ -43,7 +43,7 @@ ALL = 1 << Op.READ | 1 << Op.WRITE | 1 << Op.FLUSH_DISKCACHE | 1 << Op.DISCARD
 SMALL = Limits(pages=4096, grefs=2048, tracks=8192, ports=64)
 NOTHING = {"sessions": 0, "pins": 0, "mappings": 0, "ports": 0, "pages": 0}
 
-WORKED, BROKEN, DRAINED, EXCHANGED = StepFlag
+WORKED, BROKEN, DRAINED, EXCHANGED, LEFT = StepFlag
 
 
 def rq(

@@ -4,13 +4,12 @@
 import contextlib
 import os
 import shutil
-import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from nbd_support import missing, require, run, try_run
+from fuse_file import fuse_file
+from nbd_support import missing, require, run
 from served_disk import served_disk
 
 from xvd.export.nbd import NbdServer
@@ -23,24 +22,6 @@ TREE = ("asyncio", "email", "encodings", "lib2to3", "unittest", "xml")
 SIZE = 320 << 20
 CHECKS = {"ext4": ("e2fsck", "-fn"), "xfs": ("xfs_repair", "-n")}
 _NO_CACHES = shutil.ignore_patterns("__pycache__")
-
-
-@contextlib.contextmanager
-def fuse_file(uri: str, directory: Path) -> Iterator[Path]:
-    """The export as a file."""
-    directory.mkdir()
-    pid = directory.with_suffix(".pid")
-    os.mkfifo(pid)  # nbdfuse writes its number when the file is there: opening waits for that
-    process = subprocess.Popen(["nbdfuse", "-P", str(pid), str(directory / "nbd"), uri])
-    watchdog = threading.Timer(30, process.kill)
-    watchdog.start()
-    try:
-        pid.read_text()
-        yield directory / "nbd"
-    finally:
-        try_run("fusermount3", "-u", directory)
-        process.wait(30)
-        watchdog.cancel()
 
 
 @contextlib.contextmanager

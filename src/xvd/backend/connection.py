@@ -21,9 +21,10 @@ from xvd.blkif.features import BackendFeatures, offered_operations
 from xvd.blkif.nodes import FrontendConfig, QueueConfig
 from xvd.dataplane.back.journal import unanswered
 from xvd.dataplane.back.options import BackOptions
+from xvd.dataplane.back.queue import BackendQueue
 from xvd.dataplane.loop.thread import BUDGET, LoopOptions
 from xvd.engines.interface import Channel, Engine
-from xvd.errors import ConfigError, PeerClosed, PeerProtocolError
+from xvd.errors import ConfigError, PeerClosed, PeerProtocolError, XvdError, describe
 from xvd.machine.interface import Machine
 from xvd.types import RING_SECTOR_SIZE, Domid
 from xvd.xenbus.counters import LoopCounters, total
@@ -33,6 +34,9 @@ from xvd.xenbus.runner import Runtime
 WATCHDOG_S: Final = 10.0
 """How long a queue's thread sleeps at most after it has done something, until a lost event is found
 out; see `Loop`."""
+
+_LOOK_S: Final = 0.001
+"""How often it is looked whether a thread has made a step."""
 
 QUIET_S: Final = 10.0
 """How long failures of the storage are not told again: a guest can cause any number of them."""
@@ -103,7 +107,10 @@ class Connection(Links[BackLink]):
         self.set_aside = ""
         self._name = name
         self._failures = 0
+        self._left = BackCounters()
+        """What queues have counted that left their rings to others."""
         self._channels: list[Channel] = []
+        self._journals: list[Journal] = []
         self._rest: Rest | None = None
         self._released = asyncio.Event()
         self._on_end: Callable[[Connection], None]
@@ -129,9 +136,20 @@ class Connection(Links[BackLink]):
         link.own(lambda: self._close_channel(number))
         left = self._find_journal(number, link) if plan.resume else None
         journal = left or plan.state.new_journal(number, link.entries)
-        queue = link.prepare(storage, back_options(plan), journal.memory, resume=left is not None)
+        self._journals.append(journal)
+        self._prepare(number, storage, resume=left is not None)
+
+    def _prepare(self, number: int, storage: Channel, *, resume: bool) -> BackendQueue:
+        plan, memory = self.plan, self._journals[number].memory
+        queue = self.links[number].prepare(storage, back_options(plan), memory, resume=resume)
         queue.set_hold(plan.settings.holds_errors)
         queue.set_throttles(*plan.throttles)
+        return queue
+
+    @property
+    def channels(self) -> list[Channel]:
+        """Each queue's way into the storage."""
+        return self._channels
 
     def _close_channel(self, number: int) -> None:
         """Close a queue's channel, which may be another one than at the beginning."""
@@ -200,7 +218,7 @@ class Connection(Links[BackLink]):
     # ---- At rest ----
 
     def halt(self) -> None:
-        """Take no requests from the beginning; before `serve`."""
+        """Take no requests from now on, whatever becomes of those taken."""
         for link in self.links:
             link.queue.pause()
 
@@ -209,16 +227,20 @@ class Connection(Links[BackLink]):
 
         Raises `PeerClosed` if the connection ends before that. Cancelling leaves it paused.
         """
-        if self._rest is None:
-            self._rest = Rest(len(self.links))
+        rest = self._resting()
         while True:
-            rested = self._rest.begin()
+            rested = rest.begin()
             for link in self.links:
-                link.queue.pause(self._rest.fd)
+                link.queue.pause(rest.fd)
             self.wake_all()
             await rested
             if all(link.queue.quiet for link in self.links):
                 return  # and not of an earlier pause, which was given up
+
+    def _resting(self) -> Rest:
+        if self._rest is None:
+            self._rest = Rest(len(self.links))
+        return self._rest
 
     def resume(self) -> None:
         """Take requests again."""
@@ -255,6 +277,61 @@ class Connection(Links[BackLink]):
             await rested
         for channel in before:
             channel.close()
+
+    # ---- Leaving storage that hangs ----
+
+    async def check_leaves(self, timeout_s: float) -> None:
+        """See that `leave` can do its part, of a connection that is paused but not at rest.
+
+        Raises `ConfigError` where a thread is within its storage, or that can still reach pages of
+        the guest's.
+        """
+        seen = [(link, link.queue.counters()["steps"]) for link in self.links]
+        self.wake_all()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await _until(lambda: all(_has_stepped(link, steps) for link, steps in seen))
+        except TimeoutError:
+            raise ConfigError("a thread of it is within its storage and cannot leave") from None
+        if self.plan.engine.info.pins_pages and any(link.queue.is_pinned for link in self.links):
+            raise ConfigError(
+                "reads of it by direct I/O still reach pages of the guest's, which nobody can take "
+                "back; a backend with --copy has none"
+            )
+
+    async def leave(self, engine: Engine, channels: list[Channel]) -> "asyncio.Future[None]":
+        """Go on with other storage, by these channels, and leave the old one what it has. What
+        comes back is done when that has ended all, if it ever does. Not to be cancelled."""
+        gone = [self.leaves(link.queue) for link in self.links]
+        for link in self.links:
+            link.queue.leave()
+        self.wake_all()
+        await _until(lambda: all(link.has_left or not link.runner for link in self.links))
+        if not self.links:  # the guest has left the disk, and all is given back
+            for channel in channels:
+                channel.close()
+            return asyncio.ensure_future(_when_gone(gone, []))
+        before, self._channels = self._channels, channels
+        self.plan = replace(self.plan, engine=engine)
+        self._succeed_all()
+        return asyncio.ensure_future(_when_gone(gone, before))
+
+    def _succeed_all(self) -> None:
+        """Begin the queues that take up what the others have left."""
+        if not all(link.has_left for link in self.links):
+            self.end_left()  # a ring was broken meanwhile
+            return
+        self._mute()
+        self._failures = 0
+        for number, link in enumerate(self.links):
+            self._left += BackCounters.of(link.queue.counters()).over()
+            try:
+                self._prepare(number, self._channels[number], resume=True).pause()
+                self.succeed(number, link.queue)
+            except (OSError, MemoryError, XvdError) as error:
+                self.end_left(describe(error))
+                return
+        self._listen()
 
     def _all_ended(self) -> None:
         """The queues are drained, or a ring is broken: give everything back at once."""
@@ -337,7 +414,8 @@ class Connection(Links[BackLink]):
 
     def counters(self) -> BackCounters:
         """Add the counters up over the queues."""
-        return total(BackCounters, (BackCounters.of(link.queue.counters()) for link in self.links))
+        now = (BackCounters.of(link.queue.counters()) for link in self.links)
+        return total(BackCounters, (self._left, *now))
 
     def loop_counters(self) -> LoopCounters:
         """How often the threads slept and were woken, added over the queues."""
@@ -351,3 +429,22 @@ class Connection(Links[BackLink]):
             self._rest.close()
         self.plan.lease.close()
         self._released.set()
+
+
+def _has_stepped(link: BackLink, steps: object) -> bool:
+    """Whether a queue has made a step since it had made so many, or runs no more."""
+    return link.runner is None or link.queue.counters()["steps"] != steps
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Wait for threads that have been woken: a millisecond at a time."""
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(_LOOK_S)
+
+
+async def _when_gone(gone: "list[asyncio.Future[None]]", channels: list[Channel]) -> None:
+    """Wait for queues that have left their rings, and close the channels that they had."""
+    for one in gone:
+        await one
+    for channel in channels:
+        channel.close()

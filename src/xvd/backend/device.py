@@ -10,7 +10,6 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Final
 
 from xvd.backend.budget import Budget, Room
 from xvd.backend.connection import Connection, Plan
@@ -49,13 +48,10 @@ from xvd.xenbus.actor import NO_NODES, Actor, state_in
 from xvd.xenbus.directory import read_directory, report_error
 from xvd.xenbus.inbox import Order
 from xvd.xenbus.log import DeviceLog
-from xvd.xenbus.runner import THREADS, Runtime
+from xvd.xenbus.runner import THREADS, Runtime, leave_alone
 
 STORAGE_PATIENCE_S = 5.0
 """How long the end of a disk waits for storage that does not answer."""
-
-_LEFT_ALONE: Final[set[asyncio.Future[None]]] = set()
-"""Waits for storage that may never answer."""
 
 StorageOpener = Callable[[BackendAssignment], Awaitable[Engine]]
 
@@ -161,15 +157,15 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         closing = asyncio.ensure_future(self._close_storage())
         if (await asyncio.wait([closing], timeout=STORAGE_PATIENCE_S))[1]:
             self._log.error("its storage does not answer: left alone, to be closed if it does")
-            _LEFT_ALONE.add(closing)
-            closing.add_done_callback(_LEFT_ALONE.discard)
+            leave_alone(closing)
 
     async def _close_storage(self) -> None:
         if self._opening is not None:
             # Not cancelled: what it opens would be nobody's, and stay open and locked.
             await self._opening
         await self.copies.end()
-        await self.disk.close()
+        async with self.life.turn:
+            await self.disk.close()
         self.tracking.close()
 
     def _foreign_state(self) -> XenbusState | None:
@@ -261,7 +257,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         await self._write(NO_NODES)
 
     async def _do_unregister(self) -> None:
-        self._kept.gone()
+        self._kept.end()
         self._log.info("gone")
 
     # ---- Actions: the connection ----

@@ -20,7 +20,7 @@ from xvd.engines.interface import Engine
 from xvd.errors import ConfigError, PeerClosed, XvdError, describe
 from xvd.types import RING_SECTOR_SIZE
 from xvd.xenbus.log import DeviceLog
-from xvd.xenbus.runner import Runtime
+from xvd.xenbus.runner import Runtime, leave_alone
 
 _KEPT = ("flush", "discard", "discard_secure")
 
@@ -120,17 +120,53 @@ class StorageLife:
             self._resume()
             self._log.info("resumed")
 
-    async def swap(self, image: str, timeout_s: float) -> None:
+    async def swap(self, image: str, timeout_s: float, *, abandon: bool = False) -> None:
         """Let other storage take the place of the disk's, whole blocks for whole blocks.
 
-        Raises `ConfigError` where it does not fit or the old one does not come to rest in time, and
-        what opening it raises; then nothing is changed.
+        abandon: the old one hangs, and is not waited for: what it has is executed by the new one,
+        and no late answer of it reaches the guest or its pages. Raises `ConfigError` where the new
+        one does not fit, or the old one does not come to rest in time, or cannot be abandoned, and
+        what opening raises; then nothing is changed.
         """
         async with self.turn:
             if self.held_by:
                 raise ConfigError(f"{self._log.disk}: {self.held_by}")
             # A caller that goes away, as one who is interrupted does, leaves no half of it.
-            await asyncio.shield(asyncio.ensure_future(self._swap(image, timeout_s)))
+            swap = self._abandon(image, timeout_s) if abandon else self._swap(image, timeout_s)
+            await asyncio.shield(asyncio.ensure_future(swap))
+
+    async def _abandon(self, image: str, timeout_s: float) -> None:
+        disk, before, was = self._disk, self.storage, self._disk.paused
+        engine = await self.open(image)
+        gone: asyncio.Future[None] | None = None
+        try:
+            self.check_fits(image, unmet(before.features, self.offers(engine)))
+            disk.paused = True
+            if disk.connection is not None:
+                disk.connection.halt()
+                try:
+                    await disk.connection.check_leaves(timeout_s)
+                except ConfigError as error:
+                    raise ConfigError(f"{self._log.disk}: its storage: {error}") from None
+            gone = await self._exchange(engine, image, leaving=True)
+            self._tracking.forget()
+        except BaseException:
+            await self._runtime.call(engine.close)
+            raise
+        finally:
+            if not was:
+                self._resume()
+        self._log.warning("its storage is %s now; the old one was left with what it had", image)
+        leave_alone(self._close_left(gone, before.close))
+        await self._disk.follow_size()
+
+    async def _close_left(
+        self, gone: "asyncio.Future[None] | None", close: Callable[[], Awaitable[None]]
+    ) -> None:
+        if gone is not None:
+            await gone
+        await self.close_old(close)
+        self._log.info("the storage that it had left has ended what it had, and is closed")
 
     async def _swap(self, image: str, timeout_s: float) -> None:
         before = self.storage
@@ -175,6 +211,13 @@ class StorageLife:
     async def exchange(self, engine: Engine, image: str = "") -> None:
         """Go on with another engine, at rest. image: what it is, if that is other storage and not
         only another way to the same."""
+        await self._exchange(engine, image)
+
+    async def _exchange(
+        self, engine: Engine, image: str, *, leaving: bool = False
+    ) -> "asyncio.Future[None] | None":
+        """See `exchange`. leaving: see `Connection.leave`; what that returns is returned."""
+        gone: asyncio.Future[None] | None = None
         before, connection = self.storage, self._disk.connection
         with contextlib.ExitStack() as undo:
             channels = [] if connection is None else connection.open_channels(engine)
@@ -185,11 +228,15 @@ class StorageLife:
                 self._note(image, engine, undo)
             undo.pop_all()
         if connection is not None:
-            await connection.exchange(engine, channels)
+            if leaving:
+                gone = await connection.leave(engine, channels)
+            else:
+                await connection.exchange(engine, channels)
             self._kept.remember(engine.identity)
         self._disk.has_opened(engine, before.features)
         if image:
             self._swapped(image)
+        return gone
 
     async def close_old(self, close: Callable[[], Awaitable[None]]) -> None:
         """Close storage that the disk has no more. It may fail, and take as long as it likes."""

@@ -208,6 +208,11 @@ class DiskState:
         kept = rf"(-q\d+\.ring|\.storage|\.decided|-.+{re.escape(_MAP)})"
         self._remove(rf"{re.escape(self._disk)}{kept}({re.escape(_ASIDE)}|\.new)?")
 
+    def end(self) -> None:
+        """The disk is no more, and what is still being done with it leaves nothing either."""
+        self.gone()
+        self._directory = None
+
     def _remove(self, pattern: str) -> None:
         if self._directory is None or not self._directory.exists():
             return

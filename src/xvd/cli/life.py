@@ -54,6 +54,14 @@ def swap(
         str, typer.Argument(metavar="STORAGE", help="An image or a URI, as xvd serve takes it.")
     ],
     timeout: Patience = 60.0,
+    abandon: Annotated[
+        bool,
+        typer.Option(
+            "--abandon",
+            help="Do not wait for storage that hangs: what it has is done by the new one, and no "
+            "late answer of it is believed. What only the old one has is lost to the guest.",
+        ),
+    ] = False,
     host: common.HostDir = common.DEFAULT_HOST,
 ) -> int:
     """Give a disk other storage while its guest uses it; what it holds is the caller's affair.
@@ -63,7 +71,9 @@ def swap(
     stays as it is.
     """
     image = absolute_target(storage, Path.cwd())
-    return running.run(_ask(host, guest, vdev, "swap", timeout, image=image, timeout_s=timeout))
+    return running.run(
+        _ask(host, guest, vdev, "swap", timeout, image=image, timeout_s=timeout, abandon=abandon)
+    )
 
 
 async def _ask(

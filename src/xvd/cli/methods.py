@@ -27,7 +27,11 @@ def control_methods(server: Server) -> dict[str, Callable[..., object]]:
         "resize": of(resize),
         "pause": of(lambda device, timeout_s: device.life.pause(timeout_s)),
         "resume": of(lambda device: device.life.resume()),
-        "swap": of(lambda device, image, timeout_s: device.life.swap(image, timeout_s)),
+        "swap": of(
+            lambda device, image, timeout_s, abandon=False: device.life.swap(
+                image, timeout_s, abandon=abandon
+            )
+        ),
         "mirror": of(lambda device, image: device.copies.mirror(image)),
         "backup": of(lambda device, image, name: device.copies.backup(image, name)),
         "forget_backup": of(lambda device, name: device.copies.forget(name)),

@@ -118,6 +118,7 @@ cdef extern from "abi_gen.h" nogil:
         STEP_BROKEN
         STEP_DRAINED
         STEP_EXCHANGED
+        STEP_LEFT
 
     enum:
         CLIENT_READS

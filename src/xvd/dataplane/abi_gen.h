@@ -131,6 +131,7 @@ enum xvd_step_flag {
   STEP_BROKEN = 2,
   STEP_DRAINED = 4,
   STEP_EXCHANGED = 8,
+  STEP_LEFT = 16,
 };
 
 enum xvd_client_wish {

@@ -44,6 +44,9 @@ cdef struct grant_ports:
     # Give back n sets whose status was 0; the pages are gone from this process, see above.
     void (*unmap)(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil
     void (*copy)(void *ctx, grant_copy *ops, uint32_t n) noexcept nogil
+    # Give back n sets, as unmap does, and leave memory of our own in their place for whoever may
+    # still write there; the caller unmaps that by munmap, when nobody does any more.
+    void (*replace)(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil
 
 
 # ---- Our own pages, granted to one peer ------------------------------------------------------

@@ -16,6 +16,8 @@ class StepFlag(IntFlag):
     """Asked to stop, and nothing is in flight any more."""
     EXCHANGED = 8
     """It has other storage now: attach that to the thread, and hear of that only."""
+    LEFT = 16
+    """It has left its ring: hear of no event any more, only of its storage."""
 
 
 class Wish(IntFlag):

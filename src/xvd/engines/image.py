@@ -177,6 +177,7 @@ class FileEngine(Engine):
             can_discard=not read_only,
             discard_granularity=unit,
             tells_holes=True,
+            pins_pages=self._direct_fd >= 0,
             thread_model=ThreadModel.PARALLEL,
         )
 
@@ -198,6 +199,7 @@ class FileEngine(Engine):
             can_secure_discard=discards and block.takes(fd, block.BLKSECDISCARD, self._ioctl),
             discard_granularity=granularity,
             discard_alignment=alignment,
+            pins_pages=self._direct_fd >= 0,
             thread_model=ThreadModel.PARALLEL,
         )
 

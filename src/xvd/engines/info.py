@@ -26,6 +26,8 @@ class EngineInfo:
 
     size: bytes, a multiple of `logical_block_size`. Block sizes: bytes, powers of two, 512..65536.
     discard_granularity: bytes, 0 if it has no preference. tells_holes: whether `extents` works.
+    pins_pages: whether a read that is under way reaches the pages that it was begun with whatever
+    is done about them, as direct I/O does.
     """
 
     size: int
@@ -38,6 +40,7 @@ class EngineInfo:
     discard_granularity: int = 0
     discard_alignment: int = 0
     tells_holes: bool = False
+    pins_pages: bool = False
     thread_model: ThreadModel = ThreadModel.SERIAL
 
 

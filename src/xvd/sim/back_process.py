@@ -9,6 +9,7 @@ from typing import Any, Final
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
+from xvd.dataplane.loop.thread import Queue
 from xvd.engines.interface import Engine
 from xvd.errors import XvdError
 from xvd.sim.checkers import SECTOR
@@ -80,7 +81,7 @@ class BackProcess(Process):
 
     def change(self, wish: str, sectors: int, prng: Prng) -> None:
         """Change what an administrator may under a running daemon: "set", "resize", "pause",
-        "resume" or "swap"."""
+        "resume", "swap", or "abandon": swap and wait for nothing."""
         if self._server is None:
             return
         if wish == "set":
@@ -94,8 +95,17 @@ class BackProcess(Process):
                 "pause": lambda: device.life.pause(PATIENCE_S),
                 "resume": device.life.resume,
                 "swap": lambda: device.life.swap("other", PATIENCE_S),
+                "abandon": lambda: device.life.swap("other", PATIENCE_S, abandon=True),
             }
             self.spawn(self._try(work[wish]))
+
+    def has_left(self, queue: Queue) -> None:
+        """See `Process.has_left`: from now on its storage is another than the disk's."""
+        for device in self._server.devices.values() if self._server is not None else ():
+            if (connection := device.disk.connection) is not None:
+                for link, channel in zip(connection.links, connection.channels, strict=False):
+                    if link.queue is queue:
+                        self._storage.leave(channel)
 
     def go_on(self) -> None:
         """Let a paused disk go on."""

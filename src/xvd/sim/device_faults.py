@@ -4,8 +4,8 @@
 Beside what the queues suffer (faults.py): the store is slow, refuses a commit, or is lost to the
 backend; either process dies at any point of a handshake; a successor is set up in another way; a
 journal is lost or damaged; the toolstack attaches, detaches, resizes and changes settings at any
-moment, and pauses the disk and gives it other storage; the storage cannot be opened for a while;
-the guest is destroyed; the power fails.
+moment, and pauses the disk and gives it other storage; the storage cannot be opened for a while, or
+hangs; the guest is destroyed; the power fails.
 """
 
 from dataclasses import dataclass, field
@@ -32,6 +32,7 @@ class DeviceFaults:
     journal: int = 0
     tool: int = 0
     no_storage: int = 0
+    hang: int = 0
     guest_end: int = 0
     spared: int = 1
     delays_ms: tuple[int, ...] = field(default=(0,))
@@ -52,6 +53,7 @@ class DeviceFaults:
             tool=prng.maybe(150, 600),
             delays_ms=prng.choose(((0,), (0, 0, 1), (0, 1, 20), (0, 0, 0, 3000))),
             no_storage=prng.maybe(300, 1000),
+            hang=prng.maybe(100, 400),
             guest_end=prng.maybe(800, 2000),
             spared=prng.choose((1, 20, 20)),
         )

@@ -41,11 +41,11 @@ _SECOND_NS = 1_000_000_000
 
 _WISHES = (
     "attach", "detach", "force", "resize", "resize", "set", "pause", "resume", "resume", "swap",
-    "swap",
+    "swap", "abandon", "abandon",
 )  # fmt: skip
 _FAULTS = (
     "back_death", "front_death", "power_loss", "store_loss", "journal", "tool", "no_storage",
-    "guest_end",
+    "hang", "guest_end",
 )  # fmt: skip
 
 
@@ -374,6 +374,8 @@ class DeviceWorld:
         if self._front is not None and (self._front.over or not self._front.alive):
             self._retire(self._front)
             self._front = None
+        if self._quiet:
+            self._storage.revive()
         if self._quiet and self._back is not None:
             self._back.go_on()
         if self._closing:
@@ -465,6 +467,16 @@ class DeviceWorld:
         """Let whoever opens the storage from now on find none, or find it again."""
         self._storage.missing = not self._storage.missing
         self._causes += 1
+
+    def _suffer_hang(self) -> None:
+        """Let the storage end nothing; then an administrator leaves it, or it goes on."""
+        self._causes += 1
+        if not self._storage.hangs:
+            self._storage.hang()
+        elif self._back is not None and self._back.alive and not self._prng.chance(4):
+            self._back.change("abandon", 0, self._prng)
+        else:
+            self._storage.revive()
 
     def _suffer_guest_end(self) -> None:
         """Destroy the guest's domain, whatever the others do."""

@@ -24,7 +24,8 @@ from xvd.types import Domid
 from xvd.xenbus.runner import OnExit, Runner
 
 _T = TypeVar("_T")
-_WORKED, _DRAINED, _EXCHANGED = StepFlag.WORKED, StepFlag.DRAINED, StepFlag.EXCHANGED
+_WORKED, _DRAINED = StepFlag.WORKED, StepFlag.DRAINED
+_MOVED = StepFlag.WORKED | StepFlag.EXCHANGED | StepFlag.LEFT
 _ROUNDS_MAX, _CANCELS_MAX = 1000, 10
 
 
@@ -88,7 +89,9 @@ class SteppedRunner:
         if flags & _DRAINED:
             self._end()
             return flags
-        self.awake = bool(flags & (_WORKED | _EXCHANGED)) or not self._stepped.may_sleep()
+        if flags & StepFlag.LEFT:
+            self._process.has_left(self._queue)
+        self.awake = bool(flags & _MOVED) or not self._stepped.may_sleep()
         self.due_ns = min(filter(None, (now_ns + self._watchdog_ns, self._stepped.due_ns)))
         return flags
 
@@ -149,6 +152,9 @@ class Process:
 
         self.calls.append(do)
         return await outcome
+
+    def has_left(self, queue: Queue) -> None:
+        """A queue of its has left its ring, and its storage what that had."""
 
     # ---- The end ----
 

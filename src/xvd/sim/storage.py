@@ -6,8 +6,10 @@ by sector. The disk grows and shrinks; what is cut off is zero when it comes bac
 """
 
 import errno
+from typing import NamedTuple
 
 from xvd.engines.bridge import BridgeChannel, Operation
+from xvd.engines.info import Channel
 from xvd.engines.memory import MemoryEngine
 from xvd.errors import EngineError
 from xvd.sim.checkers import SECTOR
@@ -15,6 +17,11 @@ from xvd.sim.prng import Prng
 
 MISSING = "the simulated storage is not there"
 """Why it cannot be opened."""
+
+
+class _Held(NamedTuple):
+    channel: BridgeChannel
+    operation: Operation
 
 
 class SimStorage:
@@ -30,7 +37,9 @@ class SimStorage:
         self._prng = prng
         self._engine = MemoryEngine(sectors_max * SECTOR)
         self._channels: list[BridgeChannel] = []
-        self._held: list[Operation] = []
+        self._held: list[_Held] = []
+        self._left: list[Channel] = []
+        self._hanging: list[Channel] = []
         self._on_medium: dict[int, bytes] = {}
         """Of each sector that the cache holds another content of."""
 
@@ -46,14 +55,39 @@ class SimStorage:
 
     @property
     def held(self) -> int:
-        """Operations submitted and not ended, after taking in what is new."""
+        """Operations that may end now, after taking in what is new."""
+        return len(self._free())
+
+    def _free(self) -> "list[_Held]":
         for channel in self._channels:
-            self._held += channel.take()
-        return len(self._held)
+            self._held += [_Held(channel, operation) for operation in channel.take()]
+        return [one for one in self._held if one.channel not in self._hanging]
+
+    @property
+    def hangs(self) -> bool:
+        """Whether nothing ends that the disk has asked for."""
+        return any(channel not in self._left for channel in self._hanging)
+
+    def hang(self) -> None:
+        """Let nothing end by the ways in that there are, until `revive`."""
+        self._hanging = list(self._channels)
+
+    def revive(self) -> None:
+        """Let everything end again."""
+        self._hanging.clear()
+
+    def leave(self, channel: Channel) -> None:
+        """Let what came by this be another storage's from now on: it changes nothing here, and what
+        is read is of no use to anybody."""
+        self._left.append(channel)
 
     def finish_one(self, error_one_in: int) -> str:
         """End one of the held operations; what was done, for the trace."""
-        operation = self._held.pop(self._prng.below(len(self._held)))
+        one = self._prng.choose(self._free())
+        self._held.remove(one)
+        channel, operation = one
+        if channel in self._left:
+            return _end_late(operation)
         if not self._inside(operation):
             operation.complete(errno.EINVAL)
             return f"{operation.kind} refused"
@@ -81,11 +115,13 @@ class SimStorage:
 
     def backend_died(self) -> None:
         """Let what was under way happen, or not, or in part; a successor begins after that."""
-        for operation in self._held if self.held else ():
-            if self._inside(operation) and self._prng.chance(2):
+        self._hanging.clear()
+        for channel, operation in self._free():
+            if channel not in self._left and self._inside(operation) and self._prng.chance(2):
                 self._apply(operation, partly=self._prng.chance(2))
         self._held.clear()
         self._channels.clear()
+        self._left.clear()
 
     def power_lost(self) -> None:
         """After `backend_died`: of what no flush covers, each sector is as it was, or is not."""
@@ -126,3 +162,12 @@ class SimStorage:
                 self._engine.write(part, at)
             at += len(part)
             left -= len(part)
+
+
+def _end_late(operation: Operation) -> str:
+    """End an operation that nobody waits for any more, with nonsense for who would believe it."""
+    if operation.kind == "read":
+        for buffer in operation.buffers():
+            buffer[:] = b"\xee" * len(buffer)
+    operation.complete()
+    return f"{operation.kind} too late"

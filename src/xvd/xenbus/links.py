@@ -11,12 +11,13 @@ nothing else; each has a runner, counters and, at the backend, a journal of its 
 d4bf0065).
 """
 
+import asyncio
 import contextlib
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from xvd.blkif.abi import Abi, nr_ents
 from xvd.blkif.nodes import QueueConfig
@@ -29,7 +30,7 @@ from xvd.dataplane.ring.ring import FrontRing
 from xvd.dataplane.types import HasPorts
 from xvd.machine.interface import EventChannel, Machine, SharedPages
 from xvd.types import Domid
-from xvd.xenbus.runner import Runner, Runtime
+from xvd.xenbus.runner import THREADS, Runner, Runtime
 
 _Q = TypeVar("_Q", BackendQueue, FrontQueue)
 
@@ -62,6 +63,11 @@ class Link(ABC, Generic[_Q]):
         self._undo.close()
 
     @property
+    def has_left(self) -> bool:
+        """Whether the queue has left the ring, and has no successor yet."""
+        return False
+
+    @property
     @abstractmethod
     def fault(self) -> str:
         """The peer's deed that no connection survives, in words; mostly empty."""
@@ -90,6 +96,11 @@ class BackLink(Link[BackendQueue]):
     def fault(self) -> str:
         """See `Link.fault`."""
         return "the frontend broke the ring: indices out of bounds" if self.queue.broken else ""
+
+    @property
+    def has_left(self) -> bool:
+        """See `Link.has_left`."""
+        return self.queue.has_left
 
     def prepare(
         self,
@@ -157,6 +168,11 @@ class Links(Generic[_L]):
         self.links: list[_L] = []
         self.failure = ""
         self._on_exit: Callable[[], None] = _tell_nobody
+        self._is_draining = False
+        self._name = ""
+        self._runtime: Runtime = THREADS
+        self._options = LoopOptions()
+        self._leavers: dict[Any, asyncio.Future[None]] = {}
 
     def start(
         self,
@@ -172,10 +188,10 @@ class Links(Generic[_L]):
         So does one that cannot be run; OSError is raised where that is the first, and none runs.
         """
         self._on_exit = on_exit
+        self._name, self._runtime, self._options = name, runtime, options
         for number, (link, queue) in enumerate(zip(self.links, queues, strict=False)):
-            its_name = f"{name}-{number}" if len(self.links) > 1 else name
             try:
-                link.runner = runtime.run(queue, its_name, partial(self._ended, link), options)
+                link.runner = self._run(number, queue)
             except OSError as error:
                 if number == 0:
                     raise
@@ -183,7 +199,40 @@ class Links(Generic[_L]):
                 self.give_up()
                 return
 
-    def _ended(self, link: _L, failure: Exception | None) -> None:
+    def _run(self, number: int, queue: Queue) -> Runner:
+        name = f"{self._name}-{number}" if len(self.links) > 1 else self._name
+        ended = partial(self._ended, self.links[number], queue)
+        return self._runtime.run(queue, name, ended, self._options)
+
+    def leaves(self, queue: Queue) -> asyncio.Future[None]:
+        """Expect a queue to leave its ring, which is not the end of its link; done when it has
+        ended. `succeed` is due, or `end_left`."""
+        self._leavers[queue] = asyncio.get_running_loop().create_future()
+        return self._leavers[queue]
+
+    def succeed(self, number: int, queue: Queue) -> None:
+        """Run this in the place of one that has left its ring. Raises OSError if that cannot be."""
+        self.links[number].runner = None
+        self.links[number].runner = runner = self._run(number, queue)
+        if self._is_draining:
+            runner.drain()
+
+    def end_left(self, why: str = "") -> None:
+        """End all: of those that have left their rings some have no successor."""
+        self.failure = self.failure or why
+        for link in self.links:
+            if link.has_left:
+                link.runner = None
+        if self.running:
+            self.give_up()
+        else:
+            self._on_exit()
+
+    def _ended(self, link: _L, queue: Queue, failure: Exception | None) -> None:
+        if (left := self._leavers.pop(queue, None)) is not None:
+            left.set_result(None)
+            if link.queue is not queue or link.has_left:
+                return
         link.runner = None
         why = link.fault or ("" if failure is None else str(failure))
         self.failure = self.failure or why
@@ -203,6 +252,7 @@ class Links(Generic[_L]):
 
     def drain(self) -> None:
         """Finish what is in flight on every ring and nothing more; ends in `on_exit`."""
+        self._is_draining = True
         for link in self.links:
             if link.runner is not None:
                 link.runner.drain()

@@ -6,8 +6,8 @@ Here each has a thread of its own. Whoever moves the time himself has steps in t
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, Protocol, TypeVar
 
 from xvd.dataplane.loop.thread import LoopOptions, Queue, QueueThread
 from xvd.dataplane.types import HasPorts
@@ -85,6 +85,16 @@ async def in_own_thread(call: Callable[..., _T], *arguments: object) -> _T:
     finally:
         if not outcome.cancelled():
             thread.join()  # it has told us, and has nothing more to do
+
+
+_LEFT_ALONE: "Final[set[asyncio.Future[None]]]" = set()
+
+
+def leave_alone(wait: Coroutine[Any, Any, None] | asyncio.Future[None]) -> None:
+    """Let a wait for storage go on that may never answer, and that nobody waits for."""
+    future = asyncio.ensure_future(wait)
+    _LEFT_ALONE.add(future)
+    future.add_done_callback(_LEFT_ALONE.discard)
 
 
 class Threads:

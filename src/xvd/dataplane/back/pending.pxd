@@ -28,6 +28,7 @@ cdef enum halting:
     PAUSED = 1
     HELD = 2
     STOPPING = 3                 # for good
+    LEAVING = 4                  # and whatever is in flight: leaving.pxd
 
 cdef enum recovery:
     RECOVERED = 0
@@ -81,6 +82,7 @@ cdef struct backend_queue:
     engine_ports *other_engine   # takes the place of `engine` when nothing is in flight
     int rest_fd                  # written to when a halted queue has nothing in flight; -1: none
     uint32_t rested              # 1: that was done
+    uint32_t has_left            # 1: the ring is its successor's
     uint32_t broken
     uint32_t withdrawn           # bits of `limits.offered` that the storage turned out not to do
     uint64_t resume_ns           # nothing is taken before; 0: no pause

@@ -26,18 +26,20 @@ from xvd.dataplane.back.grants cimport purge, purge_all, resolve, unmap
 from xvd.dataplane.back.indirect cimport fetch_indirect
 from xvd.dataplane.back.journal cimport (
     ENTRY_TAKEN, KIND_MASK, begin_journal, entries_of, fault_of, journal_header)
+from xvd.dataplane.back.leaving cimport is_pinned, leave_ring
 from xvd.dataplane.back.pending cimport (
-    COPIES, GRANTS_PER_REQUEST, HELD, PAUSED, RUNNING, SETS, STOPPING, TAKING_OVER, backend_queue,
-    pending)
+    COPIES, GRANTS_PER_REQUEST, HELD, LEAVING, PAUSED, RUNNING, SETS, STOPPING, TAKING_OVER,
+    backend_queue, pending)
 from xvd.dataplane.back.persistent cimport NOBODY, close_book, open_book, persistent_grant
 from xvd.dataplane.back.space cimport LARGE_SEGMENTS, SEGMENT_BYTES, close_pool, open_pool, space
 from xvd.dataplane.back.storage cimport collect, publish_responses, refuse_marked, start, use_space
 from xvd.dataplane.back.taking cimport admit, forget_limits, recover, take
 from xvd.dataplane.back.throttle cimport Throttle
-from xvd.dataplane.c cimport monotonic_ns, xvd_clear_bits, xvd_store64, xvd_store_release
+from xvd.dataplane.c cimport (
+    monotonic_ns, xvd_clear_bits, xvd_load_acquire, xvd_store64, xvd_store_release)
 from xvd.dataplane.latency cimport kind_figures, latency_lists
 from xvd.dataplane.ports cimport (
-    engine_io, engine_of, events_of, grant_copy, grant_mapping, grants_of, wrap)
+    engine_io, engine_of, event_ports, events_of, grant_copy, grant_mapping, grants_of, wrap)
 from xvd.dataplane.ring.ring cimport (
     back_attach, back_final_check, back_has_news, back_resume, back_take, check_ring, gap_of)
 
@@ -64,6 +66,23 @@ cdef uint32_t large_spaces(uint32_t nr_ents, uint32_t indirect_max) noexcept nog
     if indirect_max == 0:
         return 0
     return min(nr_ents, max(<uint32_t>1, <uint32_t>LARGE_SEGMENTS // indirect_max))
+
+
+# ---- An event channel that nobody is on ------------------------------------------------------
+
+cdef void notify_nobody(void *ctx) noexcept nogil:
+    pass
+
+
+cdef int acknowledge_nothing(void *ctx, void *io_uring) noexcept nogil:
+    return 1
+
+
+cdef event_ports nowhere
+nowhere.ctx = NULL
+nowhere.fd = -1
+nowhere.notify = notify_nobody
+nowhere.acknowledge = acknowledge_nothing
 
 
 # ---- The step --------------------------------------------------------------------------------
@@ -114,6 +133,8 @@ cdef uint32_t step(void *ctx, uint32_t budget) noexcept nogil:
         resolve(q)
         refuse_marked(q)
         start(q)
+    elif q.halt == LEAVING:
+        return leave_ring(q, &nowhere)
     moved += collect(q)
     publish_responses(q)
     shrink(q)
@@ -137,6 +158,9 @@ cdef uint64_t when_due(const backend_queue *q) noexcept nogil:
 
 cdef int may_sleep(void *ctx) noexcept nogil:
     cdef backend_queue *q = <backend_queue *>ctx
+    if q.halt == LEAVING:
+        q.due_ns = 0
+        return q.has_left and q.in_flight > 0
     q.due_ns = when_due(q)
     if q.broken or q.halt == STOPPING:
         return q.in_flight > 0
@@ -311,7 +335,8 @@ cdef class BackendQueue:
 
     def stop(self):
         """Take no more requests; those taken are finished by further steps. Any thread."""
-        self.q.halt = STOPPING
+        if self.q.halt != LEAVING:
+            self.q.halt = STOPPING
 
     def pause(self, int rest_fd=-1):
         """Take no more requests until `resume`; those taken are finished. Any thread; wake its own.
@@ -319,7 +344,7 @@ cdef class BackendQueue:
         rest_fd: an eventfd that is written to when nothing is in flight any more, and after an
         `exchange`; the caller's, and to be kept until `resume`. A queue that was to stop does that.
         """
-        if self.q.halt == STOPPING:
+        if self.q.halt >= STOPPING:
             return
         self.q.rest_fd = rest_fd
         self.q.rested = 0
@@ -327,7 +352,7 @@ cdef class BackendQueue:
 
     def resume(self):
         """Take requests again, and begin again what was put back. Any thread; wake its own."""
-        if self.q.halt != STOPPING:
+        if self.q.halt < STOPPING:
             self.q.rest_fd = -1
             xvd_store_release(&self.q.halt, RUNNING)
 
@@ -361,8 +386,34 @@ cdef class BackendQueue:
         """Whether the last `exchange` is done: nothing refers to the storage before it."""
         return self.q.other_engine == NULL
 
+    @property
+    def is_pinned(self):
+        """Whether the storage reads into pages of the frontend's. Any thread, while it is paused.
+        """
+        return is_pinned(&self.q)
+
+    def leave(self):
+        """Leave the ring, the journal and the event channel to a successor on the same journal,
+        though the storage still has requests, and never touch a page of the frontend's again.
+
+        Only of a paused queue, and not if storage that pins pages `is_pinned`. The successor may
+        begin when this one `has_left`. Then it only waits for the storage, and is drained when that
+        has ended all; until then keep that. Any thread; wake its own.
+        """
+        if self.q.halt != PAUSED:
+            raise LocalProtocolError("only a paused queue leaves its ring")
+        xvd_store_release(&self.q.halt, LEAVING)
+
+    @property
+    def has_left(self):
+        """Whether its ring is a successor's."""
+        return bool(xvd_load_acquire(&self.q.has_left))
+
     def release(self):
-        """Unmap what was kept between requests. Only when nothing steps the queue any more."""
+        """Unmap what was kept between requests. Only when nothing steps the queue any more, or it
+        has left its ring: then there is nothing."""
+        if self.q.halt == LEAVING:
+            return
         self.q.broken = 1
         if self.q.persistent:
             purge_all(&self.q)

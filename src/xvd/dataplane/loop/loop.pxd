@@ -14,7 +14,8 @@ cdef enum wake_tag:
     TAG_CONTROL = 2              # `wake`, `finish`
     TAG_ENGINE = 3               # the engine's own descriptor
     TAG_EXCHANGED = 4            # the end of the poll of an earlier engine's
-    TAG_LAST = 4
+    TAG_LEFT = 5                 # the end of the event channel's poll
+    TAG_LAST = 5
 
 cdef struct loop_state:
     io_uring ring

@@ -24,7 +24,7 @@ from libc.errno cimport EINTR, ENOENT, ETIME
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from posix.unistd cimport close, read, write
 
-from xvd.dataplane.abi cimport STEP_BROKEN, STEP_DRAINED, STEP_EXCHANGED, STEP_WORKED
+from xvd.dataplane.abi cimport STEP_BROKEN, STEP_DRAINED, STEP_EXCHANGED, STEP_LEFT, STEP_WORKED
 from xvd.dataplane.c cimport monotonic_ns, xvd_exchange32, xvd_pause, xvd_store_release
 from xvd.dataplane.liburing cimport (
     IORING_CQE_F_MORE, IORING_SETUP_CLAMP, __kernel_timespec, io_uring_cq_ready, io_uring_cqe,
@@ -117,11 +117,24 @@ cdef void change_storage(loop_state *s) noexcept nogil:
     s.stepper.engine.attach(s.stepper.engine.ctx, &s.ring)
 
 
+cdef void leave_channel(loop_state *s) noexcept nogil:
+    """Hear of no event any more, and have nothing under way that would take one from others."""
+    cdef io_uring_sqe *sqe
+    io_uring_submit(&s.ring)     # an acknowledgement may wait there
+    sqe = io_uring_get_sqe(&s.ring)
+    io_uring_prep_cancel64(sqe, TAG_EVENT, 0)
+    io_uring_sqe_set_data64(sqe, TAG_LEFT)
+    io_uring_submit(&s.ring)
+    s.event = 0
+
+
 cdef void dispatch(loop_state *s, io_uring_cqe *cqe) noexcept nogil:
     cdef uint64_t tag = cqe.user_data
     cdef completion *told = <completion *>tag
     if tag > TAG_LAST:
         told.done(told, cqe.res)
+        return
+    if tag == TAG_LEFT:
         return
     if tag == TAG_EXCHANGED:
         if cqe.res == -ENOENT:   # there was no poll whose end would have it armed again
@@ -130,7 +143,7 @@ cdef void dispatch(loop_state *s, io_uring_cqe *cqe) noexcept nogil:
     if not cqe.flags & IORING_CQE_F_MORE:
         s.unarmed |= <uint32_t>1 << tag
     if tag == TAG_EVENT:
-        s.event = 1
+        s.event = fd_of(s, TAG_EVENT) >= 0
     elif tag > 0 and cqe.res > 0:
         drain_fd(fd_of(s, <uint32_t>tag))
         if tag == TAG_CONTROL:
@@ -263,10 +276,13 @@ cdef int run(loop_state *s) noexcept nogil:
     cdef int rc
     while not s.leave:
         flags = s.stepper.step(s.stepper.ctx, s.budget)
-        if flags & (STEP_DRAINED | STEP_EXCHANGED):
+        if flags & (STEP_DRAINED | STEP_EXCHANGED | STEP_LEFT):
             if flags & STEP_DRAINED:
                 return 0
-            change_storage(s)
+            if flags & STEP_LEFT:
+                leave_channel(s)
+            else:
+                change_storage(s)
             continue
         s.worked |= flags & STEP_WORKED
         arm(s)

@@ -54,6 +54,7 @@ class Cow(Layer):
             super().info, read_only=False, can_flush=True,
             can_discard=self.over.info.can_discard, can_secure_discard=False,
             discard_granularity=self.over.info.discard_granularity,
+            pins_pages=self.lower.info.pins_pages or self.over.info.pins_pages,
             thread_model=self.over.info.thread_model,
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ from xvd.dataplane.c cimport DEBUG_ASSERT
 from xvd.dataplane.ports cimport grant_copy, grant_mapping, grant_ports, granter_ports, wrap
 from xvd.machine.emulated.shared cimport (
     DomainState, claim_track, domain_state, free_track, grant, maptrack, pin, revoke, unpin)
+from xvd.machine.pages cimport replace_pages
 
 from xvd.errors import GrantError
 
@@ -95,15 +96,13 @@ cdef int32_t map_page(foreign *f, uint32_t gref, uint8_t *at, bint writable, uin
     return GNTST_OKAY
 
 
-cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
-                      uint32_t mapped) noexcept nogil:
-    """Take the pages away first, then tell the granter's table that they are gone.
+cdef void forget_chain(foreign *f, uint32_t first, uint32_t mapped) noexcept nogil:
+    """Tell the granter's table that pages are gone, which have to be.
 
     Tracks that are not ours any more were given back with the machine, and the rest of the chain
     with them; they may be anybody's by now.
     """
     cdef uint32_t index = first, following, i
-    munmap(base, <size_t>count * f.stride)
     for i in range(mapped):
         if f.mapper.tracks[index].claim >> 16 != f.session:
             return
@@ -112,6 +111,12 @@ cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
         free_track(&f.mapper.tracks[index])
         index = following
     f.unmapped += mapped
+
+
+cdef void unmap_chain(foreign *f, uint8_t *base, uint32_t count, uint32_t first,
+                      uint32_t mapped) noexcept nogil:
+    munmap(base, <size_t>count * f.stride)
+    forget_chain(f, first, mapped)
 
 
 cdef void map_set(foreign *f, grant_mapping *wanted, uint8_t *base) noexcept nogil:
@@ -149,6 +154,14 @@ cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
     for i in range(n):
         unmap_chain(<foreign *>ctx, sets[i].base, sets[i].count, <uint32_t>sets[i].handle,
                     sets[i].count)
+
+
+cdef void replace_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
+    cdef foreign *f = <foreign *>ctx
+    cdef uint32_t i
+    for i in range(n):
+        replace_pages(sets[i].base, <size_t>sets[i].count * f.stride)
+        forget_chain(f, <uint32_t>sets[i].handle, sets[i].count)
 
 
 cdef void copy_one(foreign *f, grant_copy *op) noexcept nogil:
@@ -212,6 +225,7 @@ cdef class EmulatedForeignGrants:
         self.table.map = map_sets
         self.table.unmap = unmap_sets
         self.table.copy = copy_all
+        self.table.replace = replace_sets
 
     def __dealloc__(self):
         free(self.f.faults)

@@ -20,6 +20,7 @@ from xvd.dataplane.abi cimport (
     BLKIF_MAX_INDIRECT_SEGMENTS, GNTST_BAD_COPY_ARG, GNTST_EAGAIN, GNTST_GENERAL_ERROR,
     GNTST_NO_SPACE, GNTST_OKAY, XEN_PAGE_SIZE)
 from xvd.dataplane.ports cimport grant_copy, grant_mapping, grant_ports, wrap
+from xvd.machine.pages cimport replace_pages
 from xvd.machine.xen.devices cimport (
     XVD_COPY_DEST_GREF, XVD_COPY_SOURCE_GREF, XVD_GNTDEV_COPY, XVD_GNTDEV_MAP, XVD_GNTDEV_UNMAP,
     ioctl, xvd_copy_grants, xvd_copy_segment, xvd_copy_side, xvd_grant_ref, xvd_map_grants,
@@ -126,6 +127,15 @@ cdef void unmap_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
         f.unmapped += sets[i].count
 
 
+cdef void replace_sets(void *ctx, grant_mapping *sets, uint32_t n) noexcept nogil:
+    cdef foreign *f = <foreign *>ctx
+    cdef uint32_t i
+    for i in range(n):
+        replace_pages(sets[i].base, <size_t>sets[i].count * f.stride)
+        forget(f, sets[i].handle, sets[i].count)
+        f.unmapped += sets[i].count
+
+
 cdef void prepare(foreign *f, grant_copy *op, xvd_copy_segment *s) noexcept nogil:
     cdef xvd_copy_side *local = &s.source if op.to_grant else &s.dest
     cdef xvd_copy_side *granted = &s.dest if op.to_grant else &s.source
@@ -199,6 +209,7 @@ cdef class XenForeignGrants:
         self.table.map = map_sets
         self.table.unmap = unmap_sets
         self.table.copy = copy_all
+        self.table.replace = replace_sets
 
     def __dealloc__(self):
         if self.f.fd >= 0:
