@@ -33,11 +33,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "__init__": ("embed", "frontend"),  # the names that `import xvd` gives
     "embed": ("backend", "frontend", "xenbus", "engines", "machine", "toolstack", "blkif"),
     "cli": (
-        *("embed", "backend", "frontend", "export", "sim", "bench"),
+        *("embed", "backend", "frontend", "export", "sim", "bench", "service"),
         *("engines", "xenbus", "machine", "blkif", "toolstack"),
     ),
     "bench": (*ABOVE, "toolstack"),
     "sim": (*ABOVE, "toolstack"),
+    "service": (*ABOVE, "export", "toolstack"),
     # The compiled transmission fills a table, as a fast engine does, for its disk's queues.
     "export": ("frontend", "dataplane.ports", "dataplane.abi", "dataplane.c"),
     "backend": (*ENDS, "engines.live"),

@@ -18,6 +18,13 @@ from xvd.backend.settings import Settings as BackendSettings  # noqa: E402
 from xvd.blkif.features import FEATURES  # noqa: E402
 from xvd.blkif.operations import OPERATIONS  # noqa: E402
 from xvd.frontend.settings import Settings as FrontendSettings  # noqa: E402
+from xvd.service.metrics import (  # noqa: E402
+    DAEMON_LABELS,
+    DAEMON_METRICS,
+    DISK_METRICS,
+    EXPORTER_METRICS,
+    Metric,
+)
 from xvd.xenbus.settings import Setting, SettingsBase  # noqa: E402
 
 
@@ -83,11 +90,27 @@ def features() -> str:
     return rows(["node", "published with", "if it has", "offers", "stands for a successor"], body)
 
 
+def metrics(of: Sequence[Metric], common: Sequence[str] = ()) -> str:
+    """Return a table of what is exported to Prometheus; common: labels to name in each row."""
+    body = [
+        (
+            f"`{metric.name}`", metric.kind,
+            ", ".join(f"`{label}`" for label in (*common, *metric.labels)),
+            metric.help, metric.origin,
+        )
+        for metric in of
+    ]  # fmt: skip
+    return rows(["metric", "type", "labels", "what it is", "figure of"], body)
+
+
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "backend settings": ("docs/settings.md", lambda: settings(BackendSettings, IoTune.table())),
     "limits": ("docs/settings.md", lambda: settings(IoTune)),
     "frontend settings": ("docs/settings.md", lambda: settings(FrontendSettings)),
     "features": ("docs/protocol.md", features),
+    "metrics of disks": ("docs/metrics.md", lambda: metrics(DISK_METRICS)),
+    "metrics of daemons": ("docs/metrics.md", lambda: metrics(DAEMON_METRICS, DAEMON_LABELS)),
+    "metrics of the host": ("docs/metrics.md", lambda: metrics(EXPORTER_METRICS)),
 }
 """The page and the table of each mark."""
 

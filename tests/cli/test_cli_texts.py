@@ -134,7 +134,7 @@ ARGUMENTS = {
     "disk": ["info", "1", "xvda"],
 }  # fmt: skip
 SILENT = ("attach", "detach", "pause", "resume", "swap", "snapshot")
-LASTING = ("host", "backend", "nbd")
+LASTING = ("host", "backend", "nbd", "exporter")
 
 
 @pytest.mark.parametrize("how", [">&-", ">/dev/full", "| head -c 0"])
@@ -171,6 +171,12 @@ MISTAKES = [
     (("backend", "--kind", "vdb"), "there is no kind 'vdb'; there are vbd, vbd3"),
     (("load", "--mode", "mapped"), "there are persistent, mapping, copy"),
     (("set", "max_queue=1"), "max_queues"),
+    (("exporter", "--listen", "0.0.0.0:0"), "reads the figures of every guest"),
+    (("exporter", "--listen", ""), "HOST:PORT, PORT or unix:PATH"),
+    (("exporter", "--listen", "nowhere"), "write HOST:PORT"),
+    (("exporter", "--listen", "unix:/nonexistent/x"), "cannot listen there"),
+    (("exporter", "--textfile", "xvd.txt"), "name it NAME.prom"),
+    (("exporter", "--interval", "5"), "scrape_interval"),
     (("attach", "1", "vdev=xvdd,acess=r,target=null:1M"), "access"),
     (("attach", "1", "vdev=xvdd,access=x,target=null:1M"), "there are r, ro, w, rw"),
 ]  # fmt: skip

@@ -47,6 +47,7 @@ VERBS: Final = {
     "nbd": "nbd.nbd",
     "stats": "stats.stats",
     "top": "top.top",
+    "exporter": "exporter.exporter",
     "load": "load.load",
     "bench": "bench.bench",
     "sim": "sim.sim",

@@ -10,7 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
@@ -187,10 +187,14 @@ def stderr() -> Console:
     return Console(stderr=True, quiet=not sys.stderr.isatty())
 
 
-def parse_tcp(text: str, *, allow_remote: bool) -> tuple[str, int] | None:
+NBD_DANGER: Final = "NBD is unauthenticated and unencrypted: whoever reaches the port owns the disk"
+
+
+def parse_tcp(text: str, *, allow_remote: bool, danger: str = NBD_DANGER) -> tuple[str, int] | None:
     """The address in ``HOST:PORT`` or ``PORT`` (then on loopback); None for nothing.
 
     Raises `ConfigError` for one that others than this machine reach, unless that is allowed.
+    danger: what whoever reaches it can do, in words.
     """
     if not text:
         return None
@@ -199,7 +203,6 @@ def parse_tcp(text: str, *, allow_remote: bool) -> tuple[str, int] | None:
         raise ConfigError(f"{text!r} is no address; write HOST:PORT, or PORT for loopback")
     host = host.strip("[]") or "127.0.0.1"
     if not _is_loopback(host):
-        danger = "NBD is unauthenticated and unencrypted: whoever reaches the port owns the disk"
         if not allow_remote:
             raise ConfigError(f"{text}: {danger}; export on loopback, or say --allow-remote")
         sys.stderr.write(f"xvd: warning: {text}: {danger}\n")

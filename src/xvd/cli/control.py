@@ -9,12 +9,14 @@ import contextlib
 import inspect
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from xvd import __version__
 from xvd.errors import ConfigError, PeerClosed, XvdError, describe
 from xvd.files import own_directory
 from xvd.sockets import UnixListener, claim
@@ -42,12 +44,15 @@ class DaemonError(XvdError):
 class ControlServer:
     """Answers calls of `methods`, with params by name; everything in the event loop's thread.
 
-    A method may be a coroutine function. `XvdError` and OSError become the call's error.
+    A method may be a coroutine function. `XvdError` and OSError become the call's error. Beside
+    `methods` each daemon tells what it is (``about``) and what it may be asked.
     """
 
     def __init__(self, methods: dict[str, Callable[..., object]]) -> None:
         self._methods: dict[str, Callable[..., object]] = dict(methods)
         self._methods["rpc_get_methods"] = lambda: sorted(self._methods)
+        about = {"version": __version__, "pid": os.getpid(), "started_s": time.time()}
+        self._methods["about"] = lambda: about
         self._server: asyncio.Server | None = None
         self._listener: UnixListener | None = None
 

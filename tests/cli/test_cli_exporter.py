@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``xvd exporter`` over real daemons, living, dead and hung."""
+
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from xvd_process import Daemon, FourProcesses, run_xvd
+
+pytestmark = pytest.mark.slow
+
+DISK = 'domain="1",name="guest-1",vdev="xvda"'
+
+
+@pytest.fixture
+def four(tmp_path: Path) -> Iterator[FourProcesses]:
+    with FourProcesses(tmp_path, "memory:16M") as processes:
+        yield processes
+
+
+@pytest.fixture
+def exporter(four: FourProcesses) -> Iterator[Daemon]:
+    with Daemon("exporter", "--listen", "0", "--host", str(four.directory)) as daemon:
+        yield daemon
+
+
+def scrape(exporter: Daemon) -> str:
+    with urllib.request.urlopen(exporter.line, timeout=60) as answer:
+        return str(answer.read(), "utf-8")
+
+
+def test_figures_are_what_was_done(four: FourProcesses, exporter: Daemon, requires_tool) -> None:
+    assert f"xvd_disk_read_bytes_total{{{DISK}}} 0.0\n" in scrape(exporter)
+    subprocess.run(
+        [requires_tool("qemu-io"), "-f", "raw", "-c", "write 0 1M", "-c", "read 0 2M", four.uri],
+        check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    text = scrape(exporter)
+
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/metrics", exporter.line)
+    assert f"xvd_disk_read_bytes_total{{{DISK}}} 2.097152e+06\n" in text
+    assert 'xvd_up{daemon="backend-0"} 1.0\n' in text
+    assert 'xvd_up{daemon="nbd-1-51712"} 1.0\n' in text
+    assert 'xvd_exporter_errors_total{what="names"} 0.0\n' in text
+    assert exporter.stop() == 0
+
+
+def test_prometheus_finds_nothing_to_mend(exporter: Daemon, requires_tool) -> None:
+    text = scrape(exporter)
+
+    done = subprocess.run(
+        [requires_tool("promtool"), "check", "metrics"],
+        input=text, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_daemon_that_hangs_or_is_dead_is_down_and_no_error(
+    four: FourProcesses, exporter: Daemon
+) -> None:
+    four.nbd.kill()
+    four.backend.process.send_signal(signal.SIGSTOP)
+
+    text = scrape(exporter)
+
+    assert 'xvd_up{daemon="backend-0"} 0.0\n' in text
+    assert 'xvd_up{daemon="nbd-1-51712"} 0.0\n' in text
+    assert "xvd_disk_read_bytes_total{" not in text
+
+
+def test_a_host_that_is_not_there_has_no_daemons(tmp_path: Path) -> None:
+    with Daemon("exporter", "--listen", "0", "--host", str(tmp_path / "none")) as exporter:
+        text = scrape(exporter)
+
+    assert "xvd_daemons 0.0\n" in text
+
+
+def test_what_is_no_socket_is_no_daemon(four: FourProcesses, exporter: Daemon) -> None:
+    (four.directory / "control" / ".backend-1.new").mkdir()
+
+    assert "xvd_daemons 2.0\n" in scrape(exporter)
+
+
+def test_a_unix_socket_is_removed_at_the_end(four: FourProcesses, tmp_path: Path) -> None:
+    path = tmp_path / "exporter.sock"
+    with Daemon("exporter", "--listen", f"unix:{path}", "--host", str(four.directory)) as exporter:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            connection = http.client.HTTPConnection("localhost")
+            connection.sock = client
+            connection.request("GET", "/metrics")
+
+            assert b'xvd_up{daemon="backend-0"} 1.0\n' in connection.getresponse().read()
+        assert exporter.line == f"unix:{path}"
+        assert exporter.stop() == 0
+
+    assert not path.exists()
+
+
+def test_a_file_for_node_exporter(four: FourProcesses, tmp_path: Path) -> None:
+    path = tmp_path / "xvd.prom"
+
+    result = four.run("exporter", "--textfile", str(path))
+
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert 'xvd_up{daemon="backend-0"} 1.0\n' in path.read_text()
+
+
+def test_a_file_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
+    result = run_xvd("exporter", "--textfile", str(tmp_path / "none" / "xvd.prom"))
+
+    assert (result.returncode, result.stdout) == (1, "")
+    assert re.fullmatch(r"xvd: [^\n]+none/xvd\.prom[^\n]+\n", result.stderr), result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_is_written_again_and_again(four: FourProcesses, tmp_path: Path) -> None:
+    path = tmp_path / "xvd.prom"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "xvd.cli", "exporter", "--textfile", str(path), "--interval", "0.05",
+         "--host", str(four.directory)],
+    )  # fmt: skip
+    try:
+        for _ in range(2):  # it is there, and it comes again
+            while not path.exists():
+                assert process.poll() is None
+            path.unlink()
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
