@@ -3,7 +3,7 @@
 
 from typing import Any
 
-from xvd.cli.top import rates
+from xvd.cli.rates import rates
 
 
 def disk(**counters: Any) -> dict[str, Any]:

@@ -7,21 +7,19 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from xvd.backend.counters import BackCounters
 from xvd.cli import common, output, running
-from xvd.cli.daemons import ALIVE, Answer, ask_all
-from xvd.errors import PeerClosed
-from xvd.types import RING_SECTOR_SIZE
-from xvd.xenbus.counters import percentile
+from xvd.cli.daemons import ask_all, guest_names
+from xvd.cli.rates import Poll, Rates, polled, queues_between, rows_between
+from xvd.errors import PeerClosed, XvdError
 
 _COLUMNS: Final = (
     ("rd/s", "reads", "8.0f"), ("wr/s", "writes", "8.0f"),
@@ -32,104 +30,8 @@ _COLUMNS: Final = (
 )  # fmt: skip
 """Head, field and format of each column, the most important first: a narrow screen shows those."""
 _DISK: Final = "{:<10} {:<5}"
-_GONE: Final = "gone"
 _BACKENDS: Final = "backend-*"
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What one disk did between two polls.
-
-    Rates are for a second, latencies in microseconds over reads and writes; `kept_percent`: of the
-    grants that were used, how many were mapped already.
-    """
-
-    disk: str
-    reads: float
-    writes: float
-    read_mb: float
-    write_mb: float
-    p50_us: float
-    p99_us: float
-    in_flight: int
-    kept_percent: float
-    refused: float
-    errors: float
-
-
-def rates(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Rates:
-    """Compute rates from two of a disk's figures; a disk that is new has done it all since."""
-    a, b = (BackCounters.of(side.get("counters", {})) for side in (before, after))
-
-    def rate(old: int, new: int) -> float:
-        return max(0, new - old) / seconds
-
-    latency = [0] * 40
-    for kind in ("read", "write"):
-        new, old = (side.latency.get(kind, [0] * 40) for side in (b, a))
-        latency = [seen + n - o for seen, n, o in zip(latency, new, old, strict=True)]
-    hits = rate(a.persistent_hits, b.persistent_hits)
-    misses = rate(a.persistent_misses, b.persistent_misses)
-    return Rates(
-        disk=after["disk"],
-        reads=rate(a.rd_req, b.rd_req),
-        writes=rate(a.wr_req, b.wr_req),
-        read_mb=rate(a.rd_sect, b.rd_sect) * RING_SECTOR_SIZE / 1e6,
-        write_mb=rate(a.wr_sect, b.wr_sect) * RING_SECTOR_SIZE / 1e6,
-        p50_us=percentile(latency, 50) / 1000,
-        p99_us=percentile(latency, 99) / 1000,
-        in_flight=b.in_flight,
-        kept_percent=100 * hits / (hits + misses) if hits + misses else 0.0,
-        refused=rate(sum(a.refusals.values()), sum(b.refusals.values())),
-        errors=rate(a.storage_errors, b.storage_errors),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Poll:
-    """The figures of every disk by its directory, and how its daemon was at that time.
-
-    A daemon that does not live has the disks that it had when it did.
-    """
-
-    at: float
-    disks: dict[str, dict[str, Any]]
-    states: dict[str, str]
-
-    @property
-    def status(self) -> int:
-        """The exit status that this makes: 1 if something is not served."""
-        return 1 if any(state != ALIVE for state in self.states.values()) else 0
-
-
-def polled(before: Poll | None, answers: list[Answer], at: float) -> Poll:
-    """Merge these answers in: of the dead, what was known before."""
-    disks: dict[str, dict[str, Any]] = dict(before.disks) if before else {}
-    states = dict.fromkeys(disks, _GONE)
-    for answer in answers:
-        had = [path for path, disk in disks.items() if disk["daemon"] == answer.daemon]
-        if answer.state == ALIVE:
-            for path in had:
-                del disks[path], states[path]
-            new = {it["path"]: it | {"daemon": answer.daemon} for it in answer.result}
-            disks |= new
-            states |= dict.fromkeys(new, ALIVE)
-        elif had:
-            states |= dict.fromkeys(had, answer.state)
-        else:
-            states[answer.daemon] = answer.state
-    return Poll(at, disks, states)
-
-
-def rows_between(before: Poll, after: Poll) -> list[tuple[str, Rates | None]]:
-    """(state, rates) of each disk; None for a daemon of which no disk is known."""
-    seconds = after.at - before.at
-    rows: list[tuple[str, Rates | None]] = []
-    for name, state in after.states.items():
-        disk = after.disks.get(name)
-        row = rates(before.disks.get(name, {}), disk, seconds) if disk else None
-        rows.append((state, row))
-    return rows
+_MORE: Final = "\nInstall xvd[top] (textual) for guests, queues, latencies, sorting and filtering."
 
 
 def lines_of(rows: list[tuple[str, Rates | None]], width: int) -> list[str]:
@@ -159,17 +61,25 @@ def top(
 ) -> int:
     """Show what every disk does: rates, latencies, how well persistent grants serve.
 
-    Off a terminal each poll is some lines of text. A backend that dies is shown as dead, and its
-    successor when it comes; the status is 1 if one was missing at the last poll.
+    On a terminal it fills the screen (with textual, the extra xvd[top]): disks, guests, queues and
+    a heat map of latencies, by the keys at its foot. Off a terminal each poll is some lines of
+    text. A backend that dies is shown as dead, and its successor when it comes; the status is 1 if
+    one was missing at the last poll.
     """
     return running.run(_top(host, interval, count, json))
 
 
-async def _polls(host: Path, interval: float, count: int) -> AsyncIterator[tuple[Poll, Poll]]:
-    """Yield each poll with the one before it, until there were so many or a signal came."""
+async def _polls(
+    host: Path, interval: float, count: int, *, naming: bool = False
+) -> AsyncIterator[tuple[Poll, Poll]]:
+    """Yield each poll with the one before it, until there were so many or a signal came.
+
+    naming: ask the store what guests are called, whenever there are others than before.
+    """
     stop = running.Stop(running.GRACE_S)
     before = polled(None, await ask_all(host, _BACKENDS, "stats"), time.monotonic())
-    shown = 0
+    shown, named = 0, None
+    names: dict[str, str] = {}
     while count == 0 or shown < count:
         if await stop.wait_or(asyncio.sleep(interval)):
             return
@@ -177,7 +87,11 @@ async def _polls(host: Path, interval: float, count: int) -> AsyncIterator[tuple
             answers = await ask_all(host, _BACKENDS, "stats")
         except PeerClosed:
             answers = []  # all of them have ended; another one may come
-        after = polled(before, answers, time.monotonic())
+        after = polled(before, answers, time.monotonic(), names)
+        if naming and after.guests.keys() != named:
+            named = after.guests.keys()
+            with contextlib.suppress(XvdError, OSError, TimeoutError):
+                names |= await guest_names(host, named)
         yield before, after
         before = after
         shown += 1
@@ -185,20 +99,49 @@ async def _polls(host: Path, interval: float, count: int) -> AsyncIterator[tuple
 
 async def _top(host: Path, interval: float, count: int, json: bool) -> int:
     console = Console(file=sys.stdout)
-    wide = 1000 if "COLUMNS" not in os.environ else console.width
+    if json or not console.is_terminal:
+        wide = 1000 if "COLUMNS" not in os.environ else console.width
+        return await _print(_polls(host, interval, count), wide, json)
+    try:
+        from xvd.cli.topscreen import TopScreen
+    except ImportError:
+        return await _refresh(_polls(host, interval, count), console)
+    polls = _polls(host, interval, count, naming=True)
+    return await TopScreen(polls, f"{host}, every {interval:g} s").show()
+
+
+async def _print(polls: AsyncIterator[tuple[Poll, Poll]], width: int, json: bool) -> int:
     status = 0
-    with contextlib.ExitStack() as stack:
-        live = None
-        if console.is_terminal and not json:
-            live = stack.enter_context(Live(console=console, auto_refresh=False, screen=True))
-        async for before, after in _polls(host, interval, count):
+    async for before, after in polls:
+        status = after.status
+        if json:
+            output.print_json(_document(before, after), indent=0)
+        else:
+            output.tell("\n".join(lines_of(rows_between(before, after), width)) + "\n")
+    return status
+
+
+def _document(before: Poll, after: Poll) -> dict[str, object]:
+    """Return one poll as `--json` prints it."""
+    queues: dict[str, list[dict[str, object]]] = {}
+    for path, number, row in queues_between(before, after):
+        queues.setdefault(path, []).append({**asdict(row), "queue": number})
+    rows = zip(after.states, rows_between(before, after), strict=True)
+    return {
+        "seconds": after.at - before.at,
+        "disks": [
+            {"state": state, **(asdict(row) | {"queues": queues.get(path, [])} if row else {})}
+            for path, (state, row) in rows
+        ],
+    }
+
+
+async def _refresh(polls: AsyncIterator[tuple[Poll, Poll]], console: Console) -> int:
+    """Show the table alone, where there is no textual."""
+    status = 0
+    with Live(console=console, auto_refresh=False, screen=True) as live:
+        async for before, after in polls:
             status = after.status
-            rows = rows_between(before, after)
-            if json:
-                disks = [{"state": state, **(asdict(row) if row else {})} for state, row in rows]
-                output.print_json({"seconds": after.at - before.at, "disks": disks}, indent=0)
-            elif live is not None:
-                live.update(Text("\n".join(lines_of(rows, console.width))), refresh=True)
-            else:
-                output.tell("\n".join(lines_of(rows, wide)) + "\n")
+            lines = lines_of(rows_between(before, after), console.width)
+            live.update(Text("\n".join(lines) + "\n" + _MORE), refresh=True)
     return status
