@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import random
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 from qemu_img import run_qemu_img
 from rig_disk import World, disk_world, run, until
 from rig_queue import ALL, QueueWorld, rq
+from verified_load import Content, contents_of, load
 
 from xvd.blkif.abi import Op, Status
 from xvd.engines.checked import Checked
@@ -23,7 +23,6 @@ from xvd.engines.qemu import daemon
 from xvd.engines.qemu.engine import QemuEngine
 from xvd.engines.uri import open_engine
 from xvd.errors import ConfigError, EngineError
-from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings as FrontSettings
 
 Tool = Callable[[str], str]
@@ -71,53 +70,6 @@ def qemu_of(world: World) -> QemuEngine:
 def kill(engine: QemuEngine) -> None:
     with contextlib.suppress(OSError):  # it is being started anew
         signal.pidfd_send_signal(engine.keeper.pid_fd, signal.SIGKILL)
-
-
-class Content:
-    """What a disk's blocks hold, for one who writes and reads them at random."""
-
-    def __init__(self, disk: Disk, seed: int, first: int, blocks: int) -> None:
-        self._disk = disk
-        self._random = random.Random(seed)
-        self._first = first
-        self.steps = 0
-        self.blocks = [bytes(BLOCK)] * blocks
-
-    async def step(self) -> None:
-        self.steps += 1
-        block, count = self._random.randrange(len(self.blocks) - 3), self._random.randrange(1, 4)
-        at = (self._first + block) * BLOCK
-        kind = self._random.random()
-        if kind < 0.05:
-            await self._disk.flush()
-        elif kind < 0.5:
-            data = [self._random.randbytes(BLOCK) for _ in range(count)]
-            await self._disk.write(at, b"".join(data))
-            self.blocks[block : block + count] = data
-        else:
-            assert await self._disk.read(at, count * BLOCK) == b"".join(
-                self.blocks[block : block + count]
-            )
-
-    async def check(self) -> None:
-        found = await self._disk.read(self._first * BLOCK, len(self.blocks) * BLOCK)
-        assert found == b"".join(self.blocks)
-
-
-def contents_of(disk: Disk, users: int) -> list[Content]:
-    each = SIZE // BLOCK // users
-    return [Content(disk, seed, seed * each, each) for seed in range(users)]
-
-
-async def load(contents: list[Content], stop: asyncio.Event) -> None:
-    """Read and write until told to stop, and check everything."""
-
-    async def use(content: Content) -> None:
-        while not stop.is_set():
-            await content.step()
-        await content.check()
-
-    await asyncio.gather(*map(use, contents))
 
 
 @pytest.mark.slow
@@ -295,7 +247,7 @@ def test_a_daemon_that_is_killed_under_load_costs_a_guest_time(
         front = FrontSettings(max_queues=2)
         async with disk_world() as world, await world.disk(f"qcow2:{qcow2}", front=front) as disk:
             engine, stop = qemu_of(world), asyncio.Event()
-            contents = contents_of(disk, 4)
+            contents = contents_of(disk, SIZE, 4)
             using = asyncio.ensure_future(load(contents, stop))
             for kills in range(1, 6):
                 await until(lambda steps=kills * 50: contents[0].steps > steps or using.done())

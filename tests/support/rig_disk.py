@@ -37,19 +37,19 @@ from xvd.types import PAGE_SIZE, Domid
 T = TypeVar("T")
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
+def run(work: Coroutine[Any, Any, T], limit_s: float = 30) -> T:
     """Run a test's coroutine; a hang becomes a failure that shows where."""
 
     async def limited() -> T:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(limit_s):
             return await work
 
     return asyncio.run(limited())
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 10) -> None:
     """Let everybody else run until it holds."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0)
 

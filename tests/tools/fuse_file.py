@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An NBD export as a file, by nbdfuse."""
+"""An NBD export as a file, by nbdfuse, and a server whose file system can stand still."""
 
 import contextlib
 import os
+import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nbd_support import try_run
+from nbd_support import require, try_run
 
 
 @contextlib.contextmanager
@@ -27,3 +28,25 @@ def fuse_file(uri: str, directory: Path) -> Iterator[Path]:
         try_run("fusermount3", "-u", directory)
         process.wait(30)
         watchdog.cancel()
+
+
+@contextlib.contextmanager
+def memory_server(socket: Path, size: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """An NBD server of a disk in memory, and its URI."""
+    require("nbdkit", "nbdfuse", "fusermount3")
+    process = subprocess.Popen(["nbdkit", "-f", "-U", str(socket), "memory", str(size)])
+    try:
+        yield process, f"nbd+unix:///?socket={socket}"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@contextlib.contextmanager
+def stopped(send: Callable[[int], None]) -> Iterator[None]:
+    """Let a process stand still meanwhile; send: sends it a signal."""
+    send(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        send(signal.SIGCONT)

@@ -6,13 +6,12 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
-from fuse_file import fuse_file
-from nbd_support import require
+from fuse_file import fuse_file, memory_server, stopped
 from qemu_img import run_qemu_img
 from rig_disk import World, disk_world, run, until
 
@@ -27,6 +26,7 @@ pytestmark = [pytest.mark.tools, pytest.mark.slow]
 SIZE = 8 << 20
 BLOCK = 4096
 APART = 1 << 16
+Popen = subprocess.Popen[bytes]
 
 
 def device(world: World) -> Device:
@@ -45,16 +45,6 @@ async def hanging_writes(world: World, disk: Disk, count: int) -> AsyncIterator[
     await until(lambda: in_flight(world) == count)
     yield
     await asyncio.gather(*writes)
-
-
-@contextlib.contextmanager
-def stopped(send: Callable[[int], None]) -> Iterator[None]:
-    """Let a process stand still meanwhile."""
-    send(signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        send(signal.SIGCONT)
 
 
 def check(content: bytes, count: int) -> None:
@@ -100,28 +90,14 @@ def test_a_storage_daemon_that_stands_still_is_left(
     run_qemu_img(tool, "check", "-q", one)
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """An NBD server of a disk in memory; killed at the end, whatever it does then."""
-    require("nbdkit", "nbdfuse", "fusermount3")
-    words = ["nbdkit", "-f", "-U", str(tmp_path / "sock"), "memory", str(SIZE)]
-    process = subprocess.Popen(words)
-    yield process
-    process.terminate()
-    process.wait(30)
-
-
 @pytest.mark.parametrize("copying", [True, False], ids=["copy", "map"])
 def test_a_file_whose_file_system_stands_still_is_left(
-    tmp_path: Path,
-    server: subprocess.Popen[bytes],
-    expect_log: Callable[[str], None],
-    copying: bool,
+    tmp_path: Path, expect_log: Callable[[str], None], copying: bool
 ) -> None:
     other = tmp_path / "other.img"
     other.write_bytes(bytes(SIZE))
 
-    async def work(image: Path) -> None:
+    async def work(server: Popen, image: Path) -> None:
         async with disk_world(settings=Settings(copying=copying)) as world:
             async with await world.disk(str(image)) as disk:
                 with stopped(server.send_signal):
@@ -131,17 +107,18 @@ def test_a_file_whose_file_system_stands_still_is_left(
             await until(lambda: not is_open(image))
 
     expect_log("the old one was left with what it had")
-    with fuse_file(f"nbd+unix:///?socket={tmp_path}/sock", tmp_path / "mnt") as image:
-        run(work(image))
+    with memory_server(tmp_path / "sock", SIZE) as (server, uri):
+        with fuse_file(uri, tmp_path / "mnt") as image:
+            run(work(server, image))
 
 
 def test_a_file_that_reads_into_the_guests_pages_by_direct_io_is_not_left(
-    tmp_path: Path, server: subprocess.Popen[bytes]
+    tmp_path: Path,
 ) -> None:
     other = tmp_path / "other.img"
     other.write_bytes(bytes(SIZE))
 
-    async def work(image: Path) -> None:
+    async def work(server: Popen, image: Path) -> None:
         async with disk_world() as world, await world.disk(str(image)) as disk:
             assert device(world).disk.storage.engine.info.pins_pages
             with stopped(server.send_signal):
@@ -151,5 +128,6 @@ def test_a_file_that_reads_into_the_guests_pages_by_direct_io_is_not_left(
                     await device(world).life.swap(str(other), 5, abandon=True)
             assert await reading == bytes(BLOCK)
 
-    with fuse_file(f"nbd+unix:///?socket={tmp_path}/sock", tmp_path / "mnt") as image:
-        run(work(image))
+    with memory_server(tmp_path / "sock", SIZE) as (server, uri):
+        with fuse_file(uri, tmp_path / "mnt") as image:
+            run(work(server, image))
