@@ -272,7 +272,7 @@ class NotClosed(PythonEngine):
 
 
 def test_old_storage_that_does_not_close_does_not_cost_the_new(expect_log) -> None:
-    expect_log("its old storage could not be closed: .*it does not close")
+    expect_log("its storage could not be closed: .*it does not close")
 
     async def work() -> None:
         engines = [NotClosed(8 << 20), PythonEngine(8 << 20)]

@@ -8,12 +8,18 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from nbd_support import require, try_run
 
 
+class FuseFile(NamedTuple):
+    path: Path
+    server: subprocess.Popen[bytes]
+
+
 @contextlib.contextmanager
-def fuse_file(uri: str, directory: Path) -> Iterator[Path]:
+def fuse_file(uri: str, directory: Path) -> Iterator[FuseFile]:
     """The export as a file."""
     directory.mkdir()
     pid = directory.with_suffix(".pid")
@@ -23,11 +29,12 @@ def fuse_file(uri: str, directory: Path) -> Iterator[Path]:
     watchdog.start()
     try:
         pid.read_text()
-        yield directory / "nbd"
-    finally:
-        try_run("fusermount3", "-u", directory)
-        process.wait(30)
         watchdog.cancel()
+        yield FuseFile(directory / "nbd", process)
+    finally:
+        try_run("fusermount3", "-u", "-z", directory)
+        watchdog.cancel()
+        process.wait(30)
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def test_a_cluster_whose_osd_stands_still(tmp_path: Path, requires_tool: Tool) -
 def test_a_file_system_whose_server_stands_still(tmp_path: Path) -> None:
     with memory_server(tmp_path / "sock", SIZE) as (server, uri):
         with fuse_file(uri, tmp_path / "mnt") as image:
-            use_while_away(str(image), lambda _: stopped(server.send_signal))
+            use_while_away(str(image.path), lambda _: stopped(server.send_signal))
 
 
 def test_a_file_system_that_is_full(tmp_path: Path, expect_log: Callable[[str], None]) -> None:

@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -81,8 +82,9 @@ def test_a_storage_daemon_that_stands_still_is_left(
             with stopped(partial(signal.pidfd_send_signal, pidfd)):
                 async with hanging_writes(world, disk, 16):
                     await device(world).life.swap(str(other), 5, abandon=True)
-            os.close(pidfd)
             check(await disk.read(0, 16 * APART), 16)
+            await until(lambda: bool(select.select([pidfd], [], [], 0)[0]))  # the daemon has ended
+            os.close(pidfd)
 
     expect_log("the old one was left with what it had")
     run(work())
@@ -109,7 +111,7 @@ def test_a_file_whose_file_system_stands_still_is_left(
     expect_log("the old one was left with what it had")
     with memory_server(tmp_path / "sock", SIZE) as (server, uri):
         with fuse_file(uri, tmp_path / "mnt") as image:
-            run(work(server, image))
+            run(work(server, image.path))
 
 
 def test_a_file_that_reads_into_the_guests_pages_by_direct_io_is_not_left(
@@ -130,4 +132,4 @@ def test_a_file_that_reads_into_the_guests_pages_by_direct_io_is_not_left(
 
     with memory_server(tmp_path / "sock", SIZE) as (server, uri):
         with fuse_file(uri, tmp_path / "mnt") as image:
-            run(work(server, image))
+            run(work(server, image.path))

@@ -83,7 +83,7 @@ def test_a_file_system_keeps_a_tree_and_is_clean(kind: str, name: str, tmp_path:
     require_file_system(name)
     target = storage(kind, tmp_path)
     with served_disk(target, tmp_path) as served:
-        with fuse_file(served.uri, tmp_path / "fuse") as path, loop_device(path) as device:
+        with fuse_file(served.uri, tmp_path / "fuse") as file, loop_device(file.path) as device:
             run(f"mkfs.{name}", "-q", device)
             with mounted(device, tmp_path / "fs") as root:
                 for part in TREE:

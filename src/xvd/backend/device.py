@@ -165,7 +165,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             await self._opening
         await self.copies.end()
         async with self.life.turn:
-            await self.disk.close()
+            await self.life.close_old(self.disk.close)
         self.tracking.close()
 
     def _foreign_state(self) -> XenbusState | None:

@@ -239,11 +239,11 @@ class StorageLife:
         return gone
 
     async def close_old(self, close: Callable[[], Awaitable[None]]) -> None:
-        """Close storage that the disk has no more. It may fail, and take as long as it likes."""
+        """Close storage that the disk is to have no more. It may fail, and take its time."""
         try:
             await close()
         except (OSError, XvdError) as error:
-            self._log.warning("its old storage could not be closed: %s", describe(error))
+            self._log.warning("its storage could not be closed: %s", describe(error))
 
     def _note(self, image: str, engine: Engine, undo: contextlib.ExitStack) -> None:
         was, identity = self._kept.decision(), self._disk.storage.engine.identity

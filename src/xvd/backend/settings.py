@@ -62,8 +62,8 @@ class Settings(IoTune):
     on_error: str = word_setting(
         "report", "hold", live=True,
         meaning="of storage that is away or full (EIO, ENOSPC, EDQUOT, ESHUTDOWN, ETIMEDOUT, "
-        "ENOTCONN, ENODEV, ENXIO): report an error to the guest, or hold the disk and try again "
-        "until it is back",
+        "ENOTCONN, ECONNABORTED, ENOLINK, ENODEV, ENXIO): report an error to the guest, or hold "
+        "the disk and try again until it is back",
     )  # fmt: skip
     poll_us: int | None = setting(
         None, 0, 10_000,

@@ -21,7 +21,7 @@ MODES = pytest.mark.parametrize(
     ids=["copy", "map", "persistent", "indirect"],
 )
 AWAY = [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.ENOTCONN]
-AWAY += [errno.ENODEV, errno.ENXIO]
+AWAY += [errno.ENODEV, errno.ENXIO, errno.ECONNABORTED, errno.ENOLINK]
 
 
 @pytest.fixture

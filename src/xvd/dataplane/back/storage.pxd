@@ -4,7 +4,8 @@
 together."""
 
 from libc.errno cimport (
-    EDQUOT, EIO, ENODEV, ENOSPC, ENOTCONN, ENXIO, EOPNOTSUPP, ESHUTDOWN, ETIMEDOUT)
+    ECONNABORTED, EDQUOT, EIO, ENODEV, ENOLINK, ENOSPC, ENOTCONN, ENXIO, EOPNOTSUPP, ESHUTDOWN,
+    ETIMEDOUT)
 from libc.stdint cimport int16_t, int32_t, uint32_t, uint64_t
 from posix.unistd cimport write
 
@@ -124,7 +125,8 @@ cdef inline void ring_alarm(backend_queue *q) noexcept nogil:
 
 cdef inline bint is_away(int32_t result) noexcept nogil:
     """Whether an error says that the storage is away or full, and may be there again."""
-    return result in (-EIO, -ENOSPC, -EDQUOT, -ESHUTDOWN, -ETIMEDOUT, -ENOTCONN, -ENODEV, -ENXIO)
+    return result in (-EIO, -ENOSPC, -EDQUOT, -ESHUTDOWN, -ETIMEDOUT, -ENOTCONN, -ECONNABORTED,
+                      -ENOLINK, -ENODEV, -ENXIO)
 
 
 cdef inline void put_back(backend_queue *q, pending *p) noexcept nogil:
