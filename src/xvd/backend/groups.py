@@ -42,6 +42,9 @@ class Groups:
         for name, texts in (limits or {}).items():
             self.change(name, texts)
 
+    def check(self, name: str) -> None:
+        """Raise `ConfigError` where no disk may be in this group."""
+
     def find(self, name: str) -> Limited:
         """Return the group of this name."""
         return self._groups.setdefault(name, Limited())
@@ -61,6 +64,22 @@ class Groups:
     def limits(self) -> dict[str, dict[str, int]]:
         """Return what is limited, by each group's name."""
         return {name: set_limits(group.tune) for name, group in sorted(self._groups.items())}
+
+
+class NoGroups(Groups):
+    """Of a process that has the disks of one guest only."""
+
+    def check(self, name: str) -> None:
+        """See `Groups.check`."""
+        if name:
+            raise ConfigError(
+                f"{name}: disks of several guests share limits only where one process serves them "
+                "all: xvd backend --isolation shared"
+            )
+
+    def change(self, name: str, _texts: Sequence[str]) -> None:
+        """See `Groups.change`."""
+        self.check(name)
 
 
 def set_limits(tune: IoTune) -> dict[str, int]:

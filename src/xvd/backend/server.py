@@ -54,10 +54,10 @@ def rarity(disks: int) -> float:
 class Server:
     """Serves every disk under ``backend/<kind>`` of this domain.
 
-    settings: for every disk; overrides: ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them.
-    budget: what this host has for all of them. groups: limits that disks share. rival: who else
-    serves a kind (`rival.rival`); a disk that such a one has found too is left to it. runtime: who
-    runs their queues.
+    guests: only those domains' disks; None: all. settings: for every disk; overrides:
+    ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them. budget: what this host has for all of
+    them. groups: limits that disks share. rival: who else serves a kind (`rival.rival`); a disk
+    that such a one has found too is left to it. runtime: who runs their queues.
 
     One store connection for all, no polling. A device that fails costs itself only.
     """
@@ -69,6 +69,7 @@ class Server:
         open_storage: StorageOpener,
         *,
         kinds: Sequence[str] = ("vbd",),
+        guests: Sequence[int] | None = None,
         settings: Settings | None = None,
         overrides: Mapping[str, Sequence[str]] | None = None,
         budget: Budget | None = None,
@@ -81,6 +82,7 @@ class Server:
         self._store = store
         self._open_storage = SharedStorage(open_storage, store)
         self._kinds = kinds
+        self._guests = guests
         self._settings = settings or Settings()
         self._budget = budget or Budget()
         self._groups = groups or Groups()
@@ -101,12 +103,19 @@ class Server:
 
     async def start(self) -> None:
         """Watch, and serve what is assigned already."""
-        for kind in self._kinds:
-            watch = await self._store.watch(f"backend/{kind}")
-            self._watches.append(watch)
-            self._followers.append(asyncio.create_task(self._follow(kind, watch)))
+        for each in [None] if self._guests is None else self._guests:
+            await self.serve_guest(each)
         polls = (self._log_figures(), self._poll_sizes())
         self._pollers = [asyncio.create_task(poll) for poll in polls]
+
+    async def serve_guest(self, guest: int | None) -> None:
+        """Serve the disks of this domain too; None: of every domain."""
+        for kind in self._kinds:
+            watch = await self._store.watch(
+                f"backend/{kind}" + ("" if guest is None else f"/{guest}")
+            )
+            self._watches.append(watch)
+            self._followers.append(asyncio.create_task(self._follow(kind, watch)))
 
     async def wait(self) -> None:
         """Return when the store is lost."""
@@ -158,6 +167,7 @@ class Server:
         A disk keeps what was set for it alone. Raises `ConfigError`, and then nothing is changed.
         """
         values = Settings.parse(texts)
+        self._groups.check(str(values.get("group_name") or ""))
         if disk:
             override = self._overrides.get(disk, {}) | values
             changed = self._settings.changed(override)
@@ -217,10 +227,11 @@ class Server:
                 if len(parts) >= 2:
                     await self._consider(f"backend/{kind}/{parts[0]}/{parts[1]}")
                 else:
-                    await self._scan(f"backend/{kind}")
+                    await self._scan(f"backend/{kind}", parts[0])
 
-    async def _scan(self, path: str) -> None:
-        for domid in await self._children(path):
+    async def _scan(self, path: str, guest: str) -> None:
+        """Consider every disk of a guest, or of all of them."""
+        for domid in [guest] if guest else await self._children(path):
             for vdev in await self._children(f"{path}/{domid}"):
                 await self._consider(f"{path}/{domid}/{vdev}")
 

@@ -3,10 +3,10 @@
 
 import contextlib
 import os
+import socket
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -18,12 +18,14 @@ from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
 from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
+from xvd.cli.isolation import Isolation, IsolationOption, Served, follow_orders, supervise
 from xvd.cli.methods import control_methods
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_assigned
 from xvd.errors import ConfigError, PeerClosed
 from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
+from xvd.service.template import Template
 from xvd.toolstack.vbd import has_device_model
 from xvd.types import Domid
 from xvd.xenbus.runner import in_own_thread
@@ -65,6 +67,7 @@ def backend(
         ),
     ] = [],  # noqa: B006  typer needs a literal
     layer: common.Layers = [],  # noqa: B006  typer needs a literal
+    isolation: IsolationOption = Isolation.SHARED,
     verbose: common.Verbose = 0,
 ) -> int:
     """Serve the disks that the toolstack assigns to this domain.
@@ -78,7 +81,11 @@ def backend(
     texts, overrides = common.split_settings(setting)
     settings = Settings(copying=copy).changed(Settings.parse(texts))
     groups = Groups(common.split_groups(group))
-    return running.run(_backend(host, number, kind, settings, overrides, groups, layer))
+    served = Served(host, number, kind, settings, overrides, groups, layer)
+    if isolation is Isolation.SHARED:
+        return running.run(_backend(served))
+    served = served.alone()
+    return running.run(supervise(served, Template(partial(_work, served)), kinds=_kinds))
 
 
 def _kinds(wanted: list[str], real: bool) -> list[str]:
@@ -94,44 +101,54 @@ def _kinds(wanted: list[str], real: bool) -> list[str]:
     return wanted or (["vbd3"] if rival("vbd") else ["vbd3", "vbd"])
 
 
+def _work(served: Served, order: dict[str, Any], channel: socket.socket) -> int:
+    """Serve one guest, in a process of its own."""
+    return running.run(_backend(served, order, channel))
+
+
 async def _backend(
-    host: Path | None,
-    domid: Domid | None,
-    kinds: list[str],
-    settings: Settings,
-    overrides: dict[str, list[str]],
-    groups: Groups,
-    layers: list[str],
+    served: Served, order: dict[str, Any] | None = None, channel: socket.socket | None = None
 ) -> int:
+    """Serve until a signal comes. order, channel: of the worker for one guest; see `supervise`."""
     stop = running.Stop()
-    machine, directory = await common.open_machine(host, domid)
+    machine, directory = await common.open_machine(served.host, served.domid)
     os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
     name = f"backend-{machine.domid}"
+    guests = order["domains"] if order is not None else None
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
         real = isinstance(machine, XenMachine)
-        kinds = _kinds(kinds, real)
+        kinds = _kinds(served.kinds, real)
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
 
         async def storage(assignment: BackendAssignment) -> Engine:
             device_model = await has_device_model(store, assignment.frontend_domid)
-            opening = partial(open_assigned, assignment, layers=layers, device_model=device_model)
+            opening = partial(
+                open_assigned, assignment, layers=served.layers, device_model=device_model
+            )
             return await in_own_thread(opening)
 
-        settings = replace(settings, state_dir=directory / "state" / name)
+        settings = replace(served.settings, state_dir=directory / "state" / name)
         server = Server(
-            machine, store, storage, kinds=kinds, settings=settings, overrides=overrides,
-            budget=common.budget_of(machine), groups=groups, rival=rival if real else no_rival,
+            machine, store, storage, kinds=kinds, guests=guests, settings=settings,
+            overrides=served.overrides, budget=common.budget_of(machine), groups=served.groups,
+            rival=rival if real else no_rival,
         )  # fmt: skip
+        for texts, disk in order["changes"] if order is not None else ():
+            server.change(texts, disk)
         control = ControlServer(control_methods(server))
-        await control.listen(directory / "control" / name)
+        own = name if guests is None else f"{name}-{guests[0]}"
+        await control.listen(directory / "control" / own)
         stack.push_async_callback(control.close)
         stack.callback(MemoryPressure(server.squeeze).close)
         await server.start()
         stack.push_async_callback(server.close)
-        output.tell("ready\n")
-        running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
+        if channel is not None:
+            stack.callback(follow_orders(server, channel))
+        else:
+            output.tell("ready\n")
+            running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
         if not await stop.wait_or(server.wait()):
             raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")
         running.tell_service_manager("STOPPING=1")

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process for each guest: the supervisor keeps a worker for each guest that has disks.
+
+A guest is the boundary of trust. Whatever becomes of its worker costs that guest a delay: another
+takes its rings up (backend/state.py). A guest that migrates within its host is two domains for a
+while, and has one worker: both have the same disks.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from xvd.errors import PeerClosed, XenstoreError, describe
+from xvd.machine.xs.client import Watch, XenstoreClient
+from xvd.service.template import Template, Worker
+
+logger = logging.getLogger(__name__)
+
+LINGER_S: Final = 5.0
+"""How long a worker without a disk is kept: one that is attached again finds it warm."""
+LIVED_S: Final = 0.2
+"""A worker that ends sooner is followed by another after a pause, longer each time."""
+PAUSE_S: Final = 0.05
+PAUSE_MAX_S: Final = 30.0
+
+Order = Callable[[Sequence[int]], Any]
+"""Makes the order of a worker for a guest's domains; see `Template.spawn`."""
+
+
+@dataclass(slots=True, eq=False)
+class _Guest:
+    """A guest with disks. key: what tells it from others: its ``vm`` node, or its number."""
+
+    key: str
+    domains: list[int]
+    worker: Worker | None = None
+    task: "asyncio.Task[None] | None" = None
+    restarts: int = 0
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it still has a disk."""
+        return bool(self.domains)
+
+
+class Supervisor:
+    """Keeps a worker for each guest that has a disk under ``backend/<kind>`` of this domain.
+
+    order: what a worker is told to do. A worker is told of a further domain of its guest by a line
+    with its number. For the event loop's thread.
+    """
+
+    def __init__(
+        self, store: XenstoreClient, template: Template, kinds: Sequence[str], order: Order
+    ) -> None:
+        self._store = store
+        self._template = template
+        self._kinds = kinds
+        self._order = order
+        self._guests: dict[str, _Guest] = {}
+        self._watches: list[Watch] = []
+        self._followers: list[asyncio.Task[None]] = []
+        self._turn = asyncio.Lock()
+        self._closing = False
+
+    async def start(self) -> None:
+        """Watch, and have served what is assigned already."""
+        for kind in self._kinds:
+            watch = await self._store.watch(f"backend/{kind}")
+            self._watches.append(watch)
+            self._followers.append(asyncio.create_task(self._follow(kind, watch)))
+
+    async def wait(self) -> None:
+        """Return when the store is lost."""
+        await asyncio.gather(*self._followers)
+
+    def workers(self) -> list[dict[str, Any]]:
+        """Tell of each worker: its guest's domains, its number, and how many there were before."""
+        return [
+            {
+                "domains": guest.domains,
+                "pid": guest.worker.pid if guest.worker else None,
+                "restarts": guest.restarts,
+            }
+            for guest in self._guests.values()
+        ]
+
+    async def close(self) -> None:
+        """End every worker; the disks stay as they are, for whoever serves them next."""
+        self._closing = True
+        for task in self._followers:
+            task.cancel()
+        await asyncio.gather(*self._followers, return_exceptions=True)
+        for watch in self._watches:
+            with contextlib.suppress(PeerClosed, XenstoreError):
+                await watch.close()
+        keepers = [guest.task for guest in self._guests.values() if guest.task is not None]
+        for guest in self._guests.values():
+            guest.domains.clear()
+            guest.changed.set()
+        await asyncio.gather(*keepers, return_exceptions=True)
+        self._template.close()
+
+    # ---- Who has disks ----
+
+    async def _follow(self, kind: str, watch: Watch) -> None:
+        with contextlib.suppress(PeerClosed):
+            async for path in watch:
+                parts = path.removeprefix(f"backend/{kind}").strip("/").split("/")
+                names = [parts[0]] if parts[0] else await self._children(f"backend/{kind}")
+                for name in names:
+                    if name.isdigit():
+                        await self._consider(int(name))
+
+    async def _children(self, path: str) -> list[str]:
+        try:
+            return await self._store.ls(path)
+        except XenstoreError:
+            return []
+
+    async def _consider(self, domain: int) -> None:
+        """Have a domain's disks served, if it has any, or no more."""
+        async with self._turn:
+            has = [await self._children(f"backend/{kind}/{domain}") for kind in self._kinds]
+            known = next((g for g in self._guests.values() if domain in g.domains), None)
+            if any(has) == (known is not None) or self._closing:
+                return
+            if known is not None:
+                known.domains.remove(domain)
+                known.changed.set()
+                return
+            await self._add(domain)
+
+    async def _add(self, domain: int) -> None:
+        key = str(domain)
+        with contextlib.suppress(XenstoreError):
+            key = await self._store.try_read(f"/local/domain/{domain}/vm") or key
+        guest = self._guests.get(key)
+        if guest is None:
+            guest = self._guests[key] = _Guest(key, [domain])
+            guest.task = asyncio.create_task(self._keep(guest))
+            return
+        guest.domains.append(domain)
+        guest.changed.set()
+        if guest.worker is not None:
+            with contextlib.suppress(OSError):  # it ends, and its successor is told all of them
+                guest.worker.channel.send(b"%d\n" % domain)
+
+    # ---- Its worker ----
+
+    async def _keep(self, guest: _Guest) -> None:
+        """Let a guest have a worker for as long as it has disks."""
+        pause_s = PAUSE_S
+        while guest.wanted:
+            began = time.monotonic()
+            try:
+                guest.worker = await self._template.spawn(self._order(guest.domains))
+            except (OSError, PeerClosed) as error:
+                logger.error("no worker for domain %s: %s", guest.domains[0], describe(error))
+            else:
+                await self._until_over(guest, guest.worker)
+                guest.worker = None
+            if not guest.wanted or self._closing:
+                break
+            guest.restarts += 1
+            lived_s = time.monotonic() - began
+            logger.error(
+                "the worker of domain %s has ended after %.1f s; another takes over",
+                ", ".join(map(str, guest.domains)), lived_s,
+            )  # fmt: skip
+            if lived_s >= LIVED_S:
+                pause_s = PAUSE_S
+                continue
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, PAUSE_MAX_S)
+        if self._guests.get(guest.key) is guest:
+            del self._guests[guest.key]
+
+    async def _until_over(self, guest: _Guest, worker: Worker) -> None:
+        """Wait until a worker has ended, by itself or as its guest has had no disk for long."""
+        while not worker.ended.done():
+            guest.changed.clear()
+            changed = asyncio.ensure_future(guest.changed.wait())
+            try:
+                timeout = None if guest.wanted else 0.0 if self._closing else LINGER_S
+                done, _ = await asyncio.wait(
+                    (changed, worker.ended), timeout=timeout,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )  # fmt: skip
+            finally:
+                changed.cancel()
+            if not done:
+                if not self._closing and self._guests.get(guest.key) is guest:
+                    del self._guests[guest.key]  # a disk that comes now gets another worker
+                worker.signal(signal.SIGTERM)
+                await worker.ended

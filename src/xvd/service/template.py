@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process that has imported everything, and forks workers at a word.
+
+Python takes most of a second to start and to import; a fork of what has done so takes a millisecond
+and shares its memory. The template is forked before there is any thread or event loop, and has
+neither: it reads an order, forks, and answers with the child's descriptor.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any, Final, NoReturn
+
+import msgspec
+
+from xvd.errors import PeerClosed
+
+ORDER_MAX: Final = 1 << 16
+"""Bytes of an order."""
+
+_PR_SET_PDEATHSIG: Final = 1
+
+Work = Callable[[Any, socket.socket], int]
+"""What a worker does: gets its order and its end of a stream to whoever ordered it, and returns the
+status that it ends with."""
+
+
+class Worker:
+    """A forked process, as whoever ordered it sees it. For the event loop's thread.
+
+    channel: our end of the stream to it. ended: done when it has ended, however that came.
+    """
+
+    def __init__(self, pid: int, pidfd: int, channel: socket.socket) -> None:
+        self.pid = pid
+        self.channel = channel
+        self._pidfd = pidfd
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().add_reader(pidfd, self._has_ended)
+
+    def _has_ended(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._pidfd = -1
+        self.channel.close()
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it has not ended."""
+        if self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, number)
+
+
+class Template:
+    """Makes workers that do `work`. To be made before any thread and any event loop.
+
+    Workers are killed by the system when the template has ended, and it ends when this process has:
+    a successor of this process finds nobody who serves what it is to serve. Raises OSError.
+    """
+
+    def __init__(self, work: Work) -> None:
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.pid = os.fork()
+        if self.pid == 0:
+            ours.close()
+            _serve(its, work)
+        its.close()
+        self._socket = ours
+        self._turn = asyncio.Lock()
+
+    async def spawn(self, order: Any) -> Worker:
+        """Fork a worker for an order, which JSON can hold. Raises `PeerClosed` if the template has
+        ended, and OSError if there can be no more processes or descriptors."""
+        loop = asyncio.get_running_loop()
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with its:
+            try:
+                async with self._turn:
+                    socket.send_fds(self._socket, [msgspec.json.encode(order)], [its.fileno()])
+                    await _readable(loop, self._socket)
+                    answer, fds, _, _ = socket.recv_fds(self._socket, 16, 1)
+                if not answer:
+                    raise PeerClosed("the process that forks workers has ended")
+                number = int(answer)
+                if not fds:
+                    raise OSError(number, os.strerror(number))
+            except BaseException:
+                ours.close()
+                raise
+        ours.setblocking(False)
+        return Worker(number, fds[0], ours)
+
+    def close(self) -> None:
+        """End the template, and whatever workers there still are. Idempotent."""
+        if self._socket.fileno() >= 0:
+            self._socket.close()
+            os.waitpid(self.pid, 0)
+
+
+async def _readable(loop: asyncio.AbstractEventLoop, one: socket.socket) -> None:
+    ready = asyncio.Event()
+    loop.add_reader(one, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(one)
+
+
+# ---- In the template -----------------------------------------------------------------------------
+
+
+def _serve(orders: socket.socket, work: Work) -> NoReturn:
+    """Fork workers until nobody can order any more."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # whoever ordered us ends us
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # and sees for itself who of them has ended
+    gc.freeze()  # a collection would write to every page, and give each worker its own
+    with contextlib.suppress(OSError):
+        while True:
+            order, fds, _, _ = socket.recv_fds(orders, ORDER_MAX, 1)
+            if not order or not fds:
+                break
+            _fork(orders, order, socket.socket(fileno=fds[0]), work)
+    os._exit(0)
+
+
+def _fork(orders: socket.socket, order: bytes, channel: socket.socket, work: Work) -> None:
+    us = os.getpid()
+    with channel:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            orders.send(b"%d" % (error.errno or 0))
+            return
+        if pid == 0:
+            orders.close()
+            _become_worker(us, order, channel, work)
+    pidfd = os.pidfd_open(pid)
+    socket.send_fds(orders, [b"%d" % pid], [pidfd])
+    os.close(pidfd)
+
+
+def _become_worker(template: int, order: bytes, channel: socket.socket, work: Work) -> NoReturn:
+    status = 1
+    try:
+        end_with_parent(template)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        status = work(msgspec.json.decode(order), channel)
+    except BaseException:  # the end of this process, whatever it is: it has no caller
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this process killed when its parent, of this number, ends; at once if it has."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A backend with a process for each guest: real processes, killed."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from rig_disk import run, until
+from verified_load import Content, contents_of, load
+from xvd_process import Daemon, run_xvd
+
+from xvd.cli.control import ask
+from xvd.frontend.disk import Disk
+from xvd.machine.emulated.service import connect
+from xvd.types import Domid
+
+pytestmark = pytest.mark.slow
+
+SIZE = 8 << 20
+XVDA = 51712
+
+
+class Host:
+    """An emulated host whose backend has a process for each guest, in a directory."""
+
+    def __init__(self, place: Path, *options: str) -> None:
+        self.place = place
+        self.directory = place / "host"
+        self._options = options
+        self.host = Daemon("host", str(self.directory))
+        self.backend = self.start_backend()
+
+    def start_backend(self) -> Daemon:
+        self.backend = Daemon(
+            "backend", "--host", str(self.directory), "--isolation", "guest", *self._options
+        )
+        return self.backend
+
+    def attach(self, guest: int) -> Path:
+        """Give a guest a disk; its image."""
+        image = self.place / f"{guest}.img"
+        image.touch()
+        os.truncate(image, SIZE)
+        words = ("attach", str(guest), f"vdev=xvda,target={image}")
+        done = run_xvd(*words, "--host", str(self.directory))
+        assert done.returncode == 0, done.stderr
+        return image
+
+    def run(self, *words: str) -> str:
+        """What a verb says that succeeds."""
+        done = run_xvd(*words, "--host", str(self.directory))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    @asynccontextmanager
+    async def disk(self, guest: int) -> AsyncIterator[Disk]:
+        machine = connect(self.directory, Domid(guest))
+        store = await machine.xenstore()
+        async with await Disk.open(machine, store, f"device/vbd/{XVDA}") as disk:
+            yield disk
+        await store.close()
+        machine.close()
+
+    async def worker(self, guest: int) -> int:
+        """The process that serves a guest."""
+        while True:
+            for one in await ask(self.directory / "control/backend-0", "workers"):
+                if one["domains"] == [guest] and one["pid"] is not None:
+                    return int(one["pid"])
+            await asyncio.sleep(0)
+
+    def __enter__(self) -> "Host":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.backend.kill()
+        self.host.kill()
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> "Host":
+    with Host(tmp_path) as host:
+        for guest in (1, 2):
+            host.attach(guest)
+        yield host
+
+
+async def advances(contents: list[Content], steps: int) -> None:
+    """Wait for every user to have gone on so far."""
+    goals = [content.steps + steps for content in contents]
+    reached = zip(contents, goals, strict=True)
+    await until(lambda: all(content.steps > goal for content, goal in reached), 30)
+
+
+def ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_each_guest_has_a_process(two: Host) -> None:
+    async def work() -> None:
+        async with two.disk(1) as one, two.disk(2) as other:
+            await asyncio.gather(one.write(0, b"1" * 512), other.write(0, b"2" * 512))
+            workers = {await two.worker(1), await two.worker(2)}
+            assert len(workers | {two.backend.process.pid}) == 3
+
+    run(work())
+    figures = json.loads(two.run("stats", "--json"))
+    assert {name: [disk["disk"] for disk in disks] for name, disks in figures.items()} == {
+        "backend-0": [], "backend-0-1": ["1/xvda"], "backend-0-2": ["2/xvda"],
+    }  # fmt: skip
+
+
+def test_a_worker_that_is_killed_costs_its_guest_time_and_another_guest_nothing(two: Host) -> None:
+    async def work() -> None:
+        async with two.disk(1) as one, two.disk(2) as other:
+            contents = [*contents_of(one, SIZE, 2), *contents_of(other, SIZE, 2)]
+            stop = asyncio.Event()
+            using = asyncio.ensure_future(load(contents, stop))
+            survivor = await two.worker(2)
+            for _ in range(5):
+                await advances(contents, 20)
+                os.kill(await two.worker(1), signal.SIGKILL)
+            await advances(contents, 20)
+            stop.set()
+            await using
+            assert await two.worker(2) == survivor
+
+    run(work(), 120)
+
+
+def test_workers_end_with_their_supervisor_and_another_goes_on(two: Host) -> None:
+    async def work() -> None:
+        async with two.disk(1) as disk:
+            await disk.write(0, b"before".ljust(512, b"."))
+            before = await two.worker(1)
+            two.backend.kill()
+            await until(lambda: ended(before))
+            await asyncio.to_thread(two.start_backend)
+            assert await disk.read(0, 512) == b"before".ljust(512, b".")
+            assert await two.worker(1) != before
+
+    run(work(), 60)
+
+
+def test_all_end_when_asked_to_and_leave_nothing_of_theirs(two: Host) -> None:
+    workers = asyncio.run(two.worker(1)), asyncio.run(two.worker(2))
+
+    assert two.backend.stop() == 0
+
+    assert [ended(pid) for pid in workers] == [True, True]
+    assert list((two.directory / "control").iterdir()) == []
+
+
+def test_what_is_set_holds_for_guests_that_come_later(tmp_path: Path) -> None:
+    with Host(tmp_path) as host:
+        host.run("set", "max_queues=3")
+        host.attach(1)
+
+        values = json.loads(host.run("set", "--json"))
+
+        assert {name: each["max_queues"] for name, each in values.items()} == {
+            "backend-0": 3, "backend-0-1": 3,
+        }  # fmt: skip
+
+
+def test_a_guest_without_a_disk_has_no_process_for_long(tmp_path: Path) -> None:
+    async def work(host: Host) -> None:
+        pid = await host.worker(1)
+        await asyncio.to_thread(host.run, "detach", "1", "xvda")
+        await until(lambda: ended(pid), 30)
+        assert await ask(host.directory / "control/backend-0", "workers") == []
+
+    with Host(tmp_path) as host:
+        host.attach(1)
+        run(work(host), 60)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--group", "gold:total_iops_sec=5"), ("--set", "group_name=gold"),
+     ("--set", "1/xvda:group_name=gold")],
+)  # fmt: skip
+def test_limits_that_guests_share_need_one_process_for_them(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    done = run_xvd("backend", "--host", str(tmp_path), "--isolation", "guest", *options)
+
+    said = "gold: disks of several guests share limits only where one process serves them all"
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"xvd: {said}: xvd backend --isolation shared\n"
