@@ -41,6 +41,7 @@ check: setup
 	mypy
 	python -m mypy.stubtest --mypy-config-file pyproject.toml --allowlist tools/stubtest_allowlist.txt $$(tools/compiled_modules)
 	python tools/gen_abi.py --check
+	python tools/print_api.py --check
 	pytest -q tests/test_tidy.py
 
 sim: setup

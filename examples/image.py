@@ -9,14 +9,14 @@ import asyncio
 import tempfile
 from pathlib import Path
 
-import xvd
+from xvd import EmulatedHost
 
 OFFSET, TEXT = 12345, b"any size, any alignment"
 
 
 async def write(image: Path) -> None:
     """With an event loop: operations that are awaited together are in flight together."""
-    async with xvd.emulated(image) as disk:
+    async with EmulatedHost.serving(image) as disk:
         print(f"a disk of {disk.size >> 20} MiB in blocks of {disk.logical_block_size} bytes")
         await asyncio.gather(*(disk.write(OFFSET + (n << 20), TEXT) for n in range(8)))
         await disk.flush()
@@ -24,7 +24,7 @@ async def write(image: Path) -> None:
 
 def read(image: Path) -> None:
     """Without one, and without leave to write."""
-    with xvd.open_image(image, read_only=True) as disk:
+    with EmulatedHost.serving(image, read_only=True) as disk:
         print("through the ring:", bytes(disk.read(OFFSET, len(TEXT))))
         try:
             disk.write(0, b"no")

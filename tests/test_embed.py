@@ -54,8 +54,38 @@ async def write(storage: str | Path, data: bytes) -> None:
         await disk.flush()
 
 
+async def write_by_host(storage: str | Path, data: bytes) -> None:
+    async with xvd.EmulatedHost.serving(storage) as disk:
+        assert isinstance(disk, xvd.Disk)
+        await disk.write(5, data)
+        await disk.flush()
+
+
 @pytest.mark.usefixtures("nothing_kept")
 class TestAnImage:
+    def test_is_served_by_a_host_with_an_event_loop(self, image: Path) -> None:
+        asyncio.run(write_by_host(image, b"hello"))
+
+        assert image.read_bytes()[:12] == bytes(5) + b"hello" + bytes(2)
+        assert is_free(image)
+
+    def test_is_served_by_a_host_without_one(self, image: Path) -> None:
+        with xvd.EmulatedHost.serving(str(image)) as disk:
+            assert isinstance(disk, xvd.SyncDisk)
+            disk.write(5, b"hello")
+            disk.flush()
+
+        assert image.read_bytes()[:12] == bytes(5) + b"hello" + bytes(2)
+        assert is_free(image)
+
+    def test_is_served_once_more_by_the_same_words(self, image: Path) -> None:
+        serving = xvd.EmulatedHost.serving(image)
+        with serving as disk:
+            disk.write(0, b"once")
+
+        with serving as disk:
+            assert disk.read(0, 4) == b"once"
+
     def test_is_written_with_an_event_loop(self, image: Path) -> None:
         asyncio.run(write(image, b"hello"))
 
@@ -125,6 +155,56 @@ class TestAnImage:
             xvd.open_image("memory:lots")
 
 
+class Countdown(xvd.Engine):
+    """Storage of our own: it reads as its own offsets, and has no room for anything."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+
+    @property
+    def info(self) -> xvd.EngineInfo:
+        return xvd.EngineInfo(size=SIZE, thread_model=xvd.ThreadModel.PARALLEL)
+
+    def read(self, buffer: memoryview, offset: int) -> None:
+        buffer[:] = b"".join(n.to_bytes(8) for n in range(offset, offset + len(buffer), 8))
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class TestAnEngineOfOnesOwn:
+    def test_is_served_and_closed(self) -> None:
+        engine = Countdown()
+
+        with xvd.EmulatedHost.serving(engine) as disk:
+            assert disk.size == SIZE
+            assert disk.read(4096, 8) == (4096).to_bytes(8)
+
+        assert engine.closed > 0
+
+    def test_may_fail(self, expect_log: Callable[[str], None]) -> None:
+        expect_log("1/xvda: storage fails")
+        with xvd.EmulatedHost.serving(Countdown()) as disk:
+            with pytest.raises(OSError, match="Input/output error"):
+                disk.write(0, bytes(512))
+
+    def test_may_have_layers_and_be_read_only(self) -> None:
+        with xvd.EmulatedHost.serving(Countdown(), layers=["stats"], read_only=True) as disk:
+            assert disk.disk.read_only
+
+    def test_is_closed_where_a_layer_makes_no_sense(self) -> None:
+        engine = Countdown()
+
+        with pytest.raises(ConfigError, match="there is no layer"):
+            with xvd.EmulatedHost.serving(engine, layers=["shred"]):
+                pass
+
+        assert engine.closed > 0
+
+
 def test_import_xvd_imports_nothing_but_what_is_asked_for() -> None:
     program = (
         "import sys, xvd\n"
@@ -140,6 +220,31 @@ def test_import_xvd_imports_nothing_but_what_is_asked_for() -> None:
         "[]\nxvd.errors True\n['xvd.errors']\n",
         "",
     )
+
+
+def test_import_xvd_imports_what_every_python_has_and_little_of_that() -> None:
+    command = [sys.executable, "-X", "importtime", "-c", "import xvd"]
+    without = [sys.executable, "-X", "importtime", "-c", "import importlib, typing"]
+
+    more, less = (
+        {line.rpartition("|")[2].strip() for line in told.stderr.splitlines()}
+        for told in (
+            subprocess.run(words, check=True, capture_output=True, text=True)
+            for words in (command, without)
+        )
+    )
+
+    assert more - less == {"xvd"}
+
+
+def test_a_disk_that_is_joined_does_without_the_backend() -> None:
+    program = "import sys, xvd; xvd.Disk; print('xvd.backend.server' in sys.modules)"
+
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True
+    )
+
+    assert result.stdout == "False\n"
 
 
 @pytest.mark.parametrize("name", xvd.__all__)

@@ -117,12 +117,32 @@ def test_snippets_run_as_they_stand(tmp_path: Path, requires_tool: Callable[[str
 
 
 EXAMPLES = {
+    "backup.py": """\
+64 MiB read, 1 MiB written, SHA-256 35296b7aed95c9c9...
+the copy is the same
+""",
     "image.py": """\
 a disk of 16 MiB in blocks of 512 bytes
 through the ring: b'any size, any alignment'
 a write is refused: the disk is read-only
 in the file: 8 times, first at 12345
-"""
+""",
+    "lying_backend.py": """\
+honest                        well
+garbage for a size            well
+an answer to nothing          well
+another operation             well
+more answers than requests    well
+an error                      well
+a status that nobody knows    well
+gone in the middle            well
+""",
+    "own_engine.py": """\
+16 blocks written, 1 kept
+16 blocks written, 2 kept
+at 3 MiB: b'another' and before: b'the same'
+0 blocks written, 0 kept
+""",
 }
 """Example: what it prints."""
 

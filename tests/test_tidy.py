@@ -30,10 +30,13 @@ TABLES = tuple(
 """What lies in no room of the data plane."""
 ABOVE = ("backend", "frontend", "engines", "xenbus", "machine", "blkif", "dataplane")
 ARROWS: dict[str, tuple[str, ...]] = {
-    "__init__": ("embed", "frontend"),  # the names that `import xvd` gives
-    "embed": ("backend", "frontend", "xenbus", "engines", "machine", "toolstack", "blkif"),
+    "__init__": ("disks", "embed", "engines"),  # the names that `import xvd` gives
+    "joining": ("machine", "blkif"),
+    "disks": ("joining", "frontend"),
+    "embed": ("disks", *ABOVE, "toolstack"),
+    "testing": ("machine", "blkif", "toolstack", "xenbus"),
     "cli": (
-        *("embed", "backend", "frontend", "export", "sim", "bench", "service"),
+        *("joining", "embed", "backend", "frontend", "export", "sim", "bench", "service"),
         *("engines", "xenbus", "machine", "blkif", "toolstack"),
     ),
     "bench": (*ABOVE, "toolstack"),

@@ -1,25 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """Xen virtual disks: both ends of the Xen paravirtual block device, in user space.
 
-`emulated` and `open_image` make a disk of an image in one call; `Disk` and `SyncDisk` are what they
-give. Each name is imported when it is first asked for, so that ``import xvd`` costs nothing.
+`EmulatedHost.serving` makes a disk of an image in one call; `Disk.connect` and `SyncDisk.connect`
+join a guest that is there. Each name is imported when it is first asked for, so that ``import xvd``
+costs nothing.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xvd.embed import emulated, open_image
-    from xvd.errors import XvdError
-    from xvd.frontend.disk import Disk
-    from xvd.frontend.sync import SyncDisk
+    from xvd.disks import Disk, SyncDisk
+    from xvd.embed import EmulatedHost, emulated, open_image
+    from xvd.engines.interface import Engine, EngineInfo, ThreadModel
+    from xvd.errors import ConfigError, XvdError
 
 __version__ = "0.1.0"
-__all__ = ["Disk", "SyncDisk", "XvdError", "__version__", "emulated", "open_image"]
+__all__ = [
+    "ConfigError",
+    "Disk",
+    "EmulatedHost",
+    "Engine",
+    "EngineInfo",
+    "SyncDisk",
+    "ThreadModel",
+    "XvdError",
+    "__version__",
+    "emulated",
+    "open_image",
+]
 
 _HOMES = {
-    "Disk": "xvd.frontend.disk",
-    "SyncDisk": "xvd.frontend.sync",
+    "ConfigError": "xvd.errors",
+    "Disk": "xvd.disks",
+    "EmulatedHost": "xvd.embed",
+    "Engine": "xvd.engines.interface",
+    "EngineInfo": "xvd.engines.info",
+    "SyncDisk": "xvd.disks",
+    "ThreadModel": "xvd.engines.info",
     "XvdError": "xvd.errors",
     "emulated": "xvd.embed",
     "open_image": "xvd.embed",

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage as a `Disk` in one call: an emulated host with one guest, all in this process.
+"""Storage as a disk in one call: an emulated host with one guest, all in this process.
 
-`emulated` is for code with an event loop and `open_image` for code without one; `served` is what
-both, and ``xvd serve``, are made of.
+`EmulatedHost.serving` is for programs, with an event loop or without one; `hosted` is what it, and
+``xvd serve``, are made of.
 """
 
 import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
+from types import TracebackType
 from typing import NamedTuple
 
 from xvd.backend.budget import Budget
@@ -16,13 +17,12 @@ from xvd.backend.device import Device
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
+from xvd.disks import Disk, SyncDisk
 from xvd.engines.interface import Engine
-from xvd.engines.uri import open_engine
+from xvd.engines.uri import open_engine, with_layers
 from xvd.errors import XvdError
-from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings as FrontSettings
-from xvd.frontend.sync import SyncDisk
-from xvd.machine.emulated.service import EmulatedHost
+from xvd.machine.emulated import service
 from xvd.toolstack.vbd import attach, create_guest, detach
 from xvd.toolstack.xldisk import XlDisk
 from xvd.types import DOM0, Domid
@@ -30,6 +30,85 @@ from xvd.xenbus.runner import in_own_thread
 
 GUEST = Domid(1)
 """The one guest."""
+
+
+class EmulatedHost(service.EmulatedHost):
+    """An emulated Xen host with domain 0: ``async with EmulatedHost() as host:``.
+
+    It has grant tables, event channels and a xenstore, all in this process; `listen` lets other
+    processes join it, as they join ``xvd host DIR``. Everything is called in the event loop's
+    thread. For one disk on it, already connected, see `serving`.
+    """
+
+    @staticmethod
+    def serving(
+        storage: str | os.PathLike[str] | Engine,
+        *,
+        read_only: bool = False,
+        layers: Sequence[str] = (),
+        settings: Settings | None = None,
+        front: FrontSettings | None = None,
+    ) -> "Serving":
+        """Serve storage as a guest's disk; the block has the disk, connected.
+
+        ``async with EmulatedHost.serving("disk.img") as disk:`` gives a `Disk`, and
+        ``with EmulatedHost.serving("disk.img") as disk:`` a `SyncDisk`, whose host lives in a
+        thread of its own.
+
+        storage: a path, an engine URI as of ``xvd serve`` (``qcow2:disk.qcow2``, ``memory:1G``), or
+        an `Engine` of your own, which is closed at the end. read_only: refuse writes, by EROFS.
+        layers: as of ``xvd serve --layer``, the first nearest to the guest. settings, front: those
+        of the backend and of the frontend.
+
+        Entering raises `ConfigError` for what cannot be understood and `EngineError`, an OSError,
+        for storage that cannot be opened or is in use. At the end, also by an exception, all is
+        given back: the disk is closed when its last operation is done, then the backend, the image
+        with its lock, and the host. What is to survive a crash is flushed before that.
+        """
+        return Serving(storage, read_only, layers, settings, front)
+
+
+class Serving:
+    """Storage that is served as long as a block runs; made by `EmulatedHost.serving`.
+
+    One block after the other, unless the storage is an `Engine`, which lasts for one.
+    """
+
+    def __init__(
+        self,
+        storage: str | os.PathLike[str] | Engine,
+        read_only: bool,
+        layers: Sequence[str],
+        settings: Settings | None,
+        front: FrontSettings | None,
+    ) -> None:
+        self._enter = partial(_serve, storage, read_only, layers, settings, front)
+        self._stack = contextlib.AsyncExitStack()
+        self._without_loop: SyncDisk | None = None
+
+    async def __aenter__(self) -> Disk:
+        return await self._stack.enter_async_context(self._enter())
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stack.aclose()
+
+    def __enter__(self) -> SyncDisk:
+        self._without_loop = SyncDisk(self.__aenter__, release=self._stack.aclose)
+        return self._without_loop
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._without_loop is not None:
+            self._without_loop.close()
 
 
 class Served(NamedTuple):
@@ -40,21 +119,21 @@ class Served(NamedTuple):
 
 
 @contextlib.asynccontextmanager
-async def served(
-    engine: Engine,
-    description: XlDisk,
+async def hosted(
+    storages: Sequence[tuple[Engine, XlDisk]],
     *,
     settings: Settings | None = None,
     front: FrontSettings | None = None,
     budget: Budget | None = None,
-) -> AsyncIterator[Served]:
-    """A disk of `GUEST` on `engine`, connected, as long as the block runs.
+) -> AsyncIterator[list[Served]]:
+    """The disks of `GUEST` on these engines, connected, as long as the block runs.
 
-    The backend closes the engine when it has taken it; to close it once more does no harm.
+    The backend closes an engine when it has taken it; to close it once more does no harm.
     """
+    engines = {description.number: engine for engine, description in storages}
 
-    async def storage(_: BackendAssignment) -> Engine:
-        return engine
+    async def storage(assignment: BackendAssignment) -> Engine:
+        return engines[int(assignment.frontend.rpartition("/")[2])]
 
     async with EmulatedHost() as host, contextlib.AsyncExitStack() as stack:
         back = host.machine(DOM0)
@@ -65,52 +144,61 @@ async def served(
         backend = Server(back, store, storage, settings=settings, budget=budget)
         await backend.start()
         stack.push_async_callback(backend.close)
-        vbd = await attach(store, GUEST, description)
         machine = host.machine(GUEST)
         guest_store = await machine.xenstore()
         stack.push_async_callback(guest_store.close)
-        path = f"device/vbd/{vbd.vdev}"
-        async with await Disk.open(machine, guest_store, path, settings=front) as disk:
-            yield Served(disk, backend.devices[f"backend/vbd/{GUEST}/{vbd.vdev}"])
-        with contextlib.suppress(OSError, XvdError):  # the host ends in any case
-            await detach(store, vbd)
+        vbds = [await attach(store, GUEST, description) for _, description in storages]
+        ends = []
+        async with contextlib.AsyncExitStack() as disks:
+            for vbd in vbds:
+                path = f"device/vbd/{vbd.vdev}"
+                opening = await Disk.open(machine, guest_store, path, settings=front)
+                disk = await disks.enter_async_context(opening)
+                ends.append(Served(disk, backend.devices[f"backend/vbd/{GUEST}/{vbd.vdev}"]))
+            yield ends
+        for vbd in vbds:
+            with contextlib.suppress(OSError, XvdError):  # the host ends in any case
+                await detach(store, vbd)
 
 
-def _uri(storage: str | os.PathLike[str]) -> str:
+def _open(
+    storage: str | os.PathLike[str] | Engine, read_only: bool, layers: Sequence[str]
+) -> Engine:
     """Text is a URI or a path, as everywhere; a path object is a path, whatever it looks like."""
-    return storage if isinstance(storage, str) else f"file:{os.fspath(storage)}"
+    if isinstance(storage, Engine):
+        return with_layers(storage, layers, read_only=read_only)
+    uri = storage if isinstance(storage, str) else f"file:{os.fspath(storage)}"
+    return open_engine(uri, read_only=read_only, layers=layers, user=f"{GUEST}/xvda")
 
 
 @contextlib.asynccontextmanager
-async def emulated(
+async def _serve(
+    storage: str | os.PathLike[str] | Engine,
+    read_only: bool,
+    layers: Sequence[str],
+    settings: Settings | None,
+    front: FrontSettings | None,
+) -> AsyncIterator[Disk]:
+    engine = await in_own_thread(partial(_open, storage, read_only, layers))
+    try:
+        name = type(storage).__name__ if isinstance(storage, Engine) else os.fspath(storage)
+        disk = XlDisk(target=name, vdev="xvda", writable=not read_only)
+        async with hosted([(engine, disk)], settings=settings, front=front) as [both]:
+            yield both.disk
+    finally:
+        await in_own_thread(engine.close)
+
+
+def emulated(
     storage: str | os.PathLike[str],
     *,
     read_only: bool = False,
     layers: Sequence[str] = (),
     settings: Settings | None = None,
     front: FrontSettings | None = None,
-) -> AsyncIterator[Disk]:
-    """Serve storage on an emulated host of this process; the block has its connected `Disk`.
-
-    storage: a path, or an engine URI (``disk.img``, ``file:PATH``, ``raw:PATH``, ``memory:1G``,
-    ``null:1G``). read_only: refuse writes, by EROFS. layers: as of ``xvd serve --layer``, the
-    first nearest to the guest. settings, front: those of the backend and of the frontend.
-
-    Raises `ConfigError` for what cannot be understood and `EngineError`, an OSError, for storage
-    that cannot be opened or is in use; of the disk's own errors see `Disk`. To be used in the event
-    loop's thread. At the end, also by an exception, all is given back: the disk is closed when
-    its last operation is done, then the backend, the image with its lock, and the host. What is
-    to survive a crash is flushed before that.
-    """
-    user = f"{GUEST}/xvda"
-    opening = partial(open_engine, _uri(storage), read_only=read_only, layers=layers, user=user)
-    engine = await in_own_thread(opening)
-    try:
-        disk = XlDisk(target=os.fspath(storage), vdev="xvda", writable=not read_only)
-        async with served(engine, disk, settings=settings, front=front) as both:
-            yield both.disk
-    finally:
-        await in_own_thread(engine.close)
+) -> contextlib.AbstractAsyncContextManager[Disk]:
+    """Serve storage with an event loop, as `EmulatedHost.serving` does."""
+    return _serve(storage, read_only, layers, settings, front)
 
 
 def open_image(
@@ -121,16 +209,8 @@ def open_image(
     settings: Settings | None = None,
     front: FrontSettings | None = None,
 ) -> SyncDisk:
-    """Serve storage without an event loop: ``with open_image("disk.img") as disk:``.
+    """Serve storage without an event loop, as `EmulatedHost.serving` does, until `SyncDisk.close`.
 
-    The arguments are those of `emulated`. The host lives in a thread of its own until
-    `SyncDisk.close`, which the block's end calls; any number of threads may use the disk meanwhile.
+    What is entered is the disk itself: ``with open_image("disk.img") as disk:``.
     """
-    stack = contextlib.AsyncExitStack()
-
-    async def connect() -> Disk:
-        return await stack.enter_async_context(
-            emulated(storage, read_only=read_only, layers=layers, settings=settings, front=front)
-        )
-
-    return SyncDisk(connect, release=stack.aclose)
+    return Serving(storage, read_only, layers, settings, front).__enter__()

@@ -8,13 +8,14 @@ import asyncio
 
 from rig_disk import World, until
 
+from xvd import testing
 from xvd.blkif.abi import Abi
 from xvd.blkif.messages import AnyRequest, Response
-from xvd.blkif.ring import BackRing, FrontRing, Outcome
+from xvd.blkif.ring import FrontRing, Outcome
 from xvd.machine.emulated.machine import EmulatedMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.toolstack.vbd import Vbd, wait_for_state
-from xvd.types import Domid, Gref, Port
+from xvd.types import Domid
 
 SECONDS = 10.0
 
@@ -142,55 +143,8 @@ async def connected(
     return frontend, vbd
 
 
-class RawBackend:
+class RawBackend(testing.RawBackend):
     """A backend without manners, in domain 0."""
 
     def __init__(self, world: World, vbd: Vbd) -> None:
-        self.world = world
-        self.vbd = vbd
-
-    async def write(self, nodes: dict[str, str | bytes | None]) -> None:
-        for name, value in nodes.items():
-            path = f"{self.vbd.backend}/{name}"
-            if value is None:
-                await self.world.store.rm(path)
-            else:
-                await self.world.store.write(path, value)
-
-    async def connect(self, nodes: dict[str, str | bytes | None] | None = None) -> None:
-        """Offer, wait for the frontend's rings, map them, publish `nodes` over honest ones."""
-        await self.write({"state": "2"})
-        store = self.world.store
-        await wait_for_state(store, self.vbd.frontend, lambda s: s == 3, SECONDS)
-        ref = await store.read(f"{self.vbd.frontend}/ring-ref")
-        port = await store.read(f"{self.vbd.frontend}/event-channel")
-        self.grants = self.world.dom0.grants.foreign(self.vbd.domid)
-        self.mapping = self.grants.map([Gref(int(ref))])
-        self.port = self.world.dom0.event_channels.bind_interdomain(self.vbd.domid, Port(int(port)))
-        self.ring = BackRing(self.mapping.view, Abi.X86_64)
-        honest: dict[str, str | bytes | None] = {
-            "sectors": "2048", "sector-size": "512", "info": "0", "feature-flush-cache": "1",
-        }  # fmt: skip
-        await self.write(honest | (nodes or {}) | {"state": "4"})
-
-    async def take(self) -> bytes:
-        """Wait for the next request's slot."""
-        slots: list[bytes] = []
-
-        def taken() -> bool:
-            outcome, slot = self.ring.take()
-            if outcome is Outcome.REQUEST:
-                slots.append(slot)
-            return bool(slots)
-
-        await until(taken)
-        return slots[0]
-
-    def push(self) -> None:
-        self.ring.push()
-        self.port.notify()
-
-    def close(self) -> None:
-        self.port.close()
-        self.mapping.close()
-        self.grants.close()
+        super().__init__(world.dom0, world.store, vbd)

@@ -15,16 +15,14 @@ from typing import Annotated, Final
 import typer
 from rich.console import Console
 
+from xvd import joining
 from xvd.backend.budget import Budget
 from xvd.backend.limits import XEN_MAPTRACK, descriptor_limits, limits_of_host
-from xvd.blkif.vdev import disk_name, parse_vdev
 from xvd.engines.uri import LAYERS, SCHEMES
 from xvd.errors import ConfigError, describe
 from xvd.machine.emulated.limits import Limits
-from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
 from xvd.machine.xen import machine as xen
-from xvd.machine.xs.client import XenstoreClient
 from xvd.types import Domid
 
 
@@ -79,23 +77,16 @@ Image = Annotated[
         + "."
     ),
 ]
-XEN_DIRECTORY = Path("/run/xvd")
-"""Where the daemons of a real Xen domain have their control sockets and journals."""
+vdev_number = joining.vdev_number
 
 Guest = Annotated[int, typer.Argument(min=0, help="The guest's domain number.")]
 Vdev = Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")]
 
 DEFAULT_HOST = (
-    XEN_DIRECTORY if xen.available() else Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
+    joining.XEN_DIRECTORY
+    if xen.available()
+    else Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
 )
-
-
-def vdev_number(text: str) -> int:
-    """The number of a disk's name; `ConfigError` for what is neither."""
-    try:
-        return parse_vdev(text)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def split_settings(settings: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
@@ -130,27 +121,12 @@ def disk_key(text: str) -> str:
     return f"{int(domid)}/{vdev_number(vdev)}"
 
 
-async def demand_disk(store: XenstoreClient, guest: Domid, vdev: int) -> None:
-    """Raise `ConfigError` if the guest has no such disk."""
-    if not await store.exists(f"device/vbd/{vdev}"):
-        name = disk_name(guest, str(vdev))
-        raise ConfigError(f"{name}: there is no such disk; attach it first: xvd attach")
-
-
 async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine, Path]:
-    """Connect to a domain: a machine, and the directory for what its daemons keep.
-
-    host: an emulated host's directory, where no domid means domain 0. Without one, the Xen domain
-    that we run in, if there is Xen, and otherwise the emulated host in the usual place. Raises
-    `ConfigError` for a domid that is not the one we run in.
-    """
-    if host is not None or not xen.available():
-        host = host or DEFAULT_HOST
-        return connect(host, domid or Domid(0)), host
-    here = await xen.XenMachine.here()
-    if domid is not None and domid != here.domid:
-        raise ConfigError(f"this is domain {here.domid}: run it in domain {domid}")
-    return here, XEN_DIRECTORY
+    """Connect to a domain, as `joining.open_machine`; without a host and without Xen, to one of the
+    emulated host in the usual place."""
+    if host is None and not xen.available():
+        host = DEFAULT_HOST
+    return await joining.open_machine(host, domid)
 
 
 def budget_of(machine: Machine) -> Budget:

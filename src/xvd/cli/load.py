@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from xvd import joining
 from xvd.bench.report import machine as describe_machine
 from xvd.bench.ring import COPYING, MAPPING, PERSISTENT, Setup, filling, measure, sample_of
 from xvd.bench.sample import Sample, median
@@ -103,7 +104,7 @@ async def _on(host: Path | None, guest: Domid, vdev: int, job: Job, settings: Se
     store = await machine.xenstore()
     path = f"device/vbd/{vdev}"
     try:
-        await common.demand_disk(store, guest, vdev)
+        await joining.demand_disk(store, guest, vdev)
         if job.verify:
             await run_load(machine, store, path, filling(job), settings=settings)
         result = await run_load(machine, store, path, job, settings=settings)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from xvd import joining
 from xvd.blkif.vdev import disk_name
 from xvd.cli import common, output, running
 from xvd.cli.control import ControlServer
@@ -77,7 +78,7 @@ async def _nbd(
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
         path = f"device/vbd/{vdev}"
-        await common.demand_disk(store, guest, vdev)
+        await joining.demand_disk(store, guest, vdev)
         disk = await Disk.open(machine, store, path, settings=settings)
         stack.push_async_callback(disk.close, CLOSE_S)
         export = NbdServer(disk)

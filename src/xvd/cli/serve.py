@@ -126,10 +126,10 @@ def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:
 async def _serve(job: _Job) -> int:
     stop = running.Stop()
     async with (
-        embed.served(
-            job.engine, job.disk, settings=job.settings, front=job.front,
+        embed.hosted(
+            [(job.engine, job.disk)], settings=job.settings, front=job.front,
             budget=common.emulated_budget(),
-        ) as (opened, device),
+        ) as [(opened, device)],
         contextlib.AsyncExitStack() as stack,
     ):  # fmt: skip
         holes = job.engine.info.tells_holes

@@ -88,7 +88,16 @@ def open_engine(
         raise ConfigError(f"{uri!r} names no storage; write a path or a size after {scheme}:")
     only_reads = read_only or any(_kind(text).only_reads for text in layers)
     engine = SCHEMES[scheme].open(rest, Opening(only_reads, patience_s, user, device_model))
+    return with_layers(engine, layers, read_only=read_only)
+
+
+def with_layers(engine: Engine, layers: Sequence[str], *, read_only: bool = False) -> Engine:
+    """Put `layers`, the first nearest to the guest, and the checks in front of an open engine.
+
+    It is closed where that fails, by a `ConfigError` for a layer.
+    """
     try:
+        only_reads = read_only or any(_kind(text).only_reads for text in layers)
         if only_reads and not engine.info.read_only:
             engine = readonly.ReadOnly(engine)
         for text in reversed(layers):

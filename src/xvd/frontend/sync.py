@@ -7,7 +7,7 @@ Any number of threads may use one `SyncDisk`; each call blocks its own thread on
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from xvd.frontend.disk import Disk
 
@@ -53,11 +53,12 @@ class SyncDisk:
 
     def _stop(self) -> None:
         self._wait(self._cancel_the_rest())
+        self._wait(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
-    def __enter__(self) -> "SyncDisk":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:

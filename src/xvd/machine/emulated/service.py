@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole emulated machine in this process: host, store, and the sockets that lead to both."""
 
+import asyncio
 import mmap
 import os
 from pathlib import Path
@@ -90,6 +91,7 @@ def connect(directory: str | os.PathLike[str], domid: Domid) -> EmulatedMachine:
     link = LinkClient(Path(directory) / MACHINE_SOCKET, domid)
 
     async def open_store() -> XenstoreClient:
-        return await XenstoreClient.from_socket(link.xenstore())
+        # The host may be one of this very event loop, which has to answer.
+        return await XenstoreClient.from_socket(await asyncio.to_thread(link.xenstore))
 
     return EmulatedMachine(link, open_store)
