@@ -10,6 +10,7 @@ that hangs, crashes or believes the lie fails. The status is 1 if one of them wa
 """
 
 import asyncio
+import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable
@@ -27,9 +28,13 @@ Driver = Callable[[str, int, str], Awaitable[int]]
 
 
 async def honest(backend: RawBackend) -> None:
-    """Serve like any backend, from memory, until it is cancelled."""
+    """Serve like any backend, from memory, until the driver closes the disk."""
     await backend.connect()
-    await serve(backend)
+    serving = asyncio.ensure_future(serve(backend))
+    await backend.until_closed()
+    serving.cancel()
+    backend.close()
+    await backend.write({"state": "6"})
 
 
 async def serve(backend: RawBackend) -> None:
@@ -117,7 +122,7 @@ async def our_driver(directory: str, domid: int, vdev: str) -> int:
             await disk.write(4096, b"written" * 100)
             return 0 if await disk.read(4096, 700) == b"written" * 100 else 1
         finally:
-            await disk.close(timeout_s=0)
+            await disk.close(timeout_s=1)
     except (OSError, XvdError):
         return 1
 
@@ -169,6 +174,9 @@ async def outcome(case: Case, driver: Driver) -> str:
 
 async def main(command: list[str]) -> int:
     """Try them all."""
+    if command and shutil.which(command[0]) is None:
+        print(f"lying_backend: there is no program {command[0]}", file=sys.stderr)
+        return 2
     driver = program(command) if command else our_driver
     bad = 0
     for case in [Case(honest, True), *(Case(lie, False) for lie in LIES)]:

@@ -69,7 +69,9 @@ def main() -> None:
         print(engine.figures())
         disk.write(3 << 20, b"another".ljust(BLOCK, b"."))
         print(engine.figures())
-        print("at 3 MiB:", bytes(disk.read(3 << 20, 7)), "and before:", bytes(disk.read(2 << 20, 8)))
+        print(
+            "at 3 MiB:", bytes(disk.read(3 << 20, 7)), "and before:", bytes(disk.read(2 << 20, 8))
+        )
         disk.discard(0, 16 << 20)
         print(engine.figures())
 

@@ -66,3 +66,17 @@ def test_it_says_what_it_cannot_do(tmp_path: Path) -> None:
             await disk.close(timeout_s=0)
 
     asyncio.run(work())
+
+
+def test_it_ends_as_its_frontend_does(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with raw_backend(tmp_path) as backend:
+            disk = await connected(tmp_path, backend)
+            closing = asyncio.ensure_future(disk.close())
+            await backend.until_closed()
+            backend.close()
+            await backend.write({"state": "6"})
+
+            await closing
+
+    asyncio.run(work())

@@ -7,11 +7,12 @@ program that joins the host's directory (docs/own-driver.md), or `xvd.Disk`.
 
 import asyncio
 import contextlib
+import math
 import os
 from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
-from xvd.blkif.abi import Abi, Status
+from xvd.blkif.abi import Abi, Status, XenbusState
 from xvd.blkif.features import BackendFeatures, format_backend
 from xvd.blkif.messages import AnyRequest, Request, Response, unpack_request
 from xvd.blkif.nodes import parse_frontend
@@ -32,6 +33,7 @@ HONEST: Final[Mapping[str, str]] = format_backend(BackendFeatures(sectors=2048))
 """What `RawBackend.connect` publishes: a disk of 1 MiB that can flush."""
 CONNECT_S: Final = 10.0
 """For the frontend to publish its ring."""
+_PUBLISHED: Final = (XenbusState.INITIALISED, XenbusState.CONNECTED)
 _LOOK_S: Final = 0.01
 """Between two looks at the ring without an event: Python has no fence for it (blkif/ring.py)."""
 
@@ -66,8 +68,8 @@ class RawBackend:
         Raises TimeoutError if the frontend publishes none in `CONNECT_S`, and `PeerProtocolError`
         for one that makes no sense.
         """
-        await self.write({"state": "2"})
-        await wait_for_state(self.store, self.vbd.frontend, lambda s: s in (3, 4), CONNECT_S)
+        await self.write({"state": str(int(XenbusState.INIT_WAIT))})
+        await wait_for_state(self.store, self.vbd.frontend, lambda s: s in _PUBLISHED, CONNECT_S)
         published = await read_directory(self.store, self.vbd.frontend, lambda _: True)
         config = parse_frontend(
             published, host_abi=Abi.native(), max_queues=1, max_ring_page_order=0
@@ -82,7 +84,7 @@ class RawBackend:
         self.port = channels.bind_interdomain(self.vbd.domid, queue.event_channel)
         self._undo.callback(self.port.close)
         self.ring = BackRing(self.mapping.view, self.abi).attach()
-        await self.write({**HONEST, **(nodes or {}), "state": "4"})
+        await self.write({**HONEST, **(nodes or {}), "state": str(int(XenbusState.CONNECTED))})
 
     async def take(self) -> bytes:
         """Wait for the frontend's next request; return its slot as it lay on the ring.
@@ -151,6 +153,14 @@ class RawBackend:
         """Publish the responses that were put into `ring`, and send an event."""
         self.ring.push()
         self.port.notify()
+
+    async def until_closed(self) -> None:
+        """Wait until the frontend closes its end, at its pace; `close` and state 6 are due then."""
+        closing, closed = XenbusState.CLOSING, (XenbusState.UNKNOWN, XenbusState.CLOSED)
+        ends = (closing, *closed)
+        await wait_for_state(self.store, self.vbd.frontend, lambda s: s in ends, math.inf)
+        await self.write({"state": str(int(closing))})
+        await wait_for_state(self.store, self.vbd.frontend, lambda s: s in closed, math.inf)
 
     def close(self) -> None:
         """Give everything back, whatever is in flight; the nodes stay as they are. Idempotent."""
