@@ -38,7 +38,7 @@ def take(negotiation: Negotiation, option: int, data: bytes = b"") -> list[tuple
 
 @pytest.fixture
 def negotiation() -> Negotiation:
-    return Negotiation(lambda: EXPORT)
+    return Negotiation(lambda: [EXPORT])
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_listing_contexts_of_others_finds_none(structured: Negotiation, asked: l
 
 @pytest.mark.parametrize("option", [LIST_META, SET_META])
 def test_where_it_is_not_known_where_data_lies_there_is_no_context(option: int) -> None:
-    negotiation = Negotiation(lambda: replace(EXPORT, tells_holes=False))
+    negotiation = Negotiation(lambda: [replace(EXPORT, tells_holes=False)])
     negotiation.take(STRUCTURED, b"")
     assert take(negotiation, option, queries("base:allocation")) == [(ACK, b"")]
     negotiation.take(GO, text("") + b"\0\0")
@@ -211,3 +211,71 @@ def test_negotiating_without_end_is_ended(negotiation: Negotiation) -> None:
         negotiation.take(LIST, b"")
     with pytest.raises(Malformed):
         negotiation.take(LIST, b"")
+
+
+# ---- Several exports ----
+
+OTHER = Export("other", "", 2 << 20, 0x0145, 512)
+
+
+@pytest.fixture
+def several() -> Negotiation:
+    return Negotiation(lambda: [EXPORT, OTHER])
+
+
+@pytest.mark.parametrize(("name", "export"), [("", EXPORT), ("disk", EXPORT), ("other", OTHER)])
+def test_the_empty_name_is_the_first_exports(
+    several: Negotiation, name: str, export: Export
+) -> None:
+    _, outcome = several.take(GO, text(name) + bytes(2))
+
+    assert (several.chosen, outcome) == (export, Outcome.TRANSMISSION)
+
+
+def test_every_export_is_listed(several: Negotiation) -> None:
+    listed = [(SERVER, text("disk") + b"a test"), (SERVER, text("other")), (ACK, b"")]
+
+    assert take(several, LIST) == listed
+
+
+# ---- TLS ----
+
+TLS_REQD = 1 << 31 | 5
+
+
+@pytest.fixture
+def secured() -> Negotiation:
+    return Negotiation(lambda: [EXPORT], tls=True)
+
+
+@pytest.mark.parametrize(
+    ("option", "data"), [(LIST, b""), (GO, text("disk") + bytes(2)), (STRUCTURED, b""), (99, b"")]
+)
+def test_before_tls_nothing_is_told(secured: Negotiation, option: int, data: bytes) -> None:
+    [(kind, words)] = take(secured, option, data)
+
+    assert (kind, words) == (TLS_REQD, b"this server demands TLS: begin it first")
+    assert not secured.structured
+
+
+def test_before_tls_the_old_way_to_choose_ends_the_connection(secured: Negotiation) -> None:
+    assert secured.take(EXPORT_NAME, b"disk") == (b"", Outcome.END)
+
+
+def test_before_tls_a_client_may_leave(secured: Negotiation) -> None:
+    _, outcome = secured.take(ABORT, b"")
+
+    assert outcome is Outcome.END
+
+
+def test_tls_begins_once(secured: Negotiation) -> None:
+    _, outcome = secured.take(STARTTLS, b"")
+
+    assert outcome is Outcome.TLS
+    assert [kind for kind, _ in take(secured, STARTTLS)] == [UNSUP]
+    assert [kind for kind, _ in take(secured, LIST)] == [SERVER, ACK]
+
+
+def test_tls_begins_with_nothing_behind_its_name(secured: Negotiation) -> None:
+    assert [kind for kind, _ in take(secured, STARTTLS, b"x")] == [INVALID]
+    assert secured.tls

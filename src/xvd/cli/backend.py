@@ -16,7 +16,7 @@ from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
-from xvd.cli import common, output, running
+from xvd.cli import common, completion, output, running
 from xvd.cli.control import ControlServer
 from xvd.cli.isolation import Isolation, IsolationOption, Served, follow_orders, supervise
 from xvd.cli.methods import control_methods
@@ -53,6 +53,7 @@ def backend(
         typer.Option(
             "--set",
             metavar="[DOMID/VDEV:]NAME=VALUE",
+            autocompletion=completion.back_settings,
             help="A setting under the name of xen-blkback's parameter, for every disk or for one: "
             "max_queues=4, 1/xvda:feature_persistent=N. May be given several times. See xvd set.",
         ),

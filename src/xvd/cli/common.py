@@ -18,6 +18,7 @@ from rich.console import Console
 from xvd import joining
 from xvd.backend.budget import Budget
 from xvd.backend.limits import XEN_MAPTRACK, descriptor_limits, limits_of_host
+from xvd.cli import completion
 from xvd.engines.uri import LAYERS, SCHEMES
 from xvd.errors import ConfigError, describe
 from xvd.machine.emulated.limits import Limits
@@ -64,23 +65,31 @@ Layers = Annotated[
     list[str],
     typer.Option(
         "--layer",
+        autocompletion=completion.layers,
         help="A layer in front of the storage: "
         + "; ".join(f"{layer.example} ({layer.help})" for layer in LAYERS.values())
         + ". May be given several times; the first is nearest to the guest.",
     ),
 ]
-Image = Annotated[
-    str,
+Images = Annotated[
+    list[str],
     typer.Argument(
+        metavar="IMAGE...",
         help="Image file, block device, or engine URI: "
         + "; ".join(f"{', '.join(forms)} ({what})" for what, forms in _storage().items())
-        + "."
+        + ".",
     ),
 ]
 vdev_number = joining.vdev_number
 
-Guest = Annotated[int, typer.Argument(min=0, help="The guest's domain number.")]
-Vdev = Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")]
+Guest = Annotated[
+    int,
+    typer.Argument(min=0, help="The guest's domain number.", autocompletion=completion.guests),
+]
+Vdev = Annotated[
+    str,
+    typer.Argument(help="The disk's name or number: xvda, 51712.", autocompletion=completion.vdevs),
+]
 
 DEFAULT_HOST = (
     joining.XEN_DIRECTORY
@@ -170,7 +179,7 @@ def parse_tcp(text: str, *, allow_remote: bool, danger: str = NBD_DANGER) -> tup
     """The address in ``HOST:PORT`` or ``PORT`` (then on loopback); None for nothing.
 
     Raises `ConfigError` for one that others than this machine reach, unless that is allowed.
-    danger: what whoever reaches it can do, in words.
+    danger: what whoever reaches it can do, in words; empty where there is none.
     """
     if not text:
         return None
@@ -178,7 +187,7 @@ def parse_tcp(text: str, *, allow_remote: bool, danger: str = NBD_DANGER) -> tup
     if not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError(f"{text!r} is no address; write HOST:PORT, or PORT for loopback")
     host = host.strip("[]") or "127.0.0.1"
-    if not _is_loopback(host):
+    if danger and not _is_loopback(host):
         if not allow_remote:
             raise ConfigError(f"{text}: {danger}; export on loopback, or say --allow-remote")
         sys.stderr.write(f"xvd: warning: {text}: {danger}\n")

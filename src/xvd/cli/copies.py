@@ -3,6 +3,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from xvd.errors import ConfigError, XvdError
 from xvd.toolstack.xldisk import absolute_target
 
 _LOOK_S: Final = 0.2
+_QUIET_S: Final = 2.0
 _PATIENCE_S: Final = 120.0
 """For what opens storage and waits for a disk to come to rest; a copy takes as long as it takes."""
 _WORDS: Final = {"mirror": "mirrored to", "backup": "written to"}
@@ -141,13 +143,15 @@ async def _follow(host: Path, guest: int, vdev: str, json: bool) -> None:
 
 @contextmanager
 def _progress(json: bool) -> Iterator[Any]:
-    """How far it is: a line that changes on a terminal, or JSON, an object a line."""
+    """How far it is: what takes longer than `_QUIET_S` has a line that changes, as ``qemu-img -p``
+    has; only on a terminal. Or JSON, an object a line."""
     on_terminal = sys.stderr.isatty() and not json
+    begun = time.monotonic()
 
     def show(figures: dict[str, Any]) -> None:
         if json:
             output.print_json(figures, indent=0)
-        elif on_terminal:
+        elif on_terminal and time.monotonic() - begun > _QUIET_S:
             sys.stderr.write(f"\r{_line(figures)}\x1b[K")
             sys.stderr.flush()
 
@@ -164,5 +168,5 @@ def _line(figures: dict[str, Any]) -> str:
     done = 100 * (1 - figures["left"] / figures["size"]) if figures["size"] else 100
     text = f"{what} {_WORDS[figures['kind']]} {figures['storage']}: {figures['phase']}"
     if figures["phase"] == "copying":
-        text += f", {done:.0f} % is there"
+        text += f" ({done:.2f}/100%)"
     return f"{text} ({figures['why']})" if figures["why"] else text

@@ -14,7 +14,7 @@ from xvd.bench.report import machine as describe_machine
 from xvd.bench.ring import COPYING, MAPPING, PERSISTENT, Setup, filling, measure, sample_of
 from xvd.bench.sample import Sample, median
 from xvd.blkif.vdev import disk_name
-from xvd.cli import common, output, running
+from xvd.cli import common, completion, output, running
 from xvd.engines.text import parse_size
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job, run_load
@@ -23,12 +23,28 @@ from xvd.types import Domid
 
 MODES = {"persistent": PERSISTENT, "mapping": MAPPING, "copy": COPYING}
 
+AnyGuest = Annotated[
+    int | None,
+    typer.Argument(
+        min=0,
+        help="A guest, whose disk it is; none: one of our own.",
+        autocompletion=completion.guests,
+    ),
+]
+FrontSettings = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="As of xvd nbd.",
+        autocompletion=completion.front_settings,
+    ),
+]
+
 
 def load(
-    guest: Annotated[
-        int | None, typer.Argument(min=0, help="A guest, whose disk it is; none: one of our own.")
-    ] = None,
-    vdev: Annotated[str, typer.Argument(help="The disk: xvda, 51712.")] = "xvda",
+    guest: AnyGuest = None,
+    vdev: common.Vdev = "xvda",
     host: common.HostOrXen = None,
     engine: Annotated[
         str, typer.Option("--engine", help="Of a disk of our own: the storage.")
@@ -47,9 +63,7 @@ def load(
         bool, typer.Option("--verify", help="Write the span first; compare all that is read.")
     ] = False,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Medians are of so many.")] = 1,
-    setting: Annotated[
-        list[str], typer.Option("--set", metavar="NAME=VALUE", help="As of xvd nbd.")
-    ] = ["max_queues=1"],  # noqa: B006  typer needs a literal
+    setting: FrontSettings = ["max_queues=1"],  # noqa: B006  typer needs a literal
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Copy nothing at this end: data stays granted.")
     ] = False,

@@ -9,7 +9,7 @@ import typer
 
 from xvd import joining
 from xvd.blkif.vdev import disk_name
-from xvd.cli import common, output, running
+from xvd.cli import common, completion, running, serving
 from xvd.cli.control import ControlServer
 from xvd.errors import PeerClosed
 from xvd.export.nbd import NbdServer
@@ -22,23 +22,24 @@ CLOSE_S = 1.5
 
 
 def nbd(
-    guest: Annotated[int, typer.Argument(min=0, help="The guest's domain number.")],
-    vdev: Annotated[str, typer.Argument(help="The disk's name or number: xvda, 51712.")],
+    guest: common.Guest,
+    vdev: common.Vdev,
     host: common.HostOrXen = None,
-    socket: Annotated[
-        Path | None,
-        typer.Option("--socket", help="Path of the NBD socket (default: a private one)."),
-    ] = None,
+    socket: serving.Socket = None,
     tcp: common.Tcp = "",
     allow_remote: common.Remote = False,
-    run: Annotated[
-        str, typer.Option("--run", help="Shell command to run with $uri set; its status is ours.")
-    ] = "",
+    tls_creds: serving.TlsCreds = None,
+    tls_verify_peer: serving.VerifyPeer = False,
+    export_name: serving.ExportName = "",
+    pidfile: serving.PidFile = None,
+    exit_with_parent: serving.ExitWithParent = False,
+    run: serving.Run = "",
     setting: Annotated[
         list[str],
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
+            autocompletion=completion.front_settings,
             help="A setting under the name of xen-blkfront's parameter: max_queues=4, "
             "max_ring_page_order=2, feature_persistent=N. May be given several times.",
         ),
@@ -53,13 +54,16 @@ def nbd(
     length of --run.
     """
     common.start_logging(verbose)
+    if exit_with_parent:
+        running.end_with_parent()
     number = common.vdev_number(vdev)
-    address = common.parse_tcp(tcp, allow_remote=allow_remote)
     settings = Settings.of(setting)
     with running.private_directory() as directory:
-        where = socket or directory / "nbd.sock"
-        work = _nbd(host, Domid(guest), number, settings, socket=where, tcp=address, command=run)
-        return running.run(work)
+        places = serving.places(
+            directory, socket=socket, tcp=tcp, allow_remote=allow_remote, tls_creds=tls_creds,
+            verify_peer=tls_verify_peer, pidfile=pidfile, command=run,
+        )  # fmt: skip
+        return running.run(_nbd(host, Domid(guest), number, settings, places, export_name))
 
 
 async def _nbd(
@@ -67,10 +71,8 @@ async def _nbd(
     guest: Domid,
     vdev: int,
     settings: Settings,
-    *,
-    socket: Path,
-    tcp: tuple[str, int] | None,
-    command: str,
+    places: serving.Places,
+    export_name: str,
 ) -> int:
     machine, directory = await common.open_machine(host, guest)
     async with contextlib.AsyncExitStack() as stack:
@@ -81,11 +83,9 @@ async def _nbd(
         await joining.demand_disk(store, guest, vdev)
         disk = await Disk.open(machine, store, path, settings=settings)
         stack.push_async_callback(disk.close, CLOSE_S)
-        export = NbdServer(disk)
+        export = NbdServer(disk, name=export_name)
         stack.push_async_callback(export.close, CLOSE_S)
-        await export.listen_unix(socket)
-        if tcp is not None:
-            await export.listen_tcp(*tcp)
+        await places.listen(export)
         name = disk_name(guest, path)
         control = ControlServer(
             {"stats": lambda: [{"disk": name, "path": path, **disk.statistics().figures()}]}
@@ -94,11 +94,8 @@ async def _nbd(
         stack.push_async_callback(control.close)
         stop = running.Stop(running.GRACE_S)
         stack.callback(stop.hurry)
-        if command:
-            return await running.run_captive(
-                command, stop, **running.variables(export.uris, socket)
-            )
-        output.tell("".join(f"{uri}\n" for uri in export.uris))
-        if not await stop.wait_or(disk.gone.wait()):
-            raise PeerClosed(f"{name}: the disk was removed from its guest")
-    return 0
+        with places.told():
+            status = await places.use(export, stop)
+            if status is None and not await stop.wait_or(disk.gone.wait()):
+                raise PeerClosed(f"{name}: the disk was removed from its guest")
+    return status or 0

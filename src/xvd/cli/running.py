@@ -3,16 +3,18 @@
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from xvd.cli import signals
 
+_PR_SET_PDEATHSIG: Final = 1
 GRACE_S = 4.5
 """What a verb has from a signal to its end, where nothing of a user's is waited for."""
 
@@ -115,10 +117,17 @@ async def run_captive(command: str, stop: Stop, **environment: str) -> int:
     return status if status >= 0 else 128 - status
 
 
-def variables(uris: Sequence[str], socket: Path) -> dict[str, str]:
-    """Return the environment of a captive command: ``$uri``, on TCP if that was asked for, and
-    ``$unixsocket``."""
-    return {"uri": uris[-1], "unixsocket": str(socket)}
+def end_with_parent() -> None:
+    """Have SIGTERM come when our parent ends (prctl(2), PR_SET_PDEATHSIG).
+
+    Raises OSError where the system does not have it. A parent that has ended already is noticed.
+    """
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if os.getppid() != parent:
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -13,9 +13,10 @@ import typer
 
 from xvd import embed
 from xvd.backend.settings import Settings
-from xvd.cli import common, output, running
+from xvd.cli import common, completion, running, serving
 from xvd.cli.control import ControlServer
 from xvd.cli.report import account, disk_figures
+from xvd.cli.serving import Places
 from xvd.engines.interface import Engine
 from xvd.engines.text import in_format
 from xvd.engines.uri import open_engine
@@ -24,80 +25,85 @@ from xvd.export.nbd import NbdServer
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.toolstack.xldisk import XlDisk
 
+EndSettings = Annotated[
+    list[str],
+    typer.Option(
+        "--set",
+        metavar="[END:]NAME=VALUE",
+        autocompletion=completion.settings_of_both,
+        help="A setting of both ends under the name of Linux's parameter: max_queues=4; "
+        "back:max_persistent_grants=0 or front:page_size=65536 sets that of one end. May be "
+        "given several times.",
+    ),
+]
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is to be served and how."""
+    """What is to be served and how: each disk with its storage and its export's name."""
 
-    disk: XlDisk
-    engine: Engine
+    disks: Sequence[tuple[Engine, XlDisk]]
+    names: Sequence[str]
     directory: Path
-    command: str
-    socket: Path
-    tcp: tuple[str, int] | None
+    places: Places
     settings: Settings
     front: FrontSettings
     report: bool
 
 
 def serve(
-    image: common.Image,
-    run: Annotated[
-        str, typer.Option("--run", help="Shell command to run with $uri set; its status is ours.")
-    ] = "",
+    image: common.Images,
+    run: serving.Run = "",
     read_only: Annotated[bool, typer.Option("-r", "--read-only", help="Refuse writes.")] = False,
-    image_format: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="What the image is: qcow2, vhdx and so on; raw: serve the bytes as they lie, also "
-            "if they look like another format.",
-        ),
-    ] = "",
-    socket: Annotated[
-        Path | None,
-        typer.Option("--socket", help="Path of the NBD socket (default: a private one)."),
-    ] = None,
+    image_format: serving.Format = "",
+    export_name: serving.ExportNames = [],  # noqa: B006  typer needs a literal
+    socket: serving.Socket = None,
     tcp: common.Tcp = "",
     allow_remote: common.Remote = False,
-    vdev: Annotated[str, typer.Option("--vdev", help="The disk's name in the guest.")] = "xvda",
+    tls_creds: serving.TlsCreds = None,
+    tls_verify_peer: serving.VerifyPeer = False,
+    pidfile: serving.PidFile = None,
+    exit_with_parent: serving.ExitWithParent = False,
+    vdev: Annotated[
+        str, typer.Option("--vdev", help="The disk's name in the guest (default: xvda).")
+    ] = "",
     copy: Annotated[bool, typer.Option("--copy", help="Grant copy instead of mapping.")] = False,
-    setting: Annotated[
-        list[str],
-        typer.Option(
-            "--set",
-            metavar="[END:]NAME=VALUE",
-            help="A setting of both ends under the name of Linux's parameter: max_queues=4; "
-            "back:max_persistent_grants=0 or front:page_size=65536 sets that of one end. May be "
-            "given several times.",
-        ),
-    ] = [],  # noqa: B006  typer needs a literal
+    setting: EndSettings = [],  # noqa: B006  typer needs a literal
     layer: common.Layers = [],  # noqa: B006  typer needs a literal
     report: Annotated[
         bool, typer.Option("--report", help="Print an account of what happened at the end.")
     ] = False,
     verbose: common.Verbose = 0,
 ) -> int:
-    """Serve IMAGE through a Xen ring on an emulated host, and offer the disk as an NBD export.
+    """Serve each IMAGE through a Xen ring on an emulated host, and offer the disks as NBD exports.
 
-    Without --run it prints the export's URI, with --tcp that one too, and serves until SIGINT or
+    Without --run it prints every export's URI, with --tcp those too, and serves until SIGINT or
     SIGTERM.
     """
     common.start_logging(verbose)
-    image = in_format(image, image_format) if image_format else image
-    common.vdev_number(vdev)
-    disk = XlDisk(target=image, vdev=vdev, writable=not read_only)
-    address = common.parse_tcp(tcp, allow_remote=allow_remote)
+    if exit_with_parent:
+        running.end_with_parent()
+    images = [in_format(it, image_format) if image_format else it for it in image]
+    names, vdevs = serving.name_exports(image, export_name), serving.vdevs(len(images), vdev)
+    common.vdev_number(vdevs[0])
     back, front = split_ends(setting)
     settings = Settings(copying=copy).changed(Settings.parse(back))
     front_settings = FrontSettings.of(front)
-    engine = open_engine(image, read_only=read_only, layers=layer, user=f"{embed.GUEST}/{vdev}")
     with contextlib.ExitStack() as stack:
-        stack.callback(engine.close)
         directory = stack.enter_context(running.private_directory())
-        where = socket or directory / "nbd.sock"
-        job = _Job(disk, engine, directory, run, where, address, settings, front_settings, report)
-        return running.run(_serve(job))
+        places = serving.places(
+            directory, socket=socket, tcp=tcp, allow_remote=allow_remote, tls_creds=tls_creds,
+            verify_peer=tls_verify_peer, pidfile=pidfile, command=run,
+        )  # fmt: skip
+        disks = []
+        for uri, name in zip(images, vdevs, strict=True):
+            user = f"{embed.GUEST}/{name}"
+            engine = open_engine(uri, read_only=read_only, layers=layer, user=user)
+            stack.callback(engine.close)
+            disks.append((engine, XlDisk(target=uri, vdev=name, writable=not read_only)))
+        return running.run(
+            _serve(_Job(disks, names, directory, places, settings, front_settings, report))
+        )
 
 
 def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -127,33 +133,39 @@ async def _serve(job: _Job) -> int:
     stop = running.Stop()
     async with (
         embed.hosted(
-            [(job.engine, job.disk)], settings=job.settings, front=job.front,
-            budget=common.emulated_budget(),
-        ) as [(opened, device)],
+            job.disks, settings=job.settings, front=job.front, budget=common.emulated_budget()
+        ) as both,
         contextlib.AsyncExitStack() as stack,
-    ):  # fmt: skip
-        holes = job.engine.info.tells_holes
-        export = NbdServer(opened, storage=job.engine, tells_holes=holes)
-        stack.push_async_callback(export.close)
-        await export.listen_unix(job.socket)
-        if job.tcp is not None:
-            await export.listen_tcp(*job.tcp)
-        control = ControlServer({"stats": lambda: [disk_figures(device, opened)]})
+    ):
+        exports = _exports(job, both)
+        stack.push_async_callback(exports.close)
+        await job.places.listen(exports)
+
+        def figures() -> list[dict[str, object]]:
+            return [disk_figures(device, disk) for disk, device in both]
+
+        control = ControlServer({"stats": figures})
         await control.listen(job.directory / "control" / "serve")
         stack.push_async_callback(control.close)
         begun = time.monotonic()
-        status = await _use(job, stop, export)
-        await export.close()
-        if job.report:
-            sys.stderr.write(account(disk_figures(device, opened), time.monotonic() - begun))
-    return status
+        with job.places.told():
+            status = await job.places.use(exports, stop)
+            if status is None:
+                await stop.wait()
+        await exports.close()
+        for each in figures() if job.report else []:
+            sys.stderr.write(account(each, time.monotonic() - begun))
+    return status or 0
 
 
-async def _use(job: _Job, stop: running.Stop, export: NbdServer) -> int:
-    if job.command:
-        return await running.run_captive(
-            job.command, stop, **running.variables(export.uris, job.socket)
-        )
-    output.tell("".join(f"{uri}\n" for uri in export.uris))
-    await stop.wait()
-    return 0
+def _exports(job: _Job, both: Sequence[embed.Served]) -> NbdServer:
+    """The server of every disk, the first of which answers to the empty name too."""
+    exports: NbdServer | None = None
+    for served, (engine, _), name in zip(both, job.disks, job.names, strict=True):
+        holes = engine.info.tells_holes
+        if exports is None:
+            exports = NbdServer(served.disk, name=name, storage=engine, tells_holes=holes)
+        else:
+            exports.add(served.disk, name=name, storage=engine, tells_holes=holes)
+    assert exports is not None
+    return exports

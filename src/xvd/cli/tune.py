@@ -9,7 +9,7 @@ import typer
 
 from xvd.backend.iotune import IoTune
 from xvd.backend.settings import Settings
-from xvd.cli import common, output, running
+from xvd.cli import common, completion, output, running
 from xvd.cli.control import DaemonError
 from xvd.cli.daemons import ALIVE, ask_all, complain
 from xvd.errors import ConfigError
@@ -17,10 +17,21 @@ from xvd.errors import ConfigError
 
 def tune(
     setting: Annotated[
-        list[str], typer.Argument(metavar="NAME=VALUE...", help="What to set; nothing: only show.")
+        list[str],
+        typer.Argument(
+            metavar="NAME=VALUE...",
+            help="What to set; nothing: only show.",
+            autocompletion=completion.back_settings,
+        ),
     ] = [],  # noqa: B006  typer needs a literal
     disk: Annotated[
-        str, typer.Option("--disk", metavar="DOMID/VDEV", help="For this disk only: 1/xvda.")
+        str,
+        typer.Option(
+            "--disk",
+            metavar="DOMID/VDEV",
+            help="For this disk only: 1/xvda.",
+            autocompletion=completion.disks,
+        ),
     ] = "",
     host: common.HostDir = common.DEFAULT_HOST,
     json: common.Json = False,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A disk as an NBD export, so that ordinary tools (qemu-img, fio, nbdcopy, nbdfuse) can use it.
+"""Disks as NBD exports, so that ordinary tools (qemu-img, fio, nbdcopy, nbdfuse) can use them.
 
-One disk behind any number of connections: what one client was told is written, every other one
+A disk behind any number of connections: what one client was told is written, every other one
 reads, and the flush of one makes it durable for all (NBD's CAN_MULTI_CONN).
 """
 
@@ -11,9 +11,10 @@ import ipaddress
 import logging
 import os
 import socket
+import ssl
 from collections import Counter
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 from urllib.parse import quote
 
 from xvd.errors import ConfigError, describe
@@ -22,6 +23,7 @@ from xvd.export.nbd_connection import NbdConnection
 from xvd.export.nbd_negotiation import Export
 from xvd.export.nbd_protocol import STRING_MAX, TransmissionFlag
 from xvd.export.nbd_requests import ExportedDisk, Storage
+from xvd.export.tls import relay
 from xvd.sockets import UnixListener, claim
 from xvd.types import RING_SECTOR_SIZE
 
@@ -43,10 +45,21 @@ _RETRY_S: Final = 1.0
 """Until another client is accepted when there was no descriptor for the last one."""
 
 
+class _Exported(NamedTuple):
+    """A disk, and what clients are told of it."""
+
+    disk: ExportedDisk
+    name: str
+    description: str
+    storage: Storage | None
+    tells_holes: bool
+
+
 class NbdServer:
     """Serves `disk` under `name`, which the empty name means too. All calls in the event loop.
 
     storage: the disk's, where it is at hand. tells_holes: whether it knows where it has data.
+    `add` serves further disks.
 
     Raises `ConfigError` for a name or description that NBD cannot carry.
     """
@@ -63,14 +76,9 @@ class NbdServer:
         patience_s: float = PATIENCE_S,
         memory_max: int = MEMORY_MAX,
     ) -> None:
-        for text in (name, description):
-            if len(text.encode()) > STRING_MAX or "\0" in text:
-                raise ConfigError(f"{text[:40]!r}...: NBD has room for {STRING_MAX} bytes, no NUL")
-        self.disk = disk
-        self.storage = storage
-        self._tells_holes = storage is not None and tells_holes
+        self._exported: dict[str, _Exported] = {}
+        self.add(disk, name=name, description=description, storage=storage, tells_holes=tells_holes)
         self.name = name
-        self.description = description
         self.count: Counter[str] = Counter()
         self.patience_s = patience_s
         self.memory = ExportMemory(memory_max)
@@ -78,9 +86,11 @@ class NbdServer:
         self._relief: asyncio.TimerHandle | None = None
         asyncio.get_running_loop().add_reader(self.memory.bell, self._memory_is_short)
         self._connections: set[NbdConnection] = set()
-        self._listeners: list[socket.socket] = []
+        self._listeners: dict[socket.socket, ssl.SSLContext | None] = {}
+        self._relays: set[asyncio.Task[None]] = set()
         self._claimed: list[UnixListener] = []
-        self._uris: list[str] = []
+        self._places: list[tuple[str, str]] = []
+        self._ports: list[int] = []
         self._closed = False
         self._nobody = asyncio.Event()
         self._nobody.set()
@@ -96,10 +106,29 @@ class NbdServer:
     ) -> None:
         await self.close()
 
+    def add(
+        self,
+        disk: ExportedDisk,
+        *,
+        name: str,
+        description: str = "",
+        storage: Storage | None = None,
+        tells_holes: bool = False,
+    ) -> None:
+        """Serve another disk under a name of its own; raises as the constructor, and `ConfigError`
+        for a name that another one has."""
+        for text in (name, description):
+            if len(text.encode()) > STRING_MAX or "\0" in text:
+                raise ConfigError(f"{text[:40]!r}...: NBD has room for {STRING_MAX} bytes, no NUL")
+        if name in self._exported:
+            raise ConfigError(f"two exports have the name {name!r}; name them: --export-name")
+        holes = storage is not None and tells_holes
+        self._exported[name] = _Exported(disk, name, description, storage, holes)
+
     # ---- Listening ----
 
     async def listen_unix(self, path: str | os.PathLike[str], mode: int = 0o660) -> str:
-        """Accept clients on a unix socket; its URI.
+        """Accept clients on a unix socket; the first export's URI.
 
         A socket that nobody answers is replaced. Raises `ConfigError` if a live server answers
         there, if `path` is not a socket, or if none can be made there.
@@ -108,14 +137,16 @@ class NbdServer:
         self._claimed.append(claimed)
         self._listen(claimed.socket)
         # NBD's URI document (doc/uri.md): nbd+unix:///NAME?socket=PATH
-        self._uris.append(f"nbd+unix:///{quote(self.name)}?socket={quote(str(claimed.path))}")
-        return self._uris[-1]
+        return self._listens("nbd+unix:///", f"?socket={quote(str(claimed.path))}", 0)
 
-    async def listen_tcp(self, host: str = "127.0.0.1", port: int = 10809) -> str:
-        """Accept clients on a TCP port, 0 for any free one; its URI.
+    async def listen_tcp(
+        self, host: str = "127.0.0.1", port: int = 10809, *, tls: ssl.SSLContext | None = None
+    ) -> str:
+        """Accept clients on a TCP port, 0 for any free one; the first export's URI.
 
-        There is neither encryption nor a password: whoever reaches the port owns the disk. Raises
-        `ConfigError` if the port cannot be had.
+        tls: what is demanded of clients (tls.py). Without it there is neither encryption nor a
+        password: whoever reaches the port owns the disk. Raises `ConfigError` if the port cannot be
+        had.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -128,14 +159,20 @@ class NbdServer:
             raise ConfigError(
                 f"{host} port {port}: cannot listen there: {describe(error)}"
             ) from error
-        self._listen(listener)
+        self._listen(listener, tls)
         port = listener.getsockname()[1]
-        self._uris.append(f"nbd://{_in_uri(host)}:{port}/{quote(self.name)}")
-        return self._uris[-1]
+        scheme = "nbds" if tls else "nbd"
+        return self._listens(f"{scheme}://{_in_uri(host)}:{port}/", "", port)
 
-    def _listen(self, listener: socket.socket) -> None:
+    def _listens(self, before: str, behind: str, port: int) -> str:
+        """Note where: what stands before an export's name in its URI, and behind it."""
+        self._places.append((before, behind))
+        self._ports.append(port)
+        return f"{before}{quote(self.name)}{behind}"
+
+    def _listen(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         listener.setblocking(False)
-        self._listeners.append(listener)
+        self._listeners[listener] = tls
         asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -149,7 +186,7 @@ class NbdServer:
             loop.remove_reader(listener)
             loop.call_later(_RETRY_S, self._accept_again, listener)
             return
-        NbdConnection(self, client)
+        NbdConnection(self, client, self._listeners[listener])
 
     def _accept_again(self, listener: socket.socket) -> None:
         if not self._closed:
@@ -157,35 +194,44 @@ class NbdServer:
 
     @property
     def uris(self) -> list[str]:
-        """Return the URIs of the export, in the order of the calls to listen."""
-        return list(self._uris)
+        """Return the URIs of every export, for each place in the order of the calls to listen."""
+        return [
+            f"{before}{quote(name)}{behind}"
+            for before, behind in self._places for name in self._exported
+        ]  # fmt: skip
+
+    @property
+    def ports(self) -> list[int]:
+        """Return the TCP port of each place in the order of the calls to listen; 0 of a socket."""
+        return list(self._ports)
 
     @property
     def uri(self) -> str:
         """The first of `uris`; raises `ConfigError` when the server listens nowhere."""
-        if not self._uris:
+        if not self._places:
             raise ConfigError("the NBD server listens nowhere yet; call listen_unix or listen_tcp")
-        return self._uris[0]
+        return self.uris[0]
 
     # ---- The connections' side ----
 
-    def export(self) -> Export:
-        """Describe the disk to a client that arrives now."""
-        disk = self.disk
-        flags = (
-            TransmissionFlag.HAS_FLAGS | TransmissionFlag.CAN_MULTI_CONN | TransmissionFlag.SEND_DF
-        )
-        if disk.can_flush:
-            flags |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
-        if disk.read_only:
-            flags |= TransmissionFlag.READ_ONLY
-        else:
-            flags |= TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
-            if disk.can_discard:
-                flags |= TransmissionFlag.SEND_TRIM
-        preferred = min(max(disk.physical_block_size, RING_SECTOR_SIZE), _PREFERRED_MAX)
-        known = self._tells_holes
-        return Export(self.name, self.description, disk.size, int(flags), preferred, known)
+    def exports(self) -> list[Export]:
+        """Describe the disks to a client that arrives now."""
+        return [_describe(it) for it in self._exported.values()]
+
+    def exported(self, name: str) -> tuple[ExportedDisk, Storage | None]:
+        """The disk of that name, and its storage where it is at hand."""
+        found = self._exported[name]
+        return found.disk, found.storage
+
+    def secured(self, client: socket.socket, tls: ssl.SSLContext) -> socket.socket:
+        """Do the server's part of TLS on a client's socket; what is spoken within it goes through
+        the socket that is returned."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        task = asyncio.get_running_loop().create_task(relay(client, theirs, tls, self.patience_s))
+        self._relays.add(task)
+        task.add_done_callback(self._relays.discard)
+        return ours
 
     def arrived(self, connection: NbdConnection) -> bool:
         """Note a client; False if it has to go."""
@@ -289,7 +335,30 @@ class NbdServer:
             for connection in list(self._connections):
                 connection.cancel()
             await self._nobody.wait()
+        if self._relays:  # the last replies may be on their way to the client still
+            _, late = await asyncio.wait(self._relays, timeout=timeout_s)
+            for relay_of_one in late:
+                relay_of_one.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         self.memory.close()
+
+
+def _describe(exported: _Exported) -> Export:
+    """Describe a disk as it is now."""
+    disk = exported.disk
+    flags = TransmissionFlag.HAS_FLAGS | TransmissionFlag.CAN_MULTI_CONN | TransmissionFlag.SEND_DF
+    if disk.can_flush:
+        flags |= TransmissionFlag.SEND_FLUSH | TransmissionFlag.SEND_FUA
+    if disk.read_only:
+        flags |= TransmissionFlag.READ_ONLY
+    else:
+        flags |= TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+        if disk.can_discard:
+            flags |= TransmissionFlag.SEND_TRIM
+    preferred = min(max(disk.physical_block_size, RING_SECTOR_SIZE), _PREFERRED_MAX)
+    return Export(
+        exported.name, exported.description, disk.size, int(flags), preferred, exported.tells_holes
+    )
 
 
 def _in_uri(host: str) -> str:

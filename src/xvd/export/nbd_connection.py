@@ -12,8 +12,9 @@ sends and of what it does not read: beyond that we do not read from it.
 import asyncio
 import logging
 import socket
+import ssl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from xvd.export import nbd_protocol as nbd
@@ -40,14 +41,19 @@ _PIECE: Final = 64 * 1024
 class Owner(Protocol):
     """The server, as its connections see it."""
 
-    disk: ExportedDisk
-    storage: Storage | None
     memory: ExportMemory
     count: Counter[str]
     patience_s: float
 
-    def export(self) -> Export:
-        """Describe the disk to a client that arrives now."""
+    def exports(self) -> Sequence[Export]:
+        """Describe the disks to a client that arrives now."""
+
+    def exported(self, name: str) -> tuple[ExportedDisk, Storage | None]:
+        """The disk of that name, and its storage where it is at hand."""
+
+    def secured(self, client: socket.socket, tls: ssl.SSLContext) -> socket.socket:
+        """Do the server's part of TLS on a client's socket, which is the server's from now on; what
+        is spoken within it goes through the socket that is returned."""
 
     def arrived(self, connection: "NbdConnection") -> bool:
         """Whether there is room for it."""
@@ -59,13 +65,18 @@ class Owner(Protocol):
 class NbdConnection:
     """One client, from its first byte on. Everything in the event loop's thread.
 
-    sock: a stream that is ours from now on.
+    sock: a stream that is ours from now on. tls: what is demanded of the client.
     """
 
-    def __init__(self, owner: Owner, sock: socket.socket) -> None:
+    def __init__(
+        self, owner: Owner, sock: socket.socket, tls: ssl.SSLContext | None = None
+    ) -> None:
         self._owner = owner
+        self._tls = tls
+        self._securing = False  # TLS begins when the client has been told so
+        self._disk: ExportedDisk | None = None
         self._loop = asyncio.get_running_loop()
-        self._negotiation = Negotiation(owner.export)
+        self._negotiation = Negotiation(owner.exports, tls is not None)
         self._socket = sock
         self._timer: asyncio.TimerHandle | None = None
         self._received = bytearray()
@@ -116,8 +127,8 @@ class NbdConnection:
 
     def wake(self) -> None:
         """Let it be stepped: there may be memory for it, or it has some to give back."""
-        if self._transmission is not None:
-            self._owner.disk.wake(self._transmission)
+        if self._transmission is not None and self._disk is not None:
+            self._disk.wake(self._transmission)
 
     def counters(self) -> dict[str, int]:
         """Return the counters of the transmission."""
@@ -154,7 +165,7 @@ class NbdConnection:
             return
         self._received += data
         try:
-            while not self._ending and not self._chosen and self._step():
+            while not (self._ending or self._chosen or self._securing) and self._step():
                 pass
         except Malformed as error:
             self._refuse(str(error))
@@ -183,6 +194,8 @@ class NbdConnection:
             self._leave()
         elif self._chosen:
             self._transmit()
+        elif self._securing:
+            self._secure()
 
     # ---- Units of the negotiation ----
 
@@ -220,6 +233,11 @@ class NbdConnection:
         if outcome is Outcome.END:
             self._finish_with(replies)
             return
+        if outcome is Outcome.TLS:
+            if self._received:
+                raise Malformed("something in plain text behind the beginning of TLS")
+            self._loop.remove_reader(self._socket)
+            self._securing = True
         if outcome is Outcome.TRANSMISSION:
             self._owner.count["handshakes"] += 1
             self._loop.remove_reader(self._socket)
@@ -234,6 +252,13 @@ class NbdConnection:
         """The stream makes no sense any more: there is nobody to answer."""
         self._owner.count["malformed"] += 1
         logger.debug("nbd: closing a connection: %s", reason)
+
+    def _secure(self) -> None:
+        """Go on within TLS."""
+        self._securing = False
+        assert self._tls is not None
+        self._socket = self._owner.secured(self._socket, self._tls)
+        self._loop.add_reader(self._socket, self._readable)
 
     # ---- The transmission ----
 
@@ -250,9 +275,11 @@ class NbdConnection:
             received=bytes(self._received),
         )
         self._received.clear()
+        assert self._negotiation.chosen is not None
+        self._disk, storage = self._owner.exported(self._negotiation.chosen.name)
         self._requests = Requests(
-            self._transmission, self._owner.disk, self._negotiation, self._owner.count, self._heard,
-            storage=self._owner.storage,
+            self._transmission, self._disk, self._negotiation, self._owner.count, self._heard,
+            storage=storage,
         )  # fmt: skip
 
     def _heard(self, news: int) -> None:
@@ -306,7 +333,7 @@ class NbdConnection:
         self._ending = True
         if self._transmission is not None:
             self._transmission.finish()
-            self._owner.disk.wake(self._transmission)
+            self.wake()
         else:
             self._loop.remove_reader(self._socket)
             self._arm(self.abort)
@@ -317,7 +344,7 @@ class NbdConnection:
         self._ending = True
         if self._transmission is not None:
             self._transmission.cut()
-            self._owner.disk.wake(self._transmission)
+            self.wake()
         else:
             self._leave()
 

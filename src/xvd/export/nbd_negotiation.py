@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client's negotiation: options in, replies out, until an export is chosen. No I/O.
 
-Fixed newstyle only (NBD proto.md, "Fixed newstyle negotiation"). There is one export, which answers
-to its name and to the empty one. An option that is unknown or malformed costs its own error reply
+Fixed newstyle only (NBD proto.md, "Fixed newstyle negotiation"). An export answers to its name, and
+the first one to the empty name too. Where TLS is offered it is demanded: a client is told nothing
+before it. An option that is unknown or malformed costs its own error reply
 and nothing else; what makes the stream itself unreadable raises `Malformed`, which ends it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -55,24 +56,25 @@ class Export:
     preferred_block_size: int
     tells_holes: bool = False
 
-    def answers_to(self, name: str) -> bool:
-        """Whether a client that asks for `name` means this export."""
-        return name in ("", self.name)
-
 
 class Outcome(Enum):
     """What comes after the replies."""
 
     GO_ON = "more options"
     TRANSMISSION = "requests"
+    TLS = "a TLS handshake, and more options within"
     END = "nothing: the connection is to be closed"
 
 
 @dataclass(slots=True)
 class Negotiation:
-    """One client's. `export` is asked anew for each option: a disk may change its size."""
+    """One client's. `exports` is asked anew for each option: a disk may change its size.
 
-    export: Callable[[], Export]
+    tls: it is demanded, and has not begun.
+    """
+
+    exports: Callable[[], Sequence[Export]]
+    tls: bool = False
     client_flags: int = 0
     structured: bool = False
     chosen: Export | None = None
@@ -100,6 +102,8 @@ class Negotiation:
             return option_error(option, OptionReply.ERR_INVALID, str(error)), Outcome.GO_ON
 
     def _take(self, option: int, data: bytes) -> tuple[bytes, Outcome]:
+        if self.tls and option != Option.ABORT:
+            return self._before_tls(option, data)
         if option == Option.EXPORT_NAME:
             return self._export_name(data)
         if option == Option.ABORT:
@@ -107,6 +111,21 @@ class Negotiation:
         if option in (Option.INFO, Option.GO):
             return self._info(option, data)
         return self._others(option, data), Outcome.GO_ON
+
+    def _before_tls(self, option: int, data: bytes) -> tuple[bytes, Outcome]:
+        if option == Option.STARTTLS:
+            _must_be_empty(data)
+            self.tls = False
+            return option_reply(option, OptionReply.ACK), Outcome.TLS
+        if option == Option.EXPORT_NAME:
+            return b"", Outcome.END  # this option has no error reply
+        text = "this server demands TLS: begin it first"
+        return option_error(option, OptionReply.ERR_TLS_REQD, text), Outcome.GO_ON
+
+    def _find(self, name: str) -> Export | None:
+        """The export that a client means who asks for `name`."""
+        exports = self.exports()
+        return next((it for it in exports if name in ("", it.name)), None)
 
     def _others(self, option: int, data: bytes) -> bytes:
         if option == Option.LIST:
@@ -117,7 +136,7 @@ class Negotiation:
             return option_reply(option, OptionReply.ACK)
         if option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
             return self._contexts(option, data)
-        text = "TLS is not offered here" if option == Option.STARTTLS else "unknown option"
+        text = "TLS is not offered, or has begun" if option == Option.STARTTLS else "unknown option"
         return option_error(option, OptionReply.ERR_UNSUP, text)
 
     def _choose(self, export: Export, name: str) -> None:
@@ -126,8 +145,9 @@ class Negotiation:
             self._context_for = None  # contexts hold for the name that they were asked for only
 
     def _export_name(self, data: bytes) -> tuple[bytes, Outcome]:
-        export, name = self.export(), _name(data)
-        if not export.answers_to(name):
+        name = _name(data)
+        export = self._find(name)
+        if export is None:
             return b"", Outcome.END
         self._choose(export, name)
         zeroes = not self.client_flags & HandshakeFlag.NO_ZEROES
@@ -135,8 +155,8 @@ class Negotiation:
 
     def _info(self, option: int, data: bytes) -> tuple[bytes, Outcome]:
         name, kinds = parse_info_request(data)
-        export = self.export()
-        if not export.answers_to(name):
+        export = self._find(name)
+        if export is None:
             return _unknown(option, name), Outcome.GO_ON
         infos = [
             info_export(export.size, export.flags),
@@ -155,18 +175,16 @@ class Negotiation:
 
     def _list(self, data: bytes) -> bytes:
         _must_be_empty(data)
-        export = self.export()
-        entry = string(export.name) + export.description.encode()
-        return option_reply(Option.LIST, OptionReply.SERVER, entry) + option_reply(
-            Option.LIST, OptionReply.ACK
-        )
+        entries = (string(it.name) + it.description.encode() for it in self.exports())
+        replies = [option_reply(Option.LIST, OptionReply.SERVER, entry) for entry in entries]
+        return b"".join(replies) + option_reply(Option.LIST, OptionReply.ACK)
 
     def _contexts(self, option: int, data: bytes) -> bytes:
         name, queries = parse_meta_queries(data)
         if not self.structured:
             raise Malformed("metadata contexts need structured replies: ask for those first")
-        export = self.export()
-        if not export.answers_to(name):
+        export = self._find(name)
+        if export is None:
             return _unknown(option, name)
         listing = option == Option.LIST_META_CONTEXT
         wanted = BASE_ALLOCATION in queries or (listing and (not queries or "base:" in queries))
