@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from xvd.bench import cluster, disks, formats, limit, published, scale, steps, vhost
+from xvd.bench import cluster, disks, formats, limit, published, scale, steps, takeover, vhost
 from xvd.bench.report import Report
 from xvd.bench.run import Run
 
@@ -18,6 +18,7 @@ EXPERIMENTS: Final[dict[str, Callable[[Run], Report]]] = {
     "cluster": cluster.cluster,
     "scale": scale.scale,
     "disks": disks.disks,
+    "takeover": takeover.takeover,
     "persistent": published.persistent,
     "indirect": published.indirect,
     "ring-pages": published.ring_pages,
