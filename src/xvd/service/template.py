@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import signal
 import socket
@@ -19,7 +20,9 @@ from typing import Any, Final, NoReturn
 
 import msgspec
 
-from xvd.errors import PeerClosed
+from xvd.errors import PeerClosed, XvdError, describe
+
+logger = logging.getLogger(__name__)
 
 ORDER_MAX: Final = 1 << 16
 """Bytes of an order."""
@@ -62,15 +65,18 @@ class Worker:
 class Template:
     """Makes workers that do `work`. To be made before any thread and any event loop.
 
-    Workers are killed by the system when the template has ended, and it ends when this process has:
-    a successor of this process finds nobody who serves what it is to serve. Raises OSError.
+    The system kills workers when the template has ended, and the template when this process has,
+    even one that stands still: a successor of this process finds nobody who serves what it is to
+    serve. Raises OSError.
     """
 
     def __init__(self, work: Work) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        us = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
+            end_with_parent(us)
             _serve(its, work)
         its.close()
         self._socket = ours
@@ -98,14 +104,23 @@ class Template:
         ours.setblocking(False)
         return Worker(number, fds[0], ours)
 
+    async def wait(self) -> None:
+        """Return when the template has ended, whatever ended it."""
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            await _readable(asyncio.get_running_loop(), pidfd)
+        finally:
+            os.close(pidfd)
+
     def close(self) -> None:
         """End the template, and whatever workers there still are. Idempotent."""
         if self._socket.fileno() >= 0:
             self._socket.close()
+            os.kill(self.pid, signal.SIGKILL)  # one that stands still would not read of it
             os.waitpid(self.pid, 0)
 
 
-async def _readable(loop: asyncio.AbstractEventLoop, one: socket.socket) -> None:
+async def _readable(loop: asyncio.AbstractEventLoop, one: socket.socket | int) -> None:
     ready = asyncio.Event()
     loop.add_reader(one, ready.set)
     try:
@@ -143,7 +158,13 @@ def _fork(orders: socket.socket, order: bytes, channel: socket.socket, work: Wor
         if pid == 0:
             orders.close()
             _become_worker(us, order, channel, work)
-    pidfd = os.pidfd_open(pid)
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError as error:  # it has ended already, or there are no more descriptors
+        if not isinstance(error, ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        orders.send(b"%d" % (error.errno or 0))
+        return
     socket.send_fds(orders, [b"%d" % pid], [pidfd])
     os.close(pidfd)
 
@@ -155,6 +176,8 @@ def _become_worker(template: int, order: bytes, channel: socket.socket, work: Wo
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         status = work(msgspec.json.decode(order), channel)
+    except (XvdError, OSError) as error:
+        logger.error("a worker cannot go on: %s", describe(error))
     except BaseException:  # the end of this process, whatever it is: it has no caller
         traceback.print_exc()
     finally:
