@@ -4,11 +4,13 @@
 Like errors and types, this may be imported by all.
 """
 
+import contextlib
 import errno
 import os
 import socket
 import stat
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,20 @@ def claim(
         raise ConfigError(f"{where}: cannot listen there ({text}); name another path") from error
 
 
+def remove_dead(paths: Iterable[Path], kind: int = socket.SOCK_STREAM) -> None:
+    """Remove each of these sockets that nobody answers, and leave what cannot be removed."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.is_socket() and _is_dead(path, kind):
+                path.unlink()
+
+
+def _is_dead(path: Path, kind: int) -> bool:
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+
+
 def _refuse_if_taken(path: Path, kind: int) -> None:
     try:
         mode = path.stat().st_mode
@@ -65,10 +81,7 @@ def _refuse_if_taken(path: Path, kind: int) -> None:
         return  # nothing there, or not to be looked at: binding will say why
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"{path} is not a socket: name another path, or remove it first")
-    with socket.socket(socket.AF_UNIX, kind) as probe:
-        probe.setblocking(False)
-        result = probe.connect_ex(str(path))
-    if result != errno.ECONNREFUSED:
+    if not _is_dead(path, kind):
         raise ConfigError(f"{path}: a server answers there already: stop it, or name another path")
 
 

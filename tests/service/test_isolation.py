@@ -15,6 +15,7 @@ from verified_load import Content, contents_of, load
 from xvd_process import Daemon, run_xvd
 
 from xvd.cli.control import ask
+from xvd.errors import PeerClosed
 from xvd.frontend.disk import Disk
 from xvd.machine.emulated.service import connect
 from xvd.types import Domid
@@ -65,6 +66,11 @@ class Host:
             yield disk
         await store.close()
         machine.close()
+
+    def template(self) -> int:
+        """The process that forks workers: the only child of the backend."""
+        main = self.backend.process.pid
+        return int(Path(f"/proc/{main}/task/{main}/children").read_text())
 
     async def worker(self, guest: int) -> int:
         """The process that serves a guest."""
@@ -117,6 +123,19 @@ def test_each_guest_has_a_process(two: Host) -> None:
     assert {name: [disk["disk"] for disk in disks] for name, disks in figures.items()} == {
         "backend-0": [], "backend-0-1": ["1/xvda"], "backend-0-2": ["2/xvda"],
     }  # fmt: skip
+
+
+def test_the_list_of_disks_asks_each_guests_process(two: Host) -> None:
+    two.run("pause", "1", "xvda")
+    os.kill(asyncio.run(two.worker(2)), signal.SIGSTOP)
+
+    listed = run_xvd("list", "--json", "--host", str(two.directory))
+
+    assert listed.returncode == 1
+    assert [(row["backend_state"], row["daemon"]) for row in json.loads(listed.stdout)] == [
+        ("paused", "alive"), ("init_wait", "hung"),
+    ]  # fmt: skip
+    assert listed.stderr == "xvd: backend-0-2 does not answer within 3 s\n"
 
 
 def test_a_worker_that_is_killed_costs_its_guest_time_and_another_guest_nothing(two: Host) -> None:
@@ -197,3 +216,75 @@ def test_limits_that_guests_share_need_one_process_for_them(
     said = "gold: disks of several guests share limits only where one process serves them all"
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"xvd: {said}: xvd backend --isolation shared\n"
+
+
+def test_a_setting_that_is_refused_reaches_no_worker(tmp_path: Path) -> None:
+    with Host(tmp_path) as host:
+        refused = run_xvd("set", "max_queues=9999", "--host", str(host.directory))
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr == "xvd: max_queues is 9999; it goes from 0 to 1024\n"
+
+        host.attach(1)
+
+        assert set(json.loads(host.run("stats", "--json"))) == {"backend-0", "backend-0-1"}
+
+
+def test_no_worker_outlives_its_supervisor_though_the_template_stands_still(two: Host) -> None:
+    async def work() -> None:
+        workers = await two.worker(1), await two.worker(2)
+        os.kill(two.template(), signal.SIGSTOP)
+        two.backend.kill()
+        await until(lambda: all(map(ended, workers)))
+
+    run(work(), 60)
+
+
+def test_the_backend_ends_with_its_template(two: Host) -> None:
+    os.kill(two.template(), signal.SIGKILL)
+
+    assert two.backend.process.wait(30) == 1
+
+
+def test_sockets_of_killed_workers_go_with_their_guests(two: Host) -> None:
+    worker = asyncio.run(two.worker(1))
+    two.backend.kill()
+    run(until(lambda: ended(worker)), 30)
+    for guest in ("1", "2"):
+        two.run("detach", guest, "xvda", "--force")
+
+    two.start_backend()
+
+    assert [path.name for path in (two.directory / "control").iterdir()] == ["backend-0"]
+
+
+def test_a_number_that_passes_to_another_guest_is_served_by_that_ones_process(
+    tmp_path: Path,
+) -> None:
+    async def guest_is(host: Host, domain: int, guest: str) -> None:
+        machine = connect(host.directory, Domid(0))
+        async with await machine.xenstore() as store:
+            await store.write(f"/local/domain/{domain}/vm", f"/vm/{guest}")
+        machine.close()
+
+    async def served(host: Host, worker: str) -> list[str]:
+        try:
+            return [one["disk"] for one in await ask(host.directory / "control" / worker, "stats")]
+        except PeerClosed:
+            return []
+
+    async def work(host: Host) -> None:
+        for domain in (1, 2):  # one guest, as it migrates within its host
+            await guest_is(host, domain, "a")
+            await asyncio.to_thread(host.attach, domain)
+        await asyncio.to_thread(host.run, "detach", "1", "xvda")
+
+        await guest_is(host, 1, "b")
+        await asyncio.to_thread(host.attach, 1)
+
+        while await served(host, "backend-0-2") != ["2/xvda"]:
+            pass
+        while await served(host, "backend-0-1") != ["1/xvda"]:
+            pass
+
+    with Host(tmp_path) as host:
+        run(work(host), 60)

@@ -5,7 +5,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +23,7 @@ from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
 from xvd.service.supervisor import Supervisor
 from xvd.service.template import ORDER_MAX, Template
+from xvd.sockets import remove_dead
 from xvd.types import Domid
 
 
@@ -78,37 +79,66 @@ async def supervise(
         chosen = kinds(served.kinds, isinstance(machine, XenMachine))
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
-        changes: list[tuple[list[str], str]] = []
+        changes = Changes(served)
+        sockets, name = directory / "control", f"backend-{machine.domid}"
         supervisor = Supervisor(
             store, template, chosen,
-            lambda domains: {"domains": list(domains), "changes": changes},
+            lambda domains: {"domains": list(domains), "changes": changes.in_order()},
+            lambda known: remove_dead(
+                {*sockets.glob(f"{name}-*")} - {sockets / f"{name}-{domain}" for domain in known}
+            ),
         )  # fmt: skip
         control = ControlServer(_supervisor_methods(served, supervisor, changes))
-        await control.listen(directory / "control" / f"backend-{machine.domid}")
+        await control.listen(sockets / name)
         stack.push_async_callback(control.close)
         await supervisor.start()
         stack.push_async_callback(supervisor.close)
         output.tell("ready\n")
         running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(chosen)}")
-        if not await stop.wait_or(supervisor.wait()):
-            raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")
+        lost = asyncio.ensure_future(supervisor.wait())
+        if not await stop.wait_or(lost):
+            raise PeerClosed(f"{directory}: {await lost}")
         running.tell_service_manager("STOPPING=1")
     return 0
 
 
+class Changes:
+    """What was set since the start, for workers that come later: the last text of each setting."""
+
+    def __init__(self, served: Served) -> None:
+        self._served = served
+        self._texts: dict[str, dict[str, str]] = {"": {}}
+
+    def change(self, texts: Sequence[str], disk: str = "") -> dict[str, Any]:
+        """Set each ``NAME=VALUE``, as `Server.change`; what holds then.
+
+        Raises `ConfigError`, and then nothing is changed: no worker is told what it would refuse.
+        """
+        values = Settings.parse(texts)
+        self._served.groups.check(str(values.get("group_name") or ""))
+        named = dict(zip((text.partition("=")[0].strip() for text in texts), texts, strict=True))
+        changed = self._texts | {disk: self._texts.get(disk, {}) | named}
+        for_all = self._served.settings.changed(Settings.parse(changed[""].values()))
+        apart = {
+            one: for_all.changed(
+                Settings.parse(
+                    [*self._served.overrides.get(one, ()), *changed.get(one, {}).values()]
+                )
+            )
+            for one in {*self._served.overrides, *changed} - {""}
+        }
+        self._texts = changed
+        return apart.get(disk, for_all).values()
+
+    def in_order(self) -> list[tuple[list[str], str]]:
+        """Return what a worker is to set, and for which disk: what is for all of them first."""
+        return [(list(texts.values()), disk) for disk, texts in self._texts.items() if texts]
+
+
 def _supervisor_methods(
-    served: Served, supervisor: Supervisor, changes: list[tuple[list[str], str]]
+    served: Served, supervisor: Supervisor, changes: Changes
 ) -> dict[str, Callable[..., object]]:
     """Its answers: it has no disk, and tells later workers what was set."""
-
-    def change(texts: list[str], disk: str = "") -> dict[str, Any]:
-        values = Settings.parse(texts)
-        served.groups.check(str(values.get("group_name") or ""))
-        changes.append((texts, disk))
-        settings = served.settings
-        for earlier, its_disk in changes:
-            settings = settings.changed(Settings.parse(earlier)) if not its_disk else settings
-        return settings.values()
 
     def group(name: str, texts: list[str]) -> dict[str, Any]:
         served.groups.change(name, texts)
@@ -116,7 +146,7 @@ def _supervisor_methods(
 
     return {
         "stats": lambda: [],
-        "set": change,
+        "set": changes.change,
         "group": group,
         "workers": supervisor.workers,
     }

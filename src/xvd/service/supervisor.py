@@ -11,7 +11,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -34,10 +34,12 @@ Order = Callable[[Sequence[int]], Any]
 
 @dataclass(slots=True, eq=False)
 class _Guest:
-    """A guest with disks. key: what tells it from others: its ``vm`` node, or its number."""
+    """A guest with disks. key: what tells it from others: its ``vm`` node, or its number. told:
+    the domains that its worker knows of, those that it had before included."""
 
     key: str
     domains: list[int]
+    told: set[int] = field(default_factory=set)
     worker: Worker | None = None
     task: "asyncio.Task[None] | None" = None
     restarts: int = 0
@@ -53,16 +55,23 @@ class Supervisor:
     """Keeps a worker for each guest that has a disk under ``backend/<kind>`` of this domain.
 
     order: what a worker is told to do. A worker is told of a further domain of its guest by a line
-    with its number. For the event loop's thread.
+    with its number. clear: removes what killed workers have left, except of these domains;
+    it is called at the start, and when a guest has no worker any more. For the event loop's thread.
     """
 
     def __init__(
-        self, store: XenstoreClient, template: Template, kinds: Sequence[str], order: Order
+        self,
+        store: XenstoreClient,
+        template: Template,
+        kinds: Sequence[str],
+        order: Order,
+        clear: Callable[[Collection[int]], None],
     ) -> None:
         self._store = store
         self._template = template
         self._kinds = kinds
         self._order = order
+        self._clear = clear
         self._guests: dict[str, _Guest] = {}
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
@@ -71,14 +80,24 @@ class Supervisor:
 
     async def start(self) -> None:
         """Watch, and have served what is assigned already."""
+        self._clear([domain for guest in self._guests.values() for domain in guest.domains])
         for kind in self._kinds:
             watch = await self._store.watch(f"backend/{kind}")
             self._watches.append(watch)
             self._followers.append(asyncio.create_task(self._follow(kind, watch)))
 
-    async def wait(self) -> None:
-        """Return when the store is lost."""
-        await asyncio.gather(*self._followers)
+    async def wait(self) -> str:
+        """Return when there can be no more workers: what is lost, and the remedy."""
+        store = asyncio.ensure_future(asyncio.wait(self._followers))
+        template = asyncio.ensure_future(self._template.wait())
+        try:
+            await asyncio.wait((store, template), return_when=asyncio.FIRST_COMPLETED)
+            if template.done():
+                return "the process that forks workers has ended; start the backend again"
+            return "the host's xenstore is gone; start it, then this again"
+        finally:
+            store.cancel()
+            template.cancel()
 
     def workers(self) -> list[dict[str, Any]]:
         """Tell of each worker: its guest's domains, its number, and how many there were before."""
@@ -141,6 +160,9 @@ class Supervisor:
         key = str(domain)
         with contextlib.suppress(XenstoreError):
             key = await self._store.try_read(f"/local/domain/{domain}/vm") or key
+        for other in self._guests.values():
+            if domain in other.told and other.key != key and other.worker is not None:
+                other.worker.signal(signal.SIGTERM)  # it would serve the number's new guest too
         guest = self._guests.get(key)
         if guest is None:
             guest = self._guests[key] = _Guest(key, [domain])
@@ -148,7 +170,8 @@ class Supervisor:
             return
         guest.domains.append(domain)
         guest.changed.set()
-        if guest.worker is not None:
+        if guest.worker is not None and domain not in guest.told:
+            guest.told.add(domain)
             with contextlib.suppress(OSError):  # it ends, and its successor is told all of them
                 guest.worker.channel.send(b"%d\n" % domain)
 
@@ -159,6 +182,7 @@ class Supervisor:
         pause_s = PAUSE_S
         while guest.wanted:
             began = time.monotonic()
+            guest.told = set(guest.domains)
             try:
                 guest.worker = await self._template.spawn(self._order(guest.domains))
             except (OSError, PeerClosed) as error:
@@ -166,21 +190,29 @@ class Supervisor:
             else:
                 await self._until_over(guest, guest.worker)
                 guest.worker = None
-            if not guest.wanted or self._closing:
-                break
-            guest.restarts += 1
-            lived_s = time.monotonic() - began
-            logger.error(
-                "the worker of domain %s has ended after %.1f s; another takes over",
-                ", ".join(map(str, guest.domains)), lived_s,
-            )  # fmt: skip
-            if lived_s >= LIVED_S:
+                if not guest.wanted or self._closing:
+                    break
+                guest.restarts += 1
+                logger.error(
+                    "the worker of domain %s has ended after %.1f s; another takes over",
+                    ", ".join(map(str, guest.domains)), time.monotonic() - began,
+                )  # fmt: skip
+            if time.monotonic() - began >= LIVED_S:
                 pause_s = PAUSE_S
-                continue
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, PAUSE_MAX_S)
+            else:
+                await self._pause(guest, pause_s)
+                pause_s = min(2 * pause_s, PAUSE_MAX_S)
         if self._guests.get(guest.key) is guest:
             del self._guests[guest.key]
+        self._clear([domain for guest in self._guests.values() for domain in guest.domains])
+
+    async def _pause(self, guest: _Guest, seconds: float) -> None:
+        """Let time pass, unless something changes: a disk more or less, or the end of all."""
+        guest.changed.clear()
+        if guest.wanted and not self._closing:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await guest.changed.wait()
 
     async def _until_over(self, guest: _Guest, worker: Worker) -> None:
         """Wait until a worker has ended, by itself or as its guest has had no disk for long."""

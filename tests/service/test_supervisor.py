@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The supervisor and the template, where workers do nothing but end."""
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+from rig_disk import run, until
+
+from xvd.errors import PeerClosed
+from xvd.machine.emulated.service import EmulatedHost
+from xvd.service import supervisor
+from xvd.service.supervisor import Supervisor
+from xvd.service.template import Template
+from xvd.types import DOM0
+
+
+def test_the_end_comes_at_once_while_a_worker_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("the worker of domain 1 has ended")
+    monkeypatch.setattr(supervisor, "PAUSE_S", 3600.0)
+    monkeypatch.setattr(supervisor, "LIVED_S", 3600.0)
+    template = Template(lambda _order, _channel: 1)
+
+    async def work() -> None:
+        async with EmulatedHost() as host:
+            machine = host.machine(DOM0)
+            store = await machine.xenstore()
+            await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
+            keeper = Supervisor(store, template, ["vbd"], lambda _: {}, lambda _: None)
+            await keeper.start()
+            await until(lambda: any(one["restarts"] for one in keeper.workers()))
+            await keeper.close()
+            await store.close()
+            machine.close()
+
+    run(work(), 20)
+
+
+def test_a_worker_that_has_ended_at_once_does_not_end_the_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = os.pidfd_open
+
+    def open_late(pid: int) -> int:
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0)
+        return opened(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", open_late)
+    template = Template(lambda _order, _channel: 0)
+    monkeypatch.undo()
+
+    async def work() -> None:
+        for _ in range(2):
+            with pytest.raises(ProcessLookupError):
+                await template.spawn({})
+
+    try:
+        run(work(), 20)
+    finally:
+        template.close()
+
+
+def test_a_template_that_was_killed_forks_nobody() -> None:
+    template = Template(lambda _order, _channel: 0)
+
+    async def work() -> None:
+        os.kill(template.pid, 9)
+        await template.wait()
+        with pytest.raises((PeerClosed, OSError)):
+            await template.spawn({})
+
+    try:
+        run(work(), 20)
+    finally:
+        template.close()
