@@ -3,9 +3,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -118,10 +118,11 @@ async def _list(host: Path, json: bool) -> int:
     async with _dom0(host) as (_, store):
         listed = await toolstack.list_disks(store)
     domids = sorted({row.vbd.backend_domid for row in listed})
-    paths = [host / "control" / f"backend-{domid}" for domid in domids]
+    names = [name for domid in domids for name in (f"backend-{domid}", f"backend-{domid}-*")]
+    paths = [path for name in names for path in sorted((host / "control").glob(name))]
     asked = [ask_one(path, "stats") for path in paths if path.is_socket()]
     answers = {answer.daemon: answer for answer in await asyncio.gather(*asked)}
-    rows = [_row(row, answers.get(f"backend-{row.vbd.backend_domid}")) for row in listed]
+    rows = [_row(row, _daemon_of(row, answers)) for row in listed]
     if json:
         output.print_json(rows)
     else:
@@ -132,9 +133,22 @@ async def _list(host: Path, json: bool) -> int:
     return complain(answers.values())
 
 
-def _row(row: toolstack.Listed, answer: Answer | None) -> dict[str, object]:
+def _daemon_of(row: toolstack.Listed, answers: Mapping[str, Answer]) -> Answer | None:
+    """Who serves a disk: its guest's own process where there is one (``--isolation guest``)."""
+    name = f"backend-{row.vbd.backend_domid}"
+    own = (it for it in answers.values() if f"{it.daemon}-".startswith(f"{name}-"))
+    serving = (it for it in own if _told(row, it))
+    return next(serving, answers.get(f"{name}-{row.vbd.domid}", answers.get(name)))
+
+
+def _told(row: toolstack.Listed, answer: Answer | None) -> list[dict[str, Any]]:
+    """What a daemon tells of a disk."""
     path = f"/{row.vbd.domid}/{row.vbd.vdev}"
-    told = [of for of in (answer.result or () if answer else ()) if of["path"].endswith(path)]
+    return [of for of in (answer.result or () if answer else ()) if of["path"].endswith(path)]
+
+
+def _row(row: toolstack.Listed, answer: Answer | None) -> dict[str, object]:
+    told = _told(row, answer)
     known = told[0] if told else {"paused": False, "held": "", "swapped_to": ""}
     halted = "paused" if known["paused"] else "held" if known["held"] else ""
     return {
