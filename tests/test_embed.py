@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -255,3 +256,42 @@ def test_every_name_is_there(name: str) -> None:
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'xvd' has no attribute 'nothing'"):
         xvd.nothing  # noqa: B018
+
+
+# ---- Misused ----
+
+
+def test_what_is_served_cannot_be_entered_again(nothing_kept: None) -> None:
+    serving = xvd.EmulatedHost.serving("memory:1M")
+
+    async def twice() -> None:
+        async with serving as disk:
+            with pytest.raises(ConfigError, match=r"call EmulatedHost\.serving for each block"):
+                await serving.__aenter__()
+            await disk.write(0, b"still there")
+
+    asyncio.run(twice())
+    with serving as disk:
+        with pytest.raises(ConfigError, match=r"call EmulatedHost\.serving for each block"):
+            serving.__enter__()
+        disk.write(0, b"still there")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_closed_disk_without_a_loop_says_so(nothing_kept: None) -> None:
+    with xvd.EmulatedHost.serving("memory:1M") as disk:
+        pass
+
+    with pytest.raises(OSError, match="the disk is gone: it was closed") as caught:
+        disk.read(0, 1)
+
+    assert caught.value.errno == errno.ENODEV
+    gc.collect()
+
+
+def test_threads_may_close_a_disk_at_once(nothing_kept: None) -> None:
+    disk = xvd.open_image("memory:1M")
+    with ThreadPoolExecutor() as threads:
+        closings = [threads.submit(disk.close) for _ in range(4)]
+
+    assert [closing.result() for closing in closings] == [None] * 4

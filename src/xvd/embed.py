@@ -20,7 +20,7 @@ from xvd.blkif.assignment import BackendAssignment
 from xvd.disks import Disk, SyncDisk
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine, with_layers
-from xvd.errors import XvdError
+from xvd.errors import ConfigError, XvdError
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated import service
 from xvd.toolstack.vbd import attach, create_guest, detach
@@ -71,7 +71,8 @@ class EmulatedHost(service.EmulatedHost):
 class Serving:
     """Storage that is served as long as a block runs; made by `EmulatedHost.serving`.
 
-    One block after the other, unless the storage is an `Engine`, which lasts for one.
+    One block after the other, unless the storage is an `Engine`, which lasts for one; entering it
+    within its own block raises `ConfigError`.
     """
 
     def __init__(
@@ -85,9 +86,17 @@ class Serving:
         self._enter = partial(_serve, storage, read_only, layers, settings, front)
         self._stack = contextlib.AsyncExitStack()
         self._without_loop: SyncDisk | None = None
+        self._busy = False
 
     async def __aenter__(self) -> Disk:
-        return await self._stack.enter_async_context(self._enter())
+        if self._busy:
+            raise ConfigError("this is served already; call EmulatedHost.serving for each block")
+        self._busy = True
+        try:
+            return await self._stack.enter_async_context(self._enter())
+        except BaseException:
+            self._busy = False
+            raise
 
     async def __aexit__(
         self,
@@ -95,10 +104,16 @@ class Serving:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._stack.aclose()
+        await self._leave()
+
+    async def _leave(self) -> None:
+        try:
+            await self._stack.aclose()
+        finally:
+            self._busy = False
 
     def __enter__(self) -> SyncDisk:
-        self._without_loop = SyncDisk(self.__aenter__, release=self._stack.aclose)
+        self._without_loop = SyncDisk(self.__aenter__, release=self._leave)
         return self._without_loop
 
     def __exit__(

@@ -5,6 +5,7 @@ Any number of threads may use one `SyncDisk`; each call blocks its own thread on
 """
 
 import asyncio
+import errno
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Self, TypeVar
@@ -27,6 +28,7 @@ class SyncDisk:
         release: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._release = release
+        self._closing = threading.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="xvd-disk", daemon=True)
         self._thread.start()
@@ -41,7 +43,12 @@ class SyncDisk:
         return await connect()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        try:
+            going_on = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:  # the loop is closed
+            work.close()
+            raise OSError(errno.ENODEV, "the disk is gone: it was closed") from None
+        return going_on.result()
 
     @staticmethod
     async def _cancel_the_rest() -> None:
@@ -94,12 +101,13 @@ class SyncDisk:
 
     def close(self) -> None:
         """Close, as `Disk.close`, and end the thread. Idempotent."""
-        if self._loop.is_closed():
-            return
-        try:
-            self._wait(self._leave())
-        finally:
-            self._stop()
+        with self._closing:
+            if self._loop.is_closed():
+                return
+            try:
+                self._wait(self._leave())
+            finally:
+                self._stop()
 
     async def _leave(self) -> None:
         try:
