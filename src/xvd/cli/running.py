@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from xvd.cli import signals
+from xvd.errors import describe
+
+logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG: Final = 1
 GRACE_S = 4.5
@@ -142,4 +146,7 @@ def tell_service_manager(state: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
-            out.sendto(state.encode(), address.replace("@", "\0", 1))
+            try:
+                out.sendto(state.encode(), address.replace("@", "\0", 1))
+            except OSError as error:
+                logger.warning("NOTIFY_SOCKET=%s does not answer: %s", address, describe(error))

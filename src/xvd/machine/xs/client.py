@@ -321,7 +321,11 @@ class XenstoreClient(_Operations):
     @classmethod
     async def from_socket(cls, sock: socket.socket) -> "XenstoreClient":
         """A client on a connected stream socket, which is the client's from now on."""
-        reader, writer = await asyncio.open_connection(sock=sock)
+        try:
+            reader, writer = await asyncio.open_connection(sock=sock)
+        except BaseException:
+            sock.close()
+            raise
         return cls(reader, writer)
 
     async def __aenter__(self) -> Self:
