@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from xvd.errors import PeerClosed, XenstoreError, describe
+from xvd.loglimit import LogLimit
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.service.template import Template, Worker
+from xvd.types import Domid
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ LIVED_S: Final = 0.2
 """A worker that ends sooner is followed by another after a pause, longer each time."""
 PAUSE_S: Final = 0.05
 PAUSE_MAX_S: Final = 30.0
+
+_ENDED: Final = "the worker of domain %s has ended after %.1f s; another takes over"
 
 Order = Callable[[Sequence[int]], Any]
 """Makes the order of a worker for a guest's domains; see `Template.spawn`."""
@@ -43,6 +47,7 @@ class _Guest:
     worker: Worker | None = None
     task: "asyncio.Task[None] | None" = None
     restarts: int = 0
+    limit: LogLimit = field(default_factory=lambda: LogLimit(None))
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -165,7 +170,7 @@ class Supervisor:
                 other.worker.signal(signal.SIGTERM)  # it would serve the number's new guest too
         guest = self._guests.get(key)
         if guest is None:
-            guest = self._guests[key] = _Guest(key, [domain])
+            guest = self._guests[key] = _Guest(key, [domain], limit=LogLimit(Domid(domain)))
             guest.task = asyncio.create_task(self._keep(guest))
             return
         guest.domains.append(domain)
@@ -193,10 +198,9 @@ class Supervisor:
                 if not guest.wanted or self._closing:
                     break
                 guest.restarts += 1
-                logger.error(
-                    "the worker of domain %s has ended after %.1f s; another takes over",
-                    ", ".join(map(str, guest.domains)), time.monotonic() - began,
-                )  # fmt: skip
+                if guest.limit.admit(logger, logging.ERROR, _ENDED):  # a guest may be the cause
+                    domains = ", ".join(map(str, guest.domains))
+                    logger.error(_ENDED, domains, time.monotonic() - began)
             if time.monotonic() - began >= LIVED_S:
                 pause_s = PAUSE_S
             else:
