@@ -142,7 +142,7 @@ def _daemon_of(row: toolstack.Listed, answers: Mapping[str, Answer]) -> Answer |
 
 
 def _told(row: toolstack.Listed, answer: Answer | None) -> list[dict[str, Any]]:
-    """What a daemon tells of a disk."""
+    """Return what a daemon tells of a disk."""
     path = f"/{row.vbd.domid}/{row.vbd.vdev}"
     return [of for of in (answer.result or () if answer else ()) if of["path"].endswith(path)]
 
