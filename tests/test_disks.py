@@ -15,7 +15,7 @@ from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
 from xvd.errors import DiskInUse, GrantError, PeerClosed
 from xvd.frontend.settings import Settings
-from xvd.machine.xen import machine as xen
+from xvd.machine.xen.here import available
 from xvd.toolstack.vbd import attach, create_guest
 from xvd.toolstack.xldisk import XlDisk
 from xvd.types import DOM0, Domid
@@ -126,7 +126,7 @@ def test_a_directory_without_a_host_is_said_to_be(tmp_path: Path) -> None:
         SyncDisk.connect(tmp_path, domid=1, vdev="xvda")
 
 
-@pytest.mark.skipif(xen.available(), reason="this is a Xen domain")
+@pytest.mark.skipif(available(), reason="this is a Xen domain")
 def test_without_xen_a_host_has_to_be_named() -> None:
     with pytest.raises(ConfigError, match="no Xen here; name the directory of an emulated host"):
         SyncDisk.connect(vdev="xvda")

@@ -32,7 +32,7 @@ ABOVE = ("backend", "frontend", "engines", "xenbus", "machine", "blkif", "datapl
 ARROWS: dict[str, tuple[str, ...]] = {
     "__init__": ("disks", "embed", "engines"),  # the names that `import xvd` gives
     "joining": ("machine", "blkif"),
-    "disks": ("joining", "frontend"),
+    "disks": ("joining", "frontend", "blkif"),
     "embed": ("disks", *ABOVE, "toolstack"),
     "testing": ("machine", "blkif", "toolstack", "xenbus"),
     "cli": (

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from xvd import joining
+from xvd.blkif.vdev import vdev_number
 from xvd.frontend import disk as frontend
 from xvd.frontend import sync
 from xvd.frontend.settings import Settings
@@ -87,7 +88,7 @@ class Disk(frontend.Disk):
         vdev: str | int,
         settings: Settings | None,
     ) -> Self:
-        number = joining.vdev_number(str(vdev))
+        number = vdev_number(str(vdev))
         async with contextlib.AsyncExitStack() as stack:
             guest = None if domid is None else Domid(domid)
             machine, _ = await joining.open_machine(host, guest)

@@ -3,26 +3,15 @@
 
 import os
 from pathlib import Path
-from typing import Final
 
-from xvd.blkif.vdev import disk_name, parse_vdev
+from xvd.blkif.vdev import disk_name
 from xvd.errors import ConfigError
 from xvd.machine.emulated.service import connect
 from xvd.machine.interface import Machine
-from xvd.machine.xen import machine as xen
+from xvd.machine.xen.here import XEN_DIRECTORY, available
+from xvd.machine.xen.machine import XenMachine
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import DOM0, Domid
-
-XEN_DIRECTORY: Final = Path("/run/xvd")
-"""Where the daemons of a real Xen domain have their control sockets and journals."""
-
-
-def vdev_number(text: str) -> int:
-    """The number of a disk's name; `ConfigError` for what is neither."""
-    try:
-        return parse_vdev(text)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 async def open_machine(
@@ -36,9 +25,9 @@ async def open_machine(
     """
     if host is not None:
         return connect(host, DOM0 if domid is None else domid), Path(host)
-    if not xen.available():
+    if not available():
         raise ConfigError("there is no Xen here; name the directory of an emulated host")
-    here = await xen.XenMachine.here()
+    here = await XenMachine.here()
     if domid is not None and domid != here.domid:
         here.close()
         raise ConfigError(f"this is domain {here.domid}: run it in domain {domid}")

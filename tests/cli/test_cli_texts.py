@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from xvd_process import Daemon, FourProcesses, run_xvd
 
-from xvd.cli.app import VERBS
+from xvd.cli.verbs import VERBS
 
 pytestmark = pytest.mark.slow
 
@@ -256,9 +256,9 @@ def test_every_signal_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
 def test_ctrl_c_while_a_verb_is_loaded_ends_it_by_the_signal() -> None:
     code = """
 import os, signal, sys
-from xvd.cli import app
-load = app.import_module
-app.import_module = lambda name: (os.kill(os.getpid(), signal.SIGINT), load(name))[1]
+from xvd.cli import app, commands
+load = commands.import_module
+commands.import_module = lambda name: (os.kill(os.getpid(), signal.SIGINT), load(name))[1]
 sys.argv = ["xvd", "list"]
 sys.exit(app.run())
 """

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from xvd_process import Daemon, FourProcesses, run_xvd
 
-from xvd.cli.app import VERBS
 from xvd.cli.doctor import page_size
 from xvd.cli.serve import split_ends
+from xvd.cli.verbs import VERBS
 from xvd.engines.uri import LAYERS, SCHEMES
 
 pytestmark = pytest.mark.slow

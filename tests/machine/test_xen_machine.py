@@ -14,7 +14,8 @@ import pytest
 
 from xvd.errors import EventChannelError, GrantError, PeerClosed, XenstoreError
 from xvd.machine.xen import xenstore
-from xvd.machine.xen.machine import XenMachine, available
+from xvd.machine.xen.here import available
+from xvd.machine.xen.machine import XenMachine
 from xvd.machine.xs.messages import Message, MessageType
 from xvd.types import Domid, Port
 

@@ -14,7 +14,7 @@ from rig_disk import run, until
 from verified_load import Content, contents_of, load
 from xvd_process import Daemon, run_xvd
 
-from xvd.cli.control import ask
+from xvd.cli.asking import ask
 from xvd.errors import PeerClosed
 from xvd.frontend.disk import Disk
 from xvd.machine.emulated.service import connect

@@ -9,7 +9,9 @@ writes in ``handle``. Source: docs/man/xen-vbd-interface.7 and libxl's ``device_
 import re
 from typing import Final, NamedTuple
 
-__all__ = ["MAX_VDEV", "disk_name", "format_vdev", "handle", "parse_vdev"]
+from xvd.errors import ConfigError
+
+__all__ = ["MAX_VDEV", "disk_name", "format_vdev", "handle", "parse_vdev", "vdev_number"]
 
 MAX_VDEV: Final = (2 << 28) - 1
 """Numbers above this are reserved."""
@@ -87,6 +89,14 @@ def parse_vdev(text: str) -> int:
             return number
         raise ValueError(f"virtual device {text} is reserved: the highest number is {MAX_VDEV}")
     raise ValueError(f"{text!r} names no virtual device: write it as xvda, xvdb1, d2p1 or 51712")
+
+
+def vdev_number(text: str) -> int:
+    """Return what `parse_vdev` does; `ConfigError`, for a user, where that raises ValueError."""
+    try:
+        return parse_vdev(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def format_vdev(vdev: int) -> str:

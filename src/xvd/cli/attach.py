@@ -2,38 +2,40 @@
 """``xvd attach``, ``detach``, ``list``: the toolstack's verbs on an emulated host."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
 from xvd.blkif.abi import XenbusState
-from xvd.blkif.vdev import format_vdev
+from xvd.blkif.vdev import format_vdev, vdev_number
 from xvd.cli import common, output, running
 from xvd.cli.daemons import Answer, ask_one, complain
-from xvd.errors import ConfigError
-from xvd.machine.emulated.link import LinkClient
-from xvd.machine.emulated.machine import EmulatedMachine
-from xvd.machine.emulated.service import connect
+from xvd.errors import ConfigError, PeerClosed
+from xvd.machine.emulated.paths import MACHINE_SOCKET, XENSTORE_SOCKET
 from xvd.machine.xs.client import XenstoreClient
 from xvd.toolstack import vbd as toolstack
-from xvd.toolstack.xldisk import absolute_target, parse_xl_disk
-from xvd.types import Domid
+from xvd.types import DOM0, Domid
 
 
-@contextlib.asynccontextmanager
-async def _dom0(host: common.HostDir) -> AsyncIterator[tuple[EmulatedMachine, XenstoreClient]]:
-    machine = connect(host, Domid(0))
+async def _store(host: Path) -> XenstoreClient:
+    """Connect to the host's store as its domain 0."""
     try:
-        store = await machine.xenstore()
-        try:
-            yield machine, store
-        finally:
-            await store.close()
+        return await XenstoreClient.connect(host / XENSTORE_SOCKET)
+    except PeerClosed as error:
+        raise PeerClosed(f"{error}; start a host: xvd host {host}") from None
+
+
+def _create_domain(host: Path, domid: Domid) -> None:
+    """Make a domain on the host's machine."""
+    from xvd.machine.emulated.link import LinkClient
+
+    link = LinkClient(host / MACHINE_SOCKET, DOM0)
+    try:
+        link.create_domain(domid)
     finally:
-        machine.close()
+        link.close()
 
 
 def attach(
@@ -47,14 +49,15 @@ def attach(
     ] = toolstack.INIT_TIMEOUT_S,
 ) -> int:
     """Attach a disk to a guest of an emulated host; a guest that is not there yet is made."""
+    from xvd.toolstack.xldisk import parse_xl_disk
+
     description = parse_xl_disk(disk)
-    description.target = absolute_target(description.target, Path.cwd())
+    description.target = common.absolute(description.target)
 
     async def main() -> int:
-        async with _dom0(host) as (machine, store):
+        async with await _store(host) as store:
             if not await store.exists(f"/local/domain/{guest}"):
-                assert isinstance(machine.calls, LinkClient)
-                machine.calls.create_domain(Domid(guest))
+                _create_domain(host, Domid(guest))
                 await toolstack.create_guest(store, Domid(guest), f"guest-{guest}")
             backend_domid = Domid(int(description.backend or 0))
             await toolstack.attach(
@@ -79,10 +82,10 @@ def detach(
     ] = toolstack.INIT_TIMEOUT_S,
 ) -> int:
     """Take a disk away from a guest of an emulated host."""
-    number = common.vdev_number(vdev)
+    number = vdev_number(vdev)
 
     async def main() -> int:
-        async with _dom0(host) as (_, store):
+        async with await _store(host) as store:
             rows = [
                 row.vbd
                 for row in await toolstack.list_disks(store)
@@ -115,7 +118,7 @@ def list_disks(host: common.HostDir = common.DEFAULT_HOST, json: common.Json = F
 
 
 async def _list(host: Path, json: bool) -> int:
-    async with _dom0(host) as (_, store):
+    async with await _store(host) as store:
         listed = await toolstack.list_disks(store)
     domids = sorted({row.vbd.backend_domid for row in listed})
     names = [name for domid in domids for name in (f"backend-{domid}", f"backend-{domid}-*")]

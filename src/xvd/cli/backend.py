@@ -17,9 +17,12 @@ from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
 from xvd.cli import common, completion, output, running
+from xvd.cli.budgets import budget_of
 from xvd.cli.control import ControlServer
 from xvd.cli.isolation import Isolation, IsolationOption, Served, follow_orders, supervise
+from xvd.cli.machines import open_machine
 from xvd.cli.methods import control_methods
+from xvd.cli.storage import Layers
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_assigned
 from xvd.errors import ConfigError, PeerClosed
@@ -67,7 +70,7 @@ def backend(
             "it by --set 1/xvda:group_name=gold. May be given several times. See xvd group.",
         ),
     ] = [],  # noqa: B006  typer needs a literal
-    layer: common.Layers = [],  # noqa: B006  typer needs a literal
+    layer: Layers = [],  # noqa: B006  typer needs a literal
     isolation: IsolationOption = Isolation.SHARED,
     verbose: common.Verbose = 0,
 ) -> int:
@@ -112,7 +115,7 @@ async def _backend(
 ) -> int:
     """Serve until a signal comes. order, channel: of the worker for one guest; see `supervise`."""
     stop = running.Stop()
-    machine, directory = await common.open_machine(served.host, served.domid)
+    machine, directory = await open_machine(served.host, served.domid)
     os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
     name = f"backend-{machine.domid}"
     guests = order["domains"] if order is not None else None
@@ -133,7 +136,7 @@ async def _backend(
         settings = replace(served.settings, state_dir=directory / "state" / name)
         server = Server(
             machine, store, storage, kinds=kinds, guests=guests, settings=settings,
-            overrides=served.overrides, budget=common.budget_of(machine), groups=served.groups,
+            overrides=served.overrides, budget=budget_of(machine), groups=served.groups,
             rival=rival if real else no_rival,
         )  # fmt: skip
         for texts, disk in order["changes"] if order is not None else ():

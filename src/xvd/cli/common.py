@@ -1,38 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the verbs share: their options, which host and disk they mean, and logging."""
 
-import contextlib
-import ipaddress
 import logging
 import os
-import resource
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.console import Console
 
-from xvd import joining
-from xvd.backend.budget import Budget
-from xvd.backend.limits import XEN_MAPTRACK, descriptor_limits, limits_of_host
+from xvd.blkif.vdev import vdev_number
 from xvd.cli import completion
-from xvd.engines.uri import LAYERS, SCHEMES
 from xvd.errors import ConfigError, describe
-from xvd.machine.emulated.limits import Limits
-from xvd.machine.interface import Machine
-from xvd.machine.xen import machine as xen
-from xvd.types import Domid
+from xvd.machine.xen.here import XEN_DIRECTORY, available
 
-
-def _storage() -> dict[str, list[str]]:
-    """How storage is written, by what is then served."""
-    found: dict[str, list[str]] = {}
-    for scheme in SCHEMES.values():
-        found.setdefault(scheme.help, []).append(scheme.form)
-    return found
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 HostDir = Annotated[
@@ -61,27 +45,6 @@ Remote = Annotated[
     bool,
     typer.Option("--allow-remote", help="Let --tcp be reached from elsewhere, unauthenticated."),
 ]
-Layers = Annotated[
-    list[str],
-    typer.Option(
-        "--layer",
-        autocompletion=completion.layers,
-        help="A layer in front of the storage: "
-        + "; ".join(f"{layer.example} ({layer.help})" for layer in LAYERS.values())
-        + ". May be given several times; the first is nearest to the guest.",
-    ),
-]
-Images = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="IMAGE...",
-        help="Image file, block device, or engine URI: "
-        + "; ".join(f"{', '.join(forms)} ({what})" for what, forms in _storage().items())
-        + ".",
-    ),
-]
-vdev_number = joining.vdev_number
-
 Guest = Annotated[
     int,
     typer.Argument(min=0, help="The guest's domain number.", autocompletion=completion.guests),
@@ -92,9 +55,7 @@ Vdev = Annotated[
 ]
 
 DEFAULT_HOST = (
-    joining.XEN_DIRECTORY
-    if xen.available()
-    else Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
+    XEN_DIRECTORY if available() else Path(os.environ.get("XDG_RUNTIME_DIR", "/run")) / "xvd"
 )
 
 
@@ -130,32 +91,11 @@ def disk_key(text: str) -> str:
     return f"{int(domid)}/{vdev_number(vdev)}"
 
 
-async def open_machine(host: Path | None, domid: Domid | None) -> tuple[Machine, Path]:
-    """Connect to a domain, as `joining.open_machine`; without a host and without Xen, to one of the
-    emulated host in the usual place."""
-    if host is None and not xen.available():
-        host = DEFAULT_HOST
-    return await joining.open_machine(host, domid)
+def absolute(storage: str) -> str:
+    """Storage whose path, if relative, begins where we are: a daemon runs somewhere else."""
+    from xvd.toolstack.xldisk import absolute_target  # which knows every engine
 
-
-def budget_of(machine: Machine) -> Budget:
-    """Return what this host has for the disks of a daemon on such a machine."""
-    if not isinstance(machine, xen.XenMachine):
-        return emulated_budget()
-    return _budget(XEN_MAPTRACK)
-
-
-def emulated_budget() -> Budget:
-    """Return the budget of an emulated machine, as `budget_of`."""
-    return _budget(Limits().tracks)
-
-
-def _budget(tracks: int) -> Budget:
-    _, most = descriptor_limits()
-    with contextlib.suppress(OSError, ValueError):
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return Budget(limits_of_host(tracks))
+    return absolute_target(storage, Path.cwd())
 
 
 def start_logging(verbose: int) -> None:
@@ -167,8 +107,10 @@ def start_logging(verbose: int) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
-def stderr() -> Console:
+def stderr() -> "Console":
     """Return the console of progress bars: not with the data, and not off a terminal."""
+    from rich.console import Console
+
     return Console(stderr=True, quiet=not sys.stderr.isatty())
 
 
@@ -196,6 +138,9 @@ def parse_tcp(text: str, *, allow_remote: bool, danger: str = NBD_DANGER) -> tup
 
 def _is_loopback(host: str) -> bool:
     """Whether all that a name means stays on this machine."""
+    import ipaddress
+    import socket
+
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:

@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a shell offers behind a verb: guests and disks that are there, settings, and layers.
 
-A shell waits for this: whatever goes wrong, or takes long, is an empty list.
+A shell waits for this: whatever goes wrong, or takes long, is an empty list. Every verb imports it,
+so what is offered is imported when it is asked for.
 """
 
 import asyncio
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from importlib import import_module
+from typing import TYPE_CHECKING, Final
 
 import typer
 
-from xvd import joining
-from xvd.backend.settings import Settings
 from xvd.blkif.vdev import format_vdev
-from xvd.engines.uri import LAYERS
 from xvd.errors import XvdError
-from xvd.frontend.settings import Settings as FrontSettings
-from xvd.toolstack.vbd import Listed, list_disks
 from xvd.types import DOM0
-from xvd.xenbus.settings import SettingsBase
+
+if TYPE_CHECKING:
+    from xvd.toolstack.vbd import Listed
 
 PATIENCE_S: Final = 2.0
 """For a host to answer."""
@@ -35,7 +34,10 @@ def _host(ctx: typer.Context) -> str | None:
     return None if given is None else str(given)
 
 
-async def _ask(host: str | None) -> list[Listed]:
+async def _ask(host: str | None) -> "list[Listed]":
+    from xvd import joining
+    from xvd.toolstack.vbd import list_disks
+
     async with asyncio.timeout(PATIENCE_S):
         machine, _ = await joining.open_machine(host, DOM0)
         try:
@@ -45,7 +47,7 @@ async def _ask(host: str | None) -> list[Listed]:
             machine.close()
 
 
-def _disks(ctx: typer.Context) -> list[Listed]:
+def _disks(ctx: typer.Context) -> "list[Listed]":
     try:
         return asyncio.run(_ask(_host(ctx)))
     except (OSError, XvdError):
@@ -73,20 +75,23 @@ def disks(ctx: typer.Context, incomplete: str) -> list[Offer]:
     return _beginning(((it.vbd.name, it.target) for it in _disks(ctx)), incomplete)
 
 
-def _settings(*of: type[SettingsBase]) -> Callable[[str], list[Offer]]:
+def _settings(*ends: str) -> Callable[[str], list[Offer]]:
     def offered(incomplete: str) -> list[Offer]:
-        rows = ((name, row.meaning) for each in of for name, row in each.table().items())
+        tables = [import_module(f"xvd.{end}.settings").Settings.table() for end in ends]
+        rows = ((name, row.meaning) for table in tables for name, row in table.items())
         return _beginning(((f"{name}=", meaning) for name, meaning in rows), incomplete)
 
     return offered
 
 
-back_settings = _settings(Settings)
-front_settings = _settings(FrontSettings)
-settings_of_both = _settings(Settings, FrontSettings)
+back_settings = _settings("backend")
+front_settings = _settings("frontend")
+settings_of_both = _settings("backend", "frontend")
 
 
 def _layers(incomplete: str) -> Iterator[Offer]:
+    from xvd.engines.uri import LAYERS
+
     name, colon, options = incomplete.partition(":")
     if not colon:
         for layer in LAYERS.values():

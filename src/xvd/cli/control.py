@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The daemons' control socket: JSON-RPC 2.0, one document a line, on a unix socket.
 
-Each daemon listens under ``DIR/control`` of its host; ``xvd stats`` asks all that are there.
+Each daemon listens under ``DIR/control`` of its host. asking.py is the other end.
 """
 
 import asyncio
@@ -12,19 +12,19 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from xvd import __version__
-from xvd.errors import ConfigError, PeerClosed, XvdError, describe
+from xvd.errors import XvdError, describe
 from xvd.files import own_directory
 from xvd.sockets import UnixListener, claim
 
 logger = logging.getLogger(__name__)
 
-LINE_MAX, ANSWER_MAX = 1 << 20, 1 << 28
-"""Bytes of a call, and of its answer: some 2 KiB for each disk."""
+LINE_MAX: Final = 1 << 20
+"""Bytes of a call."""
 _PARSE_ERROR, _NO_METHOD, _BAD_PARAMS, _FAILED = -32700, -32601, -32602, -32000
 
 
@@ -35,10 +35,6 @@ class Call(msgspec.Struct):
     params: dict[str, Any] = {}
     id: int | str | None = None
     jsonrpc: str = "2.0"
-
-
-class DaemonError(XvdError):
-    """What a daemon said instead of doing what it was asked for."""
 
 
 class ControlServer:
@@ -97,26 +93,3 @@ class ControlServer:
             self._server.close()
         if self._listener is not None:
             self._listener.remove()
-
-
-async def ask(path: Path, method: str, **params: object) -> Any:
-    """Call a daemon; `PeerClosed` if none answers there, `DaemonError` if it says no.
-
-    Raises `ConfigError` where we may not ask.
-    """
-    call = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
-    try:
-        reader, writer = await asyncio.open_unix_connection(path, limit=ANSWER_MAX)
-        writer.write(msgspec.json.encode(call) + b"\n")
-        line = await reader.readline()
-        writer.close()
-        answer = msgspec.json.decode(line) if line else None
-    except PermissionError as error:
-        raise ConfigError(f"{path}: {error.strerror}; be the user who runs the daemon") from None
-    except (OSError, ValueError) as error:
-        raise PeerClosed(f"{path}: no daemon answers: {describe(error)}") from None
-    if answer is None:
-        raise PeerClosed(f"{path}: the daemon closed the connection")
-    if "error" in answer:
-        raise DaemonError(answer["error"]["message"])
-    return answer["result"]

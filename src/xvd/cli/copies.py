@@ -14,7 +14,6 @@ import typer
 from xvd.cli import common, output, running
 from xvd.cli.life import ask_server
 from xvd.errors import ConfigError, XvdError
-from xvd.toolstack.xldisk import absolute_target
 
 _LOOK_S: Final = 0.2
 _QUIET_S: Final = 2.0
@@ -109,7 +108,7 @@ async def _copy(
     if cancel and (storage or pivot):
         raise ConfigError("--cancel goes with nothing else")
     if storage:
-        image = absolute_target(storage, Path.cwd())
+        image = common.absolute(storage)
         await ask_server(host, guest, vdev, kind, _PATIENCE_S, image=image, **more)
         await _follow(host, guest, vdev, json)
     if pivot or cancel:

@@ -7,23 +7,17 @@ living one, and from each other.
 
 import asyncio
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from xvd.blkif.vdev import disk_name
-from xvd.cli.control import ask
+from xvd.cli.asking import ask
 from xvd.errors import PeerClosed
-from xvd.machine.emulated.service import XENSTORE_SOCKET
-from xvd.machine.xen import xenstore
-from xvd.machine.xs.client import XenstoreClient
 
 ANSWER_S: Final = 3.0
 """In which a living daemon says what it knows."""
-
-NAMES_S: Final = 1.0
-"""In which the store says what guests are called."""
 
 ALIVE: Final = "alive"
 DEAD: Final = "dead"
@@ -87,18 +81,3 @@ async def server_of(host: Path, guest: int, vdev: int) -> tuple[Path, dict[str, 
     others = [f"{it.daemon} {_MEANS[it.state]}" for it in answers if it.state != ALIVE]
     why = "; ".join(others) or "see xvd list, xvd stats"
     raise PeerClosed(f"{disk_name(guest, str(vdev))}: no daemon serves the disk; {why}")
-
-
-async def guest_names(host: Path, domids: Collection[str]) -> dict[str, str]:
-    """Return what guests are called, by their numbers, as far as the store says so.
-
-    Raises `XvdError`, OSError or TimeoutError where there is no store that answers us.
-    """
-    if not domids:
-        return {}
-    emulated = host / XENSTORE_SOCKET
-    connecting = XenstoreClient.connect(emulated) if emulated.exists() else xenstore.connect()
-    async with asyncio.timeout(NAMES_S):
-        async with await connecting as store:
-            found = await store.try_read_each([f"/local/domain/{domid}/name" for domid in domids])
-    return {domid: name for domid, name in zip(domids, found, strict=True) if isinstance(name, str)}

@@ -22,7 +22,7 @@ from xvd.errors import describe
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.xen import xenstore
-from xvd.machine.xen.machine import available
+from xvd.machine.xen.here import available
 from xvd.packages import find_tool, package_of
 from xvd.types import PAGE_SIZE, Gref, Port
 

@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 
 from xvd import __version__
 from xvd.cli import common, output, running
-from xvd.cli.daemons import ALIVE, ask_one, guest_names
+from xvd.cli.daemons import ALIVE, ask_one
+from xvd.cli.guests import guest_names
 from xvd.errors import ConfigError, XvdError
 from xvd.service.exporter import (
     TEXTFILE_SUFFIX,

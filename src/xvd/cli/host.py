@@ -11,7 +11,8 @@ import typer
 from xvd.cli import common, output, running
 from xvd.errors import ConfigError
 from xvd.files import own_directory
-from xvd.machine.emulated.service import MACHINE_SOCKET, XENSTORE_SOCKET, EmulatedHost
+from xvd.machine.emulated.paths import MACHINE_SOCKET, XENSTORE_SOCKET
+from xvd.machine.emulated.service import EmulatedHost
 from xvd.sockets import PATH_MAX
 
 

@@ -16,8 +16,9 @@ import typer
 from xvd.backend.groups import Groups, NoGroups
 from xvd.backend.server import Server
 from xvd.backend.settings import Settings
-from xvd.cli import common, output, running
+from xvd.cli import output, running
 from xvd.cli.control import ControlServer
+from xvd.cli.machines import open_machine
 from xvd.errors import PeerClosed
 from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
@@ -71,7 +72,7 @@ async def supervise(
 ) -> int:
     """Have a worker for each guest, until a signal comes. kinds: chooses those to serve."""
     stop = running.Stop()
-    machine, directory = await common.open_machine(served.host, served.domid)
+    machine, directory = await open_machine(served.host, served.domid)
     os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(template.close)

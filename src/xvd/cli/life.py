@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from xvd.blkif.vdev import vdev_number
 from xvd.cli import common, running
-from xvd.cli.control import ask
+from xvd.cli.asking import ask
 from xvd.cli.daemons import server_of
 from xvd.errors import PeerClosed
-from xvd.toolstack.xldisk import absolute_target
 
 _MARGIN_S = 30.0
 """For what a daemon does besides waiting for storage to come to rest."""
@@ -70,7 +70,7 @@ def swap(
     a delay of milliseconds. The backend's successor opens it too; xl's configuration of the guest
     stays as it is.
     """
-    image = absolute_target(storage, Path.cwd())
+    image = common.absolute(storage)
     return running.run(
         _ask(host, guest, vdev, "swap", timeout, image=image, timeout_s=timeout, abandon=abandon)
     )
@@ -90,7 +90,7 @@ async def ask_server(
 
     Raises `PeerClosed` if none serves it or it takes much longer than `patience_s`.
     """
-    number = common.vdev_number(vdev)
+    number = vdev_number(vdev)
     socket, figures = await server_of(host, guest, number)
     try:
         async with asyncio.timeout(patience_s + _MARGIN_S):

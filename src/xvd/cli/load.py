@@ -13,8 +13,10 @@ from xvd import joining
 from xvd.bench.report import machine as describe_machine
 from xvd.bench.ring import COPYING, MAPPING, PERSISTENT, Setup, filling, measure, sample_of
 from xvd.bench.sample import Sample, median
-from xvd.blkif.vdev import disk_name
+from xvd.blkif.vdev import disk_name, vdev_number
 from xvd.cli import common, completion, output, running
+from xvd.cli.machines import open_machine
+from xvd.cli.storage import Layers
 from xvd.engines.text import parse_size
 from xvd.errors import ConfigError
 from xvd.frontend.load import Job, run_load
@@ -49,7 +51,7 @@ def load(
     engine: Annotated[
         str, typer.Option("--engine", help="Of a disk of our own: the storage.")
     ] = "memory:256M",
-    layer: common.Layers = [],  # noqa: B006  typer needs a literal
+    layer: Layers = [],  # noqa: B006  typer needs a literal
     mode: Annotated[
         str, typer.Option("--mode", help="Of a disk of our own: persistent, mapping or copy.")
     ] = "persistent",
@@ -89,13 +91,13 @@ def load(
     def once() -> Awaitable[Sample]:
         if guest is None:
             return measure(own)
-        return _on(host, Domid(guest), common.vdev_number(vdev), job, settings)
+        return _on(host, Domid(guest), vdev_number(vdev), job, settings)
 
     samples = _measured(once, runs)
     if (found := int(samples[0].counts["span"])) < job.span:
         job = replace(job, span=found)
         sys.stderr.write(f"xvd: the disk has {found} bytes, and the span no more than those\n")
-    what = engine if guest is None else disk_name(guest, str(common.vdev_number(vdev)))
+    what = engine if guest is None else disk_name(guest, str(vdev_number(vdev)))
     (_print_json if json else _print)(what, job, samples)
     return 1 if any(sample.errors for sample in samples) else 0
 
@@ -114,7 +116,7 @@ def _measured(once: Callable[[], Awaitable[Sample]], runs: int) -> list[Sample]:
 
 async def _on(host: Path | None, guest: Domid, vdev: int, job: Job, settings: Settings) -> Sample:
     """The job on a guest's disk, by its frontend."""
-    machine, _ = await common.open_machine(host, guest)
+    machine, _ = await open_machine(host, guest)
     store = await machine.xenstore()
     path = f"device/vbd/{vdev}"
     try:

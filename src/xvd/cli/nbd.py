@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from xvd import joining
-from xvd.blkif.vdev import disk_name
+from xvd.blkif.vdev import disk_name, vdev_number
 from xvd.cli import common, completion, running, serving
 from xvd.cli.control import ControlServer
+from xvd.cli.machines import open_machine
 from xvd.errors import PeerClosed
 from xvd.export.nbd import NbdServer
 from xvd.frontend.disk import Disk
@@ -56,7 +57,7 @@ def nbd(
     common.start_logging(verbose)
     if exit_with_parent:
         running.end_with_parent()
-    number = common.vdev_number(vdev)
+    number = vdev_number(vdev)
     settings = Settings.of(setting)
     with running.private_directory() as directory:
         places = serving.places(
@@ -74,7 +75,7 @@ async def _nbd(
     places: serving.Places,
     export_name: str,
 ) -> int:
-    machine, directory = await common.open_machine(host, guest)
+    machine, directory = await open_machine(host, guest)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
         store = await machine.xenstore()

@@ -6,8 +6,6 @@ import os
 import sys
 from typing import IO
 
-import msgspec
-
 from xvd.errors import XvdError, describe
 
 
@@ -48,6 +46,8 @@ def tell(text: str) -> None:
 
 def print_json(value: object, indent: int = 2) -> None:
     """Print one JSON document; with an indent of 0 on one line."""
+    import msgspec
+
     data = msgspec.json.encode(value)
     tell((msgspec.json.format(data, indent=indent) if indent else data).decode() + "\n")
 

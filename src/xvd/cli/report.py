@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of a disk for people: a short account, and the dict behind it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xvd.backend.counters import BackCounters
 from xvd.backend.device import Device
 from xvd.engines.interface import describe
-from xvd.frontend.disk import Disk
-from xvd.frontend.statistics import FrontCounters
 from xvd.types import RING_SECTOR_SIZE
 
+if TYPE_CHECKING:
+    from xvd.frontend.disk import Disk
 
-def disk_figures(device: Device, disk: Disk | None = None) -> dict[str, Any]:
+
+def disk_figures(device: Device, disk: "Disk | None" = None) -> dict[str, Any]:
     """Return everything known of a disk: what it is, what was negotiated, what was counted."""
     features, connection = device.disk.features, device.disk.connection
     figures: dict[str, Any] = {
@@ -74,6 +75,8 @@ def _size(count: int) -> str:
 def account(figures: dict[str, Any], seconds: float) -> str:
     """Tell what happened on one disk, in a few lines."""
     back = BackCounters.of(figures["counters"])
+    from xvd.frontend.statistics import FrontCounters  # a backend has no use for it
+
     front = FrontCounters.of(figures.get("frontend", {}))
     sent = back.notified + front.notified
     # One for each request and each response would be needed if nobody held any back.

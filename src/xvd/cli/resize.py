@@ -7,8 +7,9 @@ from typing import Annotated, Final
 
 import typer
 
+from xvd.blkif.vdev import vdev_number
 from xvd.cli import common, output, running
-from xvd.cli.control import ask
+from xvd.cli.asking import ask
 from xvd.cli.daemons import server_of
 from xvd.engines.text import parse_size
 from xvd.errors import ConfigError, PeerClosed
@@ -34,7 +35,7 @@ def resize(
 ) -> int:
     """Give a disk another size, and tell its guest; prints the bytes that it has then."""
     wanted = parse_size(size) if size else None
-    return running.run(_resize(host, guest, common.vdev_number(vdev), wanted, shrink))
+    return running.run(_resize(host, guest, vdev_number(vdev), wanted, shrink))
 
 
 async def _resize(host: Path, guest: int, vdev: int, size: int | None, shrink: bool) -> int:

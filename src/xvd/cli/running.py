@@ -126,6 +126,7 @@ def end_with_parent() -> None:
 
     Raises OSError where the system does not have it. A parent that has ended already is noticed.
     """
+
     parent = os.getppid()
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) != 0:

@@ -13,10 +13,13 @@ import typer
 
 from xvd import embed
 from xvd.backend.settings import Settings
+from xvd.blkif.vdev import vdev_number
 from xvd.cli import common, completion, running, serving
+from xvd.cli.budgets import emulated_budget
 from xvd.cli.control import ControlServer
 from xvd.cli.report import account, disk_figures
 from xvd.cli.serving import Places
+from xvd.cli.storage import Images, Layers
 from xvd.engines.interface import Engine
 from xvd.engines.text import in_format
 from xvd.engines.uri import open_engine
@@ -52,7 +55,7 @@ class _Job:
 
 
 def serve(
-    image: common.Images,
+    image: Images,
     run: serving.Run = "",
     read_only: Annotated[bool, typer.Option("-r", "--read-only", help="Refuse writes.")] = False,
     image_format: serving.Format = "",
@@ -69,7 +72,7 @@ def serve(
     ] = "",
     copy: Annotated[bool, typer.Option("--copy", help="Grant copy instead of mapping.")] = False,
     setting: EndSettings = [],  # noqa: B006  typer needs a literal
-    layer: common.Layers = [],  # noqa: B006  typer needs a literal
+    layer: Layers = [],  # noqa: B006  typer needs a literal
     report: Annotated[
         bool, typer.Option("--report", help="Print an account of what happened at the end.")
     ] = False,
@@ -85,7 +88,7 @@ def serve(
         running.end_with_parent()
     images = [in_format(it, image_format) if image_format else it for it in image]
     names, vdevs = serving.name_exports(image, export_name), serving.vdevs(len(images), vdev)
-    common.vdev_number(vdevs[0])
+    vdev_number(vdevs[0])
     back, front = split_ends(setting)
     settings = Settings(copying=copy).changed(Settings.parse(back))
     front_settings = FrontSettings.of(front)
@@ -133,7 +136,7 @@ async def _serve(job: _Job) -> int:
     stop = running.Stop()
     async with (
         embed.hosted(
-            job.disks, settings=job.settings, front=job.front, budget=common.emulated_budget()
+            job.disks, settings=job.settings, front=job.front, budget=emulated_budget()
         ) as both,
         contextlib.AsyncExitStack() as stack,
     ):

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from xvd.blkif.vdev import format_vdev
+from xvd.blkif.vdev import format_vdev, vdev_number
 from xvd.cli import common, output, running
 from xvd.errors import ConfigError
 from xvd.export.nbd import NbdServer
@@ -193,5 +193,5 @@ def vdevs(count: int, first: str) -> list[str]:
         return [first]
     if count > DISKS_MAX:
         raise ConfigError(f"{count} images; {DISKS_MAX} are the most that one guest is given here")
-    base = common.vdev_number("xvda")
+    base = vdev_number("xvda")
     return [format_vdev(base + (number << 4)) for number in range(count)]

@@ -8,7 +8,6 @@ from enum import Enum
 from typing import Annotated
 
 import typer
-from rich.progress import Progress
 
 from xvd.cli import common, output
 from xvd.sim.runner import KINDS, run_seeds
@@ -55,6 +54,8 @@ def sim(
 
 
 def _many(world: World, seed: int, seeds: int, steps: int) -> int:
+    from rich.progress import Progress
+
     kind = KINDS[world.value]
     with Progress(console=common.stderr(), transient=True) as progress:
         task = progress.add_task("seeds", total=seeds)

@@ -4,6 +4,7 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -12,12 +13,10 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from xvd.cli import common, output, running
-from xvd.cli.daemons import ask_all, guest_names
+from xvd.cli.daemons import ask_all
+from xvd.cli.guests import guest_names
 from xvd.cli.rates import Poll, Rates, polled, queues_between, rows_between
 from xvd.errors import PeerClosed, XvdError
 
@@ -98,14 +97,13 @@ async def _polls(
 
 
 async def _top(host: Path, interval: float, count: int, json: bool) -> int:
-    console = Console(file=sys.stdout)
-    if json or not console.is_terminal:
-        wide = 1000 if "COLUMNS" not in os.environ else console.width
+    if json or not sys.stdout.isatty():
+        wide = shutil.get_terminal_size().columns if "COLUMNS" in os.environ else 1000
         return await _print(_polls(host, interval, count), wide, json)
     try:
         from xvd.cli.topscreen import TopScreen
     except ImportError:
-        return await _refresh(_polls(host, interval, count), console)
+        return await _refresh(_polls(host, interval, count))
     polls = _polls(host, interval, count, naming=True)
     return await TopScreen(polls, f"{host}, every {interval:g} s").show()
 
@@ -136,8 +134,13 @@ def _document(before: Poll, after: Poll) -> dict[str, object]:
     }
 
 
-async def _refresh(polls: AsyncIterator[tuple[Poll, Poll]], console: Console) -> int:
+async def _refresh(polls: AsyncIterator[tuple[Poll, Poll]]) -> int:
     """Show the table alone, where there is no textual."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console()
     status = 0
     with Live(console=console, auto_refresh=False, screen=True) as live:
         async for before, after in polls:

@@ -10,7 +10,7 @@ import typer
 from xvd.backend.iotune import IoTune
 from xvd.backend.settings import Settings
 from xvd.cli import common, completion, output, running
-from xvd.cli.control import DaemonError
+from xvd.cli.asking import DaemonError
 from xvd.cli.daemons import ALIVE, ask_all, complain
 from xvd.errors import ConfigError
 

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.vdev import disk_name, format_vdev
@@ -17,8 +18,10 @@ from xvd.errors import ConfigError, PeerClosed, XenstoreError
 from xvd.machine.xs import requests
 from xvd.machine.xs.client import Transaction, XenstoreClient
 from xvd.machine.xs.requests import Request
-from xvd.toolstack.xldisk import XlDisk
 from xvd.types import DOM0, Domid
+
+if TYPE_CHECKING:  # it knows every engine, and a list of disks needs none
+    from xvd.toolstack.xldisk import XlDisk
 
 INIT_TIMEOUT_S = 10.0
 """For the backend to reach state 2, and
@@ -93,7 +96,7 @@ async def has_device_model(store: XenstoreClient, domid: Domid) -> bool:
     return False
 
 
-def _backend_nodes(vbd: Vbd, disk: XlDisk) -> dict[str, str]:
+def _backend_nodes(vbd: Vbd, disk: "XlDisk") -> dict[str, str]:
     nodes = {
         "frontend": vbd.frontend,
         "frontend-id": str(vbd.domid),
@@ -115,7 +118,7 @@ def _backend_nodes(vbd: Vbd, disk: XlDisk) -> dict[str, str]:
     return nodes
 
 
-def _frontend_nodes(vbd: Vbd, disk: XlDisk) -> dict[str, str]:
+def _frontend_nodes(vbd: Vbd, disk: "XlDisk") -> dict[str, str]:
     return {
         "backend": vbd.backend,
         "backend-id": str(vbd.backend_domid),
@@ -134,7 +137,7 @@ def _directory(
     return [requests.mkdir(path), requests.set_perms(path, perms), *written]
 
 
-async def add(store: XenstoreClient, domid: Domid, disk: XlDisk, backend_domid: Domid) -> Vbd:
+async def add(store: XenstoreClient, domid: Domid, disk: "XlDisk", backend_domid: Domid) -> Vbd:
     """Make a disk's directories; `ConfigError` if the guest has such a disk already."""
     vbd = Vbd(domid, disk.number, backend_domid)
     back, front = [f"n{backend_domid}", f"r{domid}"], [f"n{domid}", f"r{backend_domid}"]
@@ -182,7 +185,7 @@ async def wait_for_state(
 async def attach(
     store: XenstoreClient,
     domid: Domid,
-    disk: XlDisk,
+    disk: "XlDisk",
     *,
     backend_domid: Domid = DOM0,
     timeout_s: float = INIT_TIMEOUT_S,

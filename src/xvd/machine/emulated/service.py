@@ -12,15 +12,11 @@ from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.emulated.link import LinkClient, LinkServer
 from xvd.machine.emulated.machine import EmulatedMachine
+from xvd.machine.emulated.paths import MACHINE_SOCKET, XENSTORE_SOCKET
 from xvd.machine.emulated.xenstore import XenstoreStore
 from xvd.machine.xs.client import XenstoreClient
 from xvd.machine.xs.server import XenstoreServer
 from xvd.types import Domid
-
-XENSTORE_SOCKET = "socket"
-"""Name within the host's directory: where Xen's own tools look (XENSTORED_RUNDIR)."""
-
-MACHINE_SOCKET = "machine"
 
 
 class EmulatedHost:

@@ -1,8 +1,7 @@
 from typing_extensions import disjoint_base
 
+from xvd.machine.xen.here import EVTCHN as EVTCHN
 from xvd.types import Domid, Port
-
-DEVICE: str
 
 @disjoint_base
 class XenEventChannel:

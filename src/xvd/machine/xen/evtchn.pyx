@@ -24,8 +24,8 @@ import errno
 import os
 
 from xvd.errors import EventChannelError
+from xvd.machine.xen.here import EVTCHN
 
-DEVICE = "/dev/xen/evtchn"
 
 _REMEDIES = {
     errno.ENOENT: "this is no Xen domain, or its driver is missing: modprobe xen-evtchn",
@@ -112,7 +112,7 @@ cdef class XenEventChannel:
         cdef int rc
         cdef uint16_t domid = peer
         try:
-            self.c.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            self.c.fd = os.open(EVTCHN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             rc = ioctl(self.c.fd, request, argument)
             if rc < 0:
                 PyErr_SetFromErrno(OSError)

@@ -2,22 +2,16 @@
 """`Machine` on real Xen: this process's connection to the domain it runs in."""
 
 import weakref
-from pathlib import Path
 from typing import Protocol
 
 from xvd.errors import ConfigError, XenstoreError
-from xvd.machine.xen import evtchn, xenstore
+from xvd.machine.xen import xenstore
 from xvd.machine.xen.claim import XenClaim
 from xvd.machine.xen.evtchn import XenEventChannel
 from xvd.machine.xen.gntalloc import XenSharedPages
 from xvd.machine.xen.gntdev import XenForeignGrants
 from xvd.machine.xs.client import XenstoreClient
 from xvd.types import Domid, Port
-
-
-def available() -> bool:
-    """Whether this is a Xen domain whose event channels are open to user space."""
-    return Path(evtchn.DEVICE).exists()
 
 
 class _Closable(Protocol):
