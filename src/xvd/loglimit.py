@@ -22,6 +22,14 @@ PERIOD_S: Final = 10.0
 """After so long it may cause as many again."""
 
 
+def fields(domain: str, vdev: str = "", event: str = "") -> dict[str, str]:
+    """Return what a line is about, as `logging` takes it for ``extra``.
+
+    The journal has these as fields (service/journal.py).
+    """
+    return {"xvd_domain": domain, "xvd_vdev": vdev, "xvd_event": event}
+
+
 @dataclass(slots=True)
 class _Text:
     since: float
@@ -37,6 +45,7 @@ class LogLimit:
 
     def __init__(self, domid: Domid | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._guest = "a guest" if domid is None else f"domain {domid}"
+        self._fields = fields("" if domid is None else str(domid), event="lines-left-out")
         self._clock = clock
         self._texts: dict[str, _Text] = {}
 
@@ -77,4 +86,5 @@ class LogLimit:
         found = self._texts[text]
         if found.left_out:
             count, found.left_out = found.left_out, 0
-            logger.log(level, "%s: %d more lines left out, as %r", self._guest, count, text)
+            told = "%s: %d more lines left out, as %r"
+            logger.log(level, told, self._guest, count, text, extra=self._fields)

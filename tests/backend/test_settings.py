@@ -186,3 +186,84 @@ def test_indirect_requests_are_as_large_as_linuxs() -> None:
     """Linux 402b27f9: 256 segments are offered, and a frontend uses 32 of them."""
     assert Settings().indirect_segments_offered == 256
     assert FrontendSettings().max_indirect_segments == 32
+
+
+async def offered_order(world: World, vdev: str) -> str:
+    vbd = await world.attach(vdev=vdev)
+    await backend_reaches(world, vbd, 2)
+    return await world.store.read(f"{vbd.backend}/max-ring-page-order")
+
+
+def test_a_guest_may_be_named_by_its_name() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            world.server = Server(
+                world.dom0, world.store, opener(),
+                overrides={"guest1/51712": ["max_ring_page_order=1"],
+                           "guest1/51728": ["max_ring_page_order=1"],
+                           "1/51728": ["max_ring_page_order=2"]},
+            )  # fmt: skip
+            await world.server.start()
+
+            assert await offered_order(world, "xvda") == "1"
+            assert await offered_order(world, "xvdb") == "2"  # the number stands before the name
+            assert world.server.guest_name("backend/vbd/1/51712") == "guest1"
+
+    run(work())
+
+
+def test_replaced_settings_hold_at_once_and_what_was_changed_before_is_forgotten() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            frontend, device = await four_grants_kept(world)
+            assert world.server is not None
+            world.server.change(["max_buffer_pages=7"])
+
+            world.server.replace(
+                ["max_persistent_grants=1"], {"1/51712": ["total_iops_sec=5"]},
+                {"gold": ["total_iops_sec=9"]},
+            )  # fmt: skip
+
+            await until(lambda: device.disk.counters().persistent_grants == 1)
+            assert device.disk.settings.total_iops_sec == 5
+            assert device.disk.settings.max_buffer_pages == 1024
+            assert world.server.change_group("", [])["gold"]["limits"] == {"total_iops_sec": 9}
+            frontend.close()
+
+    run(work())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "groups"),
+    [({"1/51712": ["max_queues=9999"]}, {}), ({}, {"gold": ["total_iops_sec_max=5"]})],
+)
+def test_settings_of_which_one_is_wrong_replace_none(
+    overrides: dict[str, list[str]], groups: dict[str, list[str]]
+) -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            await world.attach()
+            assert world.server is not None
+            before = world.server.change([])
+
+            with pytest.raises(ConfigError):
+                world.server.replace(["max_buffer_pages=7"], overrides, groups)
+
+            assert world.server.change([]) == before
+            assert world.server.change_group("", []) == {}
+
+    run(work())
+
+
+def test_a_group_that_is_not_named_any_more_has_no_limits() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            await world.attach()
+            assert world.server is not None
+            world.server.change_group("gold", ["total_iops_sec=9"])
+
+            world.server.replace([], {}, {})
+
+            assert world.server.change_group("", []) == {}
+
+    run(work())

@@ -38,6 +38,7 @@ USED = {
     "host": {"msgspec", "xvd.machine.emulated.host"},
     "backend": SERVING,
     "resize": {"xvd.engines"},  # how sizes are written
+    "config": {"msgspec", "xvd.engines"},  # the layers that a file may name
     "nbd": {"msgspec", "xvd.export", "xvd.frontend", "xvd.machine.emulated.host"},
     "exporter": {"msgspec", "prometheus_client"},
     "load": SERVING | {"xvd.bench", "xvd.frontend"},

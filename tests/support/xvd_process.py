@@ -28,11 +28,11 @@ def run_xvd(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
 class Daemon:
     """A verb that runs until it is told to end; ready once it has printed its first line."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, stderr: int | IO[str] = subprocess.DEVNULL) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "xvd.cli", *arguments],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=stderr,
             text=True,
         )
         self._output = cast("IO[str]", self.process.stdout)

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A guest that wants to fill the log gets a few lines of each text, and a count of the rest."""
 
+import ast
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from xvd.loglimit import BURST, PERIOD_S, LogLimit
 from xvd.types import Domid
-from xvd.xenbus.log import DeviceLog
+from xvd.xenbus.log import EVENTS, DeviceLog
 
 
 class Now:
@@ -81,3 +83,33 @@ def test_what_is_asked_for_to_find_a_mistake_has_no_limit(
         log_of("7/xvda", limit).debug("a detail")
 
     assert len(caplog.records) == 500
+
+
+PACKAGE = Path(__file__).resolve().parents[2] / "src" / "xvd"
+
+
+def calls_of_logs() -> Iterator[tuple[str, ast.Call]]:
+    """(where it is, a call) of each line that a disk logs, but those for a search of mistakes."""
+    for folder in ("backend", "frontend", "xenbus"):
+        for path in sorted((PACKAGE / folder).glob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                match node:
+                    case ast.Call(
+                        func=ast.Attribute(
+                            value=ast.Attribute(attr="_log" | "log") | ast.Name(id="log"),
+                            attr="info" | "warning" | "error",
+                        )
+                    ):
+                        yield f"{folder}/{path.name}:{node.lineno}", node
+
+
+def test_every_line_of_a_disk_has_an_event_of_the_table() -> None:
+    events = {
+        where: [keyword.value.value for keyword in call.keywords if keyword.arg == "event"
+                and isinstance(keyword.value, ast.Constant)]
+        for where, call in calls_of_logs()
+    }  # fmt: skip
+
+    assert len(events) > 30
+    assert [where for where, found in events.items() if len(found) != 1] == []
+    assert {event for found in events.values() for event in found} == EVENTS.keys()

@@ -290,10 +290,12 @@ class Room:
         try:
             claim = lease.change(wanted, LIVE)
         except BudgetError as error:
-            self._log.warning("%s: what it keeps stays as it was", error)
+            self._log.warning("%s: what it keeps stays as it was", error, event="no-room")
             claim = lease.claim
         return claim.limit(settings)
 
     def _say_less(self, wanted: Claim, claim: Claim) -> None:
         if claim != wanted:
-            self._log.info("this host has no room for all: %s", claim.instead_of(wanted))
+            self._log.info(
+                "this host has no room for all: %s", claim.instead_of(wanted), event="no-room"
+            )

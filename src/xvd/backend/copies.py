@@ -245,7 +245,7 @@ class Copies:
                 f"xvd {job.kind} --cancel"
             )
         self.job = job
-        self._log.info("is being copied to %s (%s)", job.image, job.kind)
+        self._log.info("is being copied to %s (%s)", job.image, job.kind, event="copy-began")
         job.task = asyncio.create_task(self._drive(job))
 
     # ---- While it is made ----
@@ -257,7 +257,9 @@ class Copies:
                 await self._complete(job)
         except (OSError, XvdError) as error:
             job.why = describe(error)
-            self._log.error("the copy to %s has failed: %s", job.image, job.why)
+            self._log.error(
+                "the copy to %s has failed: %s", job.image, job.why, event="copy-failed"
+            )
             await self._drop_at_last(job)
 
     async def _copy(self, job: Job) -> None:
@@ -269,7 +271,7 @@ class Copies:
                 job.phase = Phase.READY
                 if job.kind is Kind.BACKUP:
                     return
-                self._log.info("%s is the same by now", job.image)
+                self._log.info("%s is the same by now", job.image, event="copy-same")
             if not copied:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(IDLE_S):
@@ -294,7 +296,7 @@ class Copies:
             await self._life.exchange(engine)
             self._over(job, Phase.DONE)
         await self._close(job.mirror.target)
-        self._log.info("its content is in %s", job.image)
+        self._log.info("its content is in %s", job.image, event="copy-done")
 
     async def _pivot(self, job: Job, timeout_s: float) -> None:
         await self._halt(job)
@@ -312,7 +314,7 @@ class Copies:
             job.stop.clear()
             job.task = asyncio.create_task(self._drive(job))
             raise
-        self._log.info("its storage is %s now", job.image)
+        self._log.info("its storage is %s now", job.image, event="pivoted")
         await self._life.close_old(lambda: self._runtime.call(mirror.lower.close))
         await self._disk.follow_size()
 
@@ -322,7 +324,12 @@ class Copies:
             try:
                 await self._drop(job, Phase.FAILED)
             except (OSError, XvdError) as error:
-                self._log.error("the copy to %s cannot be given up: %s", job.image, describe(error))
+                self._log.error(
+                    "the copy to %s cannot be given up: %s",
+                    job.image,
+                    describe(error),
+                    event="copy-failed",
+                )
                 await asyncio.sleep(IDLE_S)
             else:
                 return
@@ -333,7 +340,7 @@ class Copies:
             await self._life.exchange(job.mirror.lower)
         self._over(job, phase)
         await self._close(job.mirror.target, job.made)
-        self._log.info("is not being copied any more")
+        self._log.info("is not being copied any more", event="copy-given-up")
 
     def _over(self, job: Job, phase: Phase) -> None:
         job.phase = phase

@@ -136,10 +136,10 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         """Report an error, unless it came from the toolstack removing the nodes."""
         with contextlib.suppress(XvdError):
             if not await self._store.exists(f"{self.path}/frontend"):
-                self._log.info("removed: %s", error)
+                self._log.info("removed: %s", error, event="gone")
                 return
             await report_error(self._store, self.path, str(error))
-        self._log.error("%s; this disk is not served", error)
+        self._log.error("%s; this disk is not served", error, event="failed")
 
     async def stop(self) -> None:
         """Finish what is in flight, unmap, and leave the nodes as they are.
@@ -156,7 +156,10 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         await self._stop_work()
         closing = asyncio.ensure_future(self._close_storage())
         if (await asyncio.wait([closing], timeout=STORAGE_PATIENCE_S))[1]:
-            self._log.error("its storage does not answer: left alone, to be closed if it does")
+            self._log.error(
+                "its storage does not answer: left alone, to be closed if it does",
+                event="storage-hangs",
+            )
             leave_alone(closing)
 
     async def _close_storage(self) -> None:
@@ -229,7 +232,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
                 raise
         except (OSError, XvdError) as error:
             self._error = f"cannot open {assignment.image!r}: {describe(error)}"
-            self._log.error("%s", self._error)
+            self._log.error("%s", self._error, event="storage-failed")
             self.put(BackendEvent.STORAGE_FAILED)
             return
         self.disk.has_opened(engine, features_of(engine, assignment, self.disk.settings))
@@ -258,7 +261,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
 
     async def _do_unregister(self) -> None:
         self._kept.end()
-        self._log.info("gone")
+        self._log.info("gone", event="gone")
 
     # ---- Actions: the connection ----
 
@@ -290,9 +293,17 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             return
         self.disk.connection, config = connection, agreed.config
         if connection.set_aside:
-            self._log.warning("%s; nothing was unanswered", connection.set_aside)
+            self._log.warning(
+                "%s; nothing was unanswered", connection.set_aside, event="journal-set-aside"
+            )
         layout = f"queues: {len(config.queues)}, ring pages: {config.ring_pages}"
-        self._log.info("connected (%s, %s, %s)", config.abi.protocol, connection.mode, layout)
+        self._log.info(
+            "connected (%s, %s, %s)",
+            config.abi.protocol,
+            connection.mode,
+            layout,
+            event="connected",
+        )
         self.put(BackendEvent.CONNECT_DONE)
         if agreed.has_grown:
             self.put(BackendEvent.RESIZED)  # while nobody served it; the state has to be repeated
@@ -320,7 +331,9 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             text += f": the disk is served by {other}"
         self._error = f"cannot connect to {frontend}: {text}"
         told = isinstance(error, XvdError | OSError)  # what is not is a mistake of ours
-        self._log.error("cannot connect to %s: %s", frontend, text, exc_info=not told)
+        self._log.error(
+            "cannot connect to %s: %s", frontend, text, exc_info=not told, event="connect-failed"
+        )
         self.put(BackendEvent.CONNECT_FAILED)
 
     def _ended(self, connection: Connection) -> None:
@@ -328,7 +341,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self.disk.has_ended(connection)
         if why := connection.failure:
             self._error = why
-            self._log.error("%s", why)
+            self._log.error("%s", why, event="ring-broken")
             self.put(BackendEvent.RING_BROKEN)
 
     def _storage_failed(self, number: int, failures: int) -> None:
@@ -341,7 +354,9 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         storage = self.disk.storage
         features = without(storage.features, operations)
         if features != storage.features:
-            self._log.info("the storage cannot do what it was thought to: offered no more")
+            self._log.info(
+                "the storage cannot do what it was thought to: offered no more", event="withdrawn"
+            )
             storage.features = features
             self.put(BackendEvent.WITHDRAWN)
 

@@ -153,7 +153,9 @@ class ServedDisk:
         """Log the counters in one line, if ``log_stats`` is set."""
         if self.settings.log_stats:
             counts = self.counters().numbers()
-            self.log.info("%s", ", ".join(f"{name} {counts[name]}" for name in _LOGGED))
+            self.log.info(
+                "%s", ", ".join(f"{name} {counts[name]}" for name in _LOGGED), event="figures"
+            )
 
     def counters(self) -> BackCounters:
         """Return the counters since the disk came up, over all connections."""

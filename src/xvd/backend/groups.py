@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Limits at work: a disk's own, and those that a named group of disks shares."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from xvd.backend.iotune import IoTune
@@ -54,12 +54,18 @@ class Groups:
 
         Raises `ConfigError`, and then nothing is changed.
         """
-        values = IoTune.parse([f"group_name={name}", *texts])
-        if values["group_name"] != name or not name:
-            raise ConfigError(f"a group's name is its own affair: set {name or 'it'} on a disk")
         group = self._groups.get(name)
-        tune = (group.tune if group else IoTune()).changed(values)
+        tune = _changed(group.tune if group else IoTune(), name, texts)
         self.find(name).change(tune)
+
+    def replace(self, limits: Mapping[str, Sequence[str]]) -> None:
+        """Let these limits hold, and no others; the disks of all groups are to be told.
+
+        Raises `ConfigError`, and then nothing is changed.
+        """
+        tunes = {name: _changed(IoTune(), name, texts) for name, texts in limits.items()}
+        for name in self._groups.keys() | tunes.keys():
+            self.find(name).change(tunes.get(name) or IoTune(group_name=name))
 
     def limits(self) -> dict[str, dict[str, int]]:
         """Return what is limited, by each group's name."""
@@ -80,6 +86,19 @@ class NoGroups(Groups):
     def change(self, name: str, _texts: Sequence[str]) -> None:
         """See `Groups.change`."""
         self.check(name)
+
+    def replace(self, limits: Mapping[str, Sequence[str]]) -> None:
+        """See `Groups.replace`."""
+        for name in limits:
+            self.check(name)
+
+
+def _changed(tune: IoTune, group: str, texts: Sequence[str]) -> IoTune:
+    """Return a group's limits, changed by ``NAME=VALUE``."""
+    values = IoTune.parse([f"group_name={group}", *texts])
+    if values["group_name"] != group or not group:
+        raise ConfigError(f"a group's name is its own affair: set {group or 'it'} on a disk")
+    return tune.changed(values)
 
 
 def set_limits(tune: IoTune) -> dict[str, int]:

@@ -42,7 +42,7 @@ class Hold:
         remedy = REMEDIES.get(number, "bring it back, or give the disk other storage: xvd swap")
         why = f"{errno.errorcode.get(number, number)}, {os.strerror(number)}"
         self.why = f"held until its storage is back ({why}): {remedy}"
-        self._log.error("%s", self.why)
+        self._log.error("%s", self.why, event="held")
         self._trying = asyncio.ensure_future(self._try())
 
     async def _try(self) -> None:
@@ -51,7 +51,9 @@ class Hold:
             began = clock()
             await self._say(self.why)
             if await self._is_back():
-                self._log.warning("its storage is back after %.0f s; it was held", clock() - began)
+                self._log.warning(
+                    "its storage is back after %.0f s; it was held", clock() - began, event="back"
+                )
             await self._say("")
             if self._disk.connection is None or not self._disk.connection.held:
                 break  # and nobody has been told meanwhile that it is away again

@@ -97,7 +97,7 @@ class StorageLife:
             except BaseException:
                 self._kept.decide(was)
                 raise
-            self._log.info("paused")
+            self._log.info("paused", event="paused")
             if not held:
                 await self._write_out(timeout_s)
 
@@ -111,14 +111,16 @@ class StorageLife:
                 await self._runtime.call(engine.flush)
         except (OSError, XvdError) as error:  # TimeoutError too
             why = describe(error)
-            self._log.warning("paused, and its storage could not be flushed: %s", why)
+            self._log.warning(
+                "paused, and its storage could not be flushed: %s", why, event="paused"
+            )
 
     async def resume(self) -> None:
         """Go on, if it is paused."""
         async with self.turn:
             self._decide(paused=False)
             self._resume()
-            self._log.info("resumed")
+            self._log.info("resumed", event="resumed")
 
     async def swap(self, image: str, timeout_s: float, *, abandon: bool = False) -> None:
         """Let other storage take the place of the disk's, whole blocks for whole blocks.
@@ -156,7 +158,9 @@ class StorageLife:
         finally:
             if not was:
                 self._resume()
-        self._log.warning("its storage is %s now; the old one was left with what it had", image)
+        self._log.warning(
+            "its storage is %s now; the old one was left with what it had", image, event="swapped"
+        )
         leave_alone(self._close_left(gone, before.close))
         await self._disk.follow_size()
 
@@ -166,7 +170,9 @@ class StorageLife:
         if gone is not None:
             await gone
         await self.close_old(close)
-        self._log.info("the storage that it had left has ended what it had, and is closed")
+        self._log.info(
+            "the storage that it had left has ended what it had, and is closed", event="left-closed"
+        )
 
     async def _swap(self, image: str, timeout_s: float) -> None:
         before = self.storage
@@ -179,7 +185,7 @@ class StorageLife:
         except BaseException:
             await self._runtime.call(engine.close)
             raise
-        self._log.info("its storage is %s now", image)
+        self._log.info("its storage is %s now", image, event="swapped")
         await self.close_old(before.close)
         await self._disk.follow_size()
 
@@ -243,7 +249,9 @@ class StorageLife:
         try:
             await close()
         except (OSError, XvdError) as error:
-            self._log.warning("its storage could not be closed: %s", describe(error))
+            self._log.warning(
+                "its storage could not be closed: %s", describe(error), event="close-failed"
+            )
 
     def _note(self, image: str, engine: Engine, undo: contextlib.ExitStack) -> None:
         was, identity = self._kept.decision(), self._disk.storage.engine.identity

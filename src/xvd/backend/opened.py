@@ -112,7 +112,9 @@ class Opened:
         self._set_capacity(sectors)
         if sectors == self.features.sectors:
             return
-        self._log.info("has %d sectors now, %d before", sectors, self.features.sectors)
+        self._log.info(
+            "has %d sectors now, %d before", sectors, self.features.sectors, event="resized"
+        )
         self.features = replace(self.features, sectors=sectors)
         self._resized()
 

@@ -21,7 +21,7 @@ from xvd.blkif.abi import XenbusState
 from xvd.blkif.handshake import BackendState
 from xvd.blkif.vdev import disk_name
 from xvd.errors import ConfigError, PeerClosed, XenstoreError
-from xvd.loglimit import LogLimit
+from xvd.loglimit import LogLimit, fields
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.types import DOM0, Domid
@@ -55,9 +55,10 @@ class Server:
     """Serves every disk under ``backend/<kind>`` of this domain.
 
     guests: only those domains' disks; None: all. settings: for every disk; overrides:
-    ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them. budget: what this host has for all of
-    them. groups: limits that disks share. rival: who else serves a kind (`rival.rival`); a disk
-    that such a one has found too is left to it. runtime: who runs their queues.
+    ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them; the guest may also be given by its
+    name, as far as the store tells it to this domain. budget: what this host has for all of them.
+    groups: limits that disks share. rival: who else serves a kind (`rival.rival`); a disk that such
+    a one has found too is left to it. runtime: who runs their queues.
 
     One store connection for all, no polling. A device that fails costs itself only.
     """
@@ -89,6 +90,7 @@ class Server:
         self._rival = rival
         self._runtime = runtime
         self._overrides = {name: Settings.parse(t) for name, t in (overrides or {}).items()}
+        self._names: dict[str, str] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._again: set[asyncio.Task[None]] = set()
         self._figures = asyncio.Event()
@@ -153,12 +155,16 @@ class Server:
             raise ConfigError(f"{name!r} names no disk that is served here; there are: {known}")
         return found[0]
 
+    def guest_name(self, path: str) -> str:
+        """Return the name of the guest of this directory; empty if the store has not told it."""
+        return self._names.get(path.split("/")[2], "")
+
     def settings_of(self, path: str) -> Settings:
         """Return the settings of the disk with this directory."""
+        domid, vdev = f"/{path}".split("/")[-2:]
         values: dict[str, Value] = {}
-        for name, override in self._overrides.items():
-            if f"/{path}".endswith(f"/{name}"):
-                values |= override
+        for guest in (self._names.get(domid), domid):
+            values |= self._overrides.get(f"{guest}/{vdev}", {})
         return self._settings.changed(values)
 
     def change(self, texts: Sequence[str], disk: str = "") -> dict[str, Any]:
@@ -174,10 +180,34 @@ class Server:
             self._overrides[disk] = override
         else:
             changed = self._settings = self._settings.changed(values)
+        self._apply()
+        return changed.values()
+
+    def replace(
+        self,
+        texts: Sequence[str],
+        overrides: Mapping[str, Sequence[str]],
+        groups: Mapping[str, Sequence[str]],
+    ) -> None:
+        """Go by each ``NAME=VALUE`` from now on: what was set before is forgotten.
+
+        texts: for every disk; the others as this was made with. Raises `ConfigError`, and then
+        nothing is changed.
+        """
+        usual = Settings(copying=self._settings.copying, state_dir=self._settings.state_dir)
+        settings = usual.changed(Settings.parse(texts))
+        parsed = {name: Settings.parse(each) for name, each in overrides.items()}
+        for each in (settings, *map(settings.changed, parsed.values())):
+            self._groups.check(each.group_name)
+        self._groups.replace(groups)
+        self._settings, self._overrides = settings, parsed
+        self._apply()
+
+    def _apply(self) -> None:
+        """Let every disk go by what is set for it now."""
         self._note_figures()
         for path, device in self.devices.items():
             device.disk.apply(self.settings_of(path))
-        return changed.values()
 
     def change_group(self, name: str, texts: Sequence[str]) -> dict[str, Any]:
         """Set each ``NAME=VALUE`` of a group's limits; the limits and disks of every group then.
@@ -248,6 +278,7 @@ class Server:
         if await self._store.try_read(f"{path}/frontend") is None:
             self._left.discard(path)
             return
+        await self._note_name(path.split("/")[2])
         if await self._is_over(path) or path in self._running or self._closing:
             return
         kind = path.split("/")[1]
@@ -272,6 +303,12 @@ class Server:
         self._running[path] = task
         task.add_done_callback(lambda _: self._ended(path))
 
+    async def _note_name(self, domid: str) -> None:
+        """Remember what a guest is called, if a disk's settings may be under its name."""
+        (name,) = await self._store.try_read_each([f"/local/domain/{domid}/name"])
+        if isinstance(name, str):  # a driver domain may not be allowed to read it
+            self._names[domid] = name
+
     def _log_limit(self, path: str) -> LogLimit:
         """The one for all disks of the guest in ``backend/KIND/DOMID/VDEV``, while it has any."""
         name = path.split("/")[2]
@@ -287,7 +324,9 @@ class Server:
             return
         self._left.add(path)
         text = f"left to {other}; then attach the disk again"
-        logger.error("%s: %s", path, text)
+        name = disk_name(path.split("/")[2], path)
+        about = fields(path.split("/")[2], name.partition("/")[2], "failed")
+        logger.error("%s: %s", path, text, extra=about)
         await report_error(self._store, path, text)
 
     async def _serve(self, device: Device) -> None:
@@ -322,10 +361,15 @@ class Server:
     def _ended(self, path: str) -> None:
         task = self._running.pop(path)
         self.devices.pop(path, None)
+        domid = path.split("/")[2]
+        if not any(other.split("/")[2] == domid for other in self.devices):
+            self._names.pop(domid, None)
         if not self._closing:
             again = asyncio.ensure_future(self._consider_again(path))
             self._again.add(again)
             again.add_done_callback(self._again.discard)
         if not task.cancelled() and task.exception() is not None:
-            name = disk_name(path.split("/")[-2], path)
-            logger.error("%s: %r; this disk is not served any more", name, task.exception())
+            name = disk_name(domid, path)
+            text = "%s: %r; this disk is not served any more"
+            about = fields(domid, name.partition("/")[2], "failed")
+            logger.error(text, name, task.exception(), extra=about)

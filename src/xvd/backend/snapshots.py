@@ -59,7 +59,7 @@ class Snapshots:
                 await self._runtime.call(engine.snapshot, what, name)
                 if what is SnapshotAction.REVERT:
                     self._tracking.forget()
-        self._log.info("snapshot %s: %s", name, what)
+        self._log.info("snapshot %s: %s", name, what, event="snapshot")
         await self._disk.follow_size()
 
     def _check_name(self, what: SnapshotAction, name: str, there: set[str]) -> None:

@@ -31,19 +31,19 @@ class StorageLog:
         if trouble or not self._trouble:
             remedy = trouble or REMEDIES.get(number, "look at the storage")
             text = "storage fails: %s (%d failures so far); the guest sees I/O errors: %s"
-            self._log.error(text, os.strerror(number), failures, remedy)
+            self._log.error(text, os.strerror(number), failures, remedy, event="storage-error")
 
     def examined(self, engine: Engine | None) -> None:
         """Note what was found when the storage was last examined."""
         if trouble := self._new(engine):
-            self._log.error("%s", trouble)
+            self._log.error("%s", trouble, event="storage-in-trouble")
 
     def smaller(self, found: int, promised: int) -> None:
         """Storage of `found` bytes is opened anew for a disk of `promised`."""
         self._log.error(
             "the storage has %d bytes, the disk that its guest uses %d: what is missing is an I/O "
             "error; bring the image back, or let the disk be that small: xvd resize --shrink",
-            found, promised,
+            found, promised, event="storage-smaller",
         )  # fmt: skip
 
     def _new(self, engine: Engine | None) -> str:

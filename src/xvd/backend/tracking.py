@@ -108,7 +108,12 @@ class Tracking:
                     raise ConfigError("this host was started anew")
                 self._maps[name] = found
             except ConfigError as error:
-                self._log.warning("the changes since backup %s are not known: %s", name, error)
+                self._log.warning(
+                    "the changes since backup %s are not known: %s",
+                    name,
+                    error,
+                    event="changes-unknown",
+                )
                 self._kept.remove_map(name)
         return self._in_front_of(engine)
 

@@ -11,7 +11,9 @@ from typing import Final, NamedTuple
 
 from xvd.errors import ConfigError
 
-__all__ = ["MAX_VDEV", "disk_name", "format_vdev", "handle", "parse_vdev", "vdev_number"]
+__all__ = [
+    "MAX_VDEV", "disk_name", "format_vdev", "handle", "parse_disk", "parse_vdev", "vdev_number",
+]  # fmt: skip
 
 MAX_VDEV: Final = (2 << 28) - 1
 """Numbers above this are reserved."""
@@ -125,6 +127,17 @@ def disk_name(domid: int | str, path: str) -> str:
     last = path.rpartition("/")[2]
     known = last.isascii() and last.isdigit() and int(last) <= MAX_VDEV
     return f"{domid}/{format_vdev(int(last)) if known else last}"
+
+
+def parse_disk(text: str) -> str:
+    """``1/51712`` from ``1/xvda``: a guest by its number or its name, and a virtual device.
+
+    ValueError, with what to write instead, for anything else.
+    """
+    guest, _, vdev = text.rpartition("/")
+    if not re.fullmatch(r"[^/\s]+", guest):
+        raise ValueError(f"{text!r} names no disk; write DOMID/VDEV or NAME/VDEV, as 1/xvda")
+    return f"{int(guest) if guest.isascii() and guest.isdigit() else guest}/{parse_vdev(vdev)}"
 
 
 def handle(vdev: int) -> int:

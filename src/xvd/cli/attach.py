@@ -137,7 +137,7 @@ async def _list(host: Path, json: bool) -> int:
 
 
 def _daemon_of(row: toolstack.Listed, answers: Mapping[str, Answer]) -> Answer | None:
-    """Name who serves a disk: its guest's own process where there is one (``--isolation guest``)."""
+    """Name who serves a disk: its guest's own process, where there is one."""
     name = f"backend-{row.vbd.backend_domid}"
     own = (it for it in answers.values() if f"{it.daemon}-".startswith(f"{name}-"))
     serving = (it for it in own if _told(row, it))

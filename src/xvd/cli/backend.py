@@ -6,7 +6,8 @@ import os
 import socket
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Final
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -14,27 +15,43 @@ from xvd.backend.groups import Groups
 from xvd.backend.pressure import MemoryPressure
 from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
-from xvd.backend.settings import Settings
 from xvd.blkif.assignment import BackendAssignment
 from xvd.cli import common, completion, output, running
-from xvd.cli.budgets import budget_of
+from xvd.cli.budgets import amounts_of
 from xvd.cli.control import ControlServer
-from xvd.cli.isolation import Isolation, IsolationOption, Served, follow_orders, supervise
+from xvd.cli.isolation import (
+    Isolation,
+    IsolationOption,
+    Served,
+    follow_orders,
+    obey,
+    supervise,
+)
 from xvd.cli.machines import open_machine
 from xvd.cli.methods import control_methods
 from xvd.cli.storage import Layers
+from xvd.cli.wanted import CommandLine, Reloading, Wanted
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_assigned
 from xvd.errors import ConfigError, PeerClosed
 from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
+from xvd.service.configuration import DEFAULT_PATH, KINDS
 from xvd.service.template import Template
 from xvd.toolstack.vbd import has_device_model
 from xvd.types import Domid
 from xvd.xenbus.runner import in_own_thread
 
-KINDS: Final = ("vbd", "vbd3")
-"""Of backends whose disks are blkif's: libxl's phy and driver domains, and its tap slot."""
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        envvar="XVD_CONFIG",
+        help=f"A file of all these settings (default: {DEFAULT_PATH}, if it is there). The "
+        "command line stands before it. See xvd config.",
+    ),
+]
 
 
 def backend(
@@ -71,22 +88,23 @@ def backend(
         ),
     ] = [],  # noqa: B006  typer needs a literal
     layer: Layers = [],  # noqa: B006  typer needs a literal
-    isolation: IsolationOption = Isolation.SHARED,
+    isolation: IsolationOption = None,
+    config: ConfigOption = None,
     verbose: common.Verbose = 0,
 ) -> int:
     """Serve the disks that the toolstack assigns to this domain.
 
     Prints "ready" when it serves, and tells systemd. SIGTERM or SIGINT finishes what is in flight
     and leaves each disk connected for the next backend, which takes its ring up where this one put
-    it down.
+    it down. SIGHUP lets it read its file of settings again: a change holds as one by xvd set does,
+    what was changed by that is forgotten, and a file that is not in order changes nothing.
     """
-    common.start_logging(verbose)
+    line = CommandLine(config, isolation or "", kind, copy, setting, group, layer, verbose)
+    wanted = line.wanted()
+    common.start_logging(wanted.verbose)
     number = None if domid is None else Domid(domid)
-    texts, overrides = common.split_settings(setting)
-    settings = Settings(copying=copy).changed(Settings.parse(texts))
-    groups = Groups(common.split_groups(group))
-    served = Served(host, number, kind, settings, overrides, groups, layer)
-    if isolation is Isolation.SHARED:
+    served = Served(host, number, line, wanted, Groups(wanted.groups))
+    if wanted.isolation == Isolation.SHARED:
         return running.run(_backend(served))
     served = served.alone()
     return running.run(supervise(served, Template(partial(_work, served)), kinds=_kinds))
@@ -114,6 +132,7 @@ async def _backend(
     served: Served, order: dict[str, Any] | None = None, channel: socket.socket | None = None
 ) -> int:
     """Serve until a signal comes. order, channel: of the worker for one guest; see `supervise`."""
+    wanted = served.wanted
     stop = running.Stop()
     machine, directory = await open_machine(served.host, served.domid)
     os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
@@ -122,25 +141,26 @@ async def _backend(
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
         real = isinstance(machine, XenMachine)
-        kinds = _kinds(served.kinds, real)
+        kinds = _kinds(wanted.kinds, real)
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
 
         async def storage(assignment: BackendAssignment) -> Engine:
             device_model = await has_device_model(store, assignment.frontend_domid)
             opening = partial(
-                open_assigned, assignment, layers=served.layers, device_model=device_model
+                open_assigned, assignment, layers=wanted.layers, device_model=device_model
             )
             return await in_own_thread(opening)
 
-        settings = replace(served.settings, state_dir=directory / "state" / name)
+        states = Path(wanted.state_directory or directory / "state")
+        settings = replace(wanted.settings, state_dir=states / name)
         server = Server(
             machine, store, storage, kinds=kinds, guests=guests, settings=settings,
-            overrides=served.overrides, budget=budget_of(machine), groups=served.groups,
-            rival=rival if real else no_rival,
+            overrides=wanted.overrides, budget=wanted.lower(amounts_of(machine)),
+            groups=served.groups, rival=rival if real else no_rival,
         )  # fmt: skip
-        for texts, disk in order["changes"] if order is not None else ():
-            server.change(texts, disk)
+        if order is not None:
+            obey(server, order)
         control = ControlServer(control_methods(server))
         own = name if guests is None else f"{name}-{guests[0]}"
         await control.listen(directory / "control" / own)
@@ -151,9 +171,16 @@ async def _backend(
         if channel is not None:
             stack.callback(follow_orders(server, channel))
         else:
+            stop.on_hangup(Reloading(served.line, wanted, partial(_replace, server)))
+            await stack.enter_async_context(running.watched())
             output.tell("ready\n")
             running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
         if not await stop.wait_or(server.wait()):
             raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")
         running.tell_service_manager("STOPPING=1")
     return 0
+
+
+async def _replace(server: Server, wanted: Wanted) -> None:
+    """Let what is wanted now hold for every disk."""
+    server.replace(wanted.texts, wanted.overrides, wanted.groups)

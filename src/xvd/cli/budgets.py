@@ -4,28 +4,28 @@
 import contextlib
 import resource
 
-from xvd.backend.budget import Budget
+from xvd.backend.budget import Amounts, Budget
 from xvd.backend.limits import XEN_MAPTRACK, descriptor_limits, limits_of_host
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.interface import Machine
 from xvd.machine.xen.machine import XenMachine
 
 
-def budget_of(machine: Machine) -> Budget:
+def amounts_of(machine: Machine) -> Amounts:
     """Return what this host has for the disks of a daemon on such a machine."""
     if not isinstance(machine, XenMachine):
-        return emulated_budget()
-    return _budget(XEN_MAPTRACK)
+        return _amounts(Limits().tracks)
+    return _amounts(XEN_MAPTRACK)
 
 
 def emulated_budget() -> Budget:
-    """Return the budget of an emulated machine, as `budget_of`."""
-    return _budget(Limits().tracks)
+    """Return all that this host has for the disks of an emulated machine."""
+    return Budget(_amounts(Limits().tracks))
 
 
-def _budget(tracks: int) -> Budget:
+def _amounts(tracks: int) -> Amounts:
     _, most = descriptor_limits()
     with contextlib.suppress(OSError, ValueError):
         _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return Budget(limits_of_host(tracks))
+    return limits_of_host(tracks)

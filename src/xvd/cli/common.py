@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from xvd.blkif.vdev import vdev_number
+from xvd.blkif.vdev import parse_disk
 from xvd.cli import completion
 from xvd.errors import ConfigError, describe
 from xvd.machine.xen.here import XEN_DIRECTORY, available
@@ -85,10 +85,10 @@ def split_groups(limits: Sequence[str]) -> dict[str, list[str]]:
 
 def disk_key(text: str) -> str:
     """``1/51712`` from ``1/xvda``; `ConfigError` for anything else."""
-    domid, slash, vdev = text.partition("/")
-    if not slash or not domid.isdigit():
-        raise ConfigError(f"{text!r} names no disk; write DOMID/VDEV, as 1/xvda")
-    return f"{int(domid)}/{vdev_number(vdev)}"
+    try:
+        return parse_disk(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def absolute(storage: str) -> str:
@@ -98,13 +98,32 @@ def absolute(storage: str) -> str:
     return absolute_target(storage, Path.cwd())
 
 
+def complain(text: str) -> None:
+    """Print one line on stderr, as a daemon or a verb that fails does."""
+    sys.stderr.write(f"xvd: {text}\n")
+
+
 def start_logging(verbose: int) -> None:
-    """Log to stderr: warnings, with -v what happens, with -vv everything."""
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    logging.basicConfig(
-        stream=sys.stderr, level=level, format="xvd: %(levelname)s: %(message)s", force=True
-    )
+    """Log to stderr: warnings, with -v what happens, with -vv everything.
+
+    Where stderr is the journal, each line goes there with its fields.
+    """
+    handler: logging.Handler | None = None
+    if "JOURNAL_STREAM" in os.environ:
+        from xvd.service.journal import handler_of
+
+        handler = handler_of(sys.stderr)
+    if handler is None:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("xvd: %(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    log_at(verbose)
+
+
+def log_at(verbose: int) -> None:
+    """Log as much as so many -v say, from now on."""
+    logging.getLogger().setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)])
 
 
 def stderr() -> "Console":

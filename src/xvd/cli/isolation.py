@@ -5,9 +5,10 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,9 @@ from xvd.backend.server import Server
 from xvd.backend.settings import Settings
 from xvd.cli import output, running
 from xvd.cli.control import ControlServer
+from xvd.cli.daemons import ask_one
 from xvd.cli.machines import open_machine
+from xvd.cli.wanted import CommandLine, Reloading, Wanted
 from xvd.errors import PeerClosed
 from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
@@ -36,35 +39,85 @@ class Isolation(StrEnum):
 
 
 IsolationOption = Annotated[
-    Isolation,
+    Isolation | None,
     typer.Option(
         "--isolation",
         help="shared: one process serves every guest. guest: each guest has a process of its own, "
-        "whose end costs that guest a delay and the others nothing.",
+        "whose end costs that guest a delay and the others nothing. Default: shared.",
     ),
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a backend serves and how, as its options say."""
+    """What a backend serves and how, as its options and its file say."""
 
     host: Path | None
     domid: Domid | None
-    kinds: list[str]
-    settings: Settings
-    overrides: dict[str, list[str]]
+    line: CommandLine
+    wanted: Wanted
     groups: Groups
-    layers: list[str]
 
     def alone(self) -> "Served":
         """Return it for a process of one guest. Raises `ConfigError` where guests share limits."""
-        found = replace(self, groups=NoGroups())
-        apart = [self.settings.changed(Settings.parse(each)) for each in self.overrides.values()]
-        names = (*self.groups.limits(), *(each.group_name for each in (self.settings, *apart)))
-        for name in names:
-            found.groups.check(name)
-        return found
+        check_alone(self.wanted)
+        return replace(self, groups=NoGroups())
+
+
+def check_alone(wanted: Wanted) -> None:
+    """Raise `ConfigError` where disks of several guests are to share limits."""
+    settings = wanted.settings
+    apart = [settings.changed(Settings.parse(each)) for each in wanted.overrides.values()]
+    for name in (*wanted.groups, *(each.group_name for each in (settings, *apart))):
+        NoGroups().check(name)
+
+
+class Told:
+    """What workers are told beside what they were forked with: what the file says that was read
+    again, and what was set since, the last text of each setting."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._replaced: tuple[list[str], dict[str, list[str]]] | None = None
+        self._texts: dict[str, dict[str, str]] = {"": {}}
+
+    def replace(self, wanted: Wanted) -> None:
+        """Let this hold, and nothing that was set before."""
+        self._wanted, self._replaced = wanted, (wanted.texts, wanted.overrides)
+        self._texts = {"": {}}
+
+    def change(self, texts: Sequence[str], disk: str = "") -> dict[str, Any]:
+        """Set each ``NAME=VALUE``, as `Server.change`; what holds then.
+
+        Raises `ConfigError`, and then nothing is changed: no worker is told what it would refuse.
+        """
+        NoGroups().check(str(Settings.parse(texts).get("group_name") or ""))
+        named = dict(zip((text.partition("=")[0].strip() for text in texts), texts, strict=True))
+        changed = self._texts | {disk: self._texts.get(disk, {}) | named}
+        overrides = self._wanted.overrides
+        for_all = self._wanted.settings.changed(Settings.parse(list(changed[""].values())))
+        apart = {
+            one: for_all.changed(
+                Settings.parse([*overrides.get(one, ()), *changed.get(one, {}).values()])
+            )
+            for one in {*overrides, *changed} - {""}
+        }
+        self._texts = changed
+        return apart.get(disk, for_all).values()
+
+    def order(self, domains: Sequence[int]) -> dict[str, Any]:
+        """Make the order of a worker; `obey` is the other side."""
+        changes = [(list(texts.values()), disk) for disk, texts in self._texts.items() if texts]
+        return {"domains": list(domains), "replaced": self._replaced, "changes": changes}
+
+
+def obey(server: Server, order: dict[str, Any]) -> None:
+    """Let hold what a worker was told when it was forked."""
+    if order["replaced"] is not None:
+        texts, overrides = order["replaced"]
+        server.replace(texts, overrides, {})
+    for texts, disk in order["changes"]:
+        server.change(texts, disk)
 
 
 async def supervise(
@@ -77,23 +130,18 @@ async def supervise(
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(template.close)
         stack.callback(machine.close)
-        chosen = kinds(served.kinds, isinstance(machine, XenMachine))
+        chosen = kinds(served.wanted.kinds, isinstance(machine, XenMachine))
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
-        changes = Changes(served)
-        sockets, name = directory / "control", f"backend-{machine.domid}"
-        supervisor = Supervisor(
-            store, template, chosen,
-            lambda domains: {"domains": list(domains), "changes": changes.in_order()},
-            lambda known: remove_dead(
-                {*sockets.glob(f"{name}-*")} - {sockets / f"{name}-{domain}" for domain in known}
-            ),
-        )  # fmt: skip
-        control = ControlServer(_supervisor_methods(served, supervisor, changes))
-        await control.listen(sockets / name)
+        told, own = Told(served.wanted), directory / "control" / f"backend-{machine.domid}"
+        supervisor = Supervisor(store, template, chosen, told.order, partial(_clear, own))
+        control = ControlServer(_supervisor_methods(served, supervisor, told))
+        await control.listen(own)
         stack.push_async_callback(control.close)
         await supervisor.start()
         stack.push_async_callback(supervisor.close)
+        stop.on_hangup(Reloading(served.line, served.wanted, partial(_replace, own, told)))
+        await stack.enter_async_context(running.watched())
         output.tell("ready\n")
         running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(chosen)}")
         lost = asyncio.ensure_future(supervisor.wait())
@@ -103,41 +151,23 @@ async def supervise(
     return 0
 
 
-class Changes:
-    """What was set since the start, for workers that come later: the last text of each setting."""
+def _clear(own: Path, known: Collection[int]) -> None:
+    """Remove the sockets that killed workers have left, but for these domains'."""
+    kept = {own.with_name(f"{own.name}-{domain}") for domain in known}
+    remove_dead({*own.parent.glob(f"{own.name}-*")} - kept)
 
-    def __init__(self, served: Served) -> None:
-        self._served = served
-        self._texts: dict[str, dict[str, str]] = {"": {}}
 
-    def change(self, texts: Sequence[str], disk: str = "") -> dict[str, Any]:
-        """Set each ``NAME=VALUE``, as `Server.change`; what holds then.
-
-        Raises `ConfigError`, and then nothing is changed: no worker is told what it would refuse.
-        """
-        values = Settings.parse(texts)
-        self._served.groups.check(str(values.get("group_name") or ""))
-        named = dict(zip((text.partition("=")[0].strip() for text in texts), texts, strict=True))
-        changed = self._texts | {disk: self._texts.get(disk, {}) | named}
-        for_all = self._served.settings.changed(Settings.parse(changed[""].values()))
-        apart = {
-            one: for_all.changed(
-                Settings.parse(
-                    [*self._served.overrides.get(one, ()), *changed.get(one, {}).values()]
-                )
-            )
-            for one in {*self._served.overrides, *changed} - {""}
-        }
-        self._texts = changed
-        return apart.get(disk, for_all).values()
-
-    def in_order(self) -> list[tuple[list[str], str]]:
-        """Return what a worker is to set, and for which disk: what is for all of them first."""
-        return [(list(texts.values()), disk) for disk, texts in self._texts.items() if texts]
+async def _replace(own: Path, told: Told, wanted: Wanted) -> None:
+    """Let what is wanted now hold for every worker, and for later ones. own: our socket."""
+    check_alone(wanted)
+    told.replace(wanted)
+    workers = own.parent.glob(f"{own.name}-*")
+    params = {"texts": wanted.texts, "overrides": wanted.overrides}
+    await asyncio.gather(*(ask_one(path, "replace", **params) for path in workers))
 
 
 def _supervisor_methods(
-    served: Served, supervisor: Supervisor, changes: Changes
+    served: Served, supervisor: Supervisor, told: Told
 ) -> dict[str, Callable[..., object]]:
     """Its answers: it has no disk, and tells later workers what was set."""
 
@@ -147,7 +177,7 @@ def _supervisor_methods(
 
     return {
         "stats": lambda: [],
-        "set": changes.change,
+        "set": told.change,
         "group": group,
         "workers": supervisor.workers,
     }

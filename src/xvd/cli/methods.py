@@ -23,6 +23,7 @@ def control_methods(server: Server) -> dict[str, Callable[..., object]]:
         "stats": lambda: [disk_figures(device) for device in server.devices.values()],
         "info": of(disk_info),
         "set": server.change,
+        "replace": lambda texts, overrides: server.replace(texts, overrides, {}),
         "group": server.change_group,
         "resize": of(resize),
         "pause": of(lambda device, timeout_s: device.life.pause(timeout_s)),

@@ -9,7 +9,8 @@ import os
 import signal
 import socket
 import tempfile
-from collections.abc import Awaitable, Coroutine, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +63,7 @@ class Stop:
     """SIGTERM, SIGINT and SIGHUP ask for a clean end; a second one ends at once.
 
     grace_s: what is not over so many seconds after the first one is cut off; None: nothing is.
+    `on_hangup` gives SIGHUP another meaning.
     """
 
     def __init__(self, grace_s: float | None = None) -> None:
@@ -71,6 +73,29 @@ class Stop:
         self._deadline = signals.Deadline()
         self._loop = asyncio.get_running_loop()
         signals.heed(self._ask, signal.SIGTERM, signal.SIGINT)
+
+    def on_hangup(self, reload: Callable[[], Awaitable[None]]) -> None:
+        """Call `reload` in the event loop for a SIGHUP, unless it tells that our terminal is gone.
+
+        The service manager is told before and after. One that is ignored, as by nohup, stays so.
+        """
+        on_terminal, turn = _has_terminal(), asyncio.Lock()
+
+        async def hang_up() -> None:
+            if on_terminal and not _has_terminal():
+                self._ask(signal.SIGHUP)
+                return
+            async with turn:
+                usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+                tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={usec}")
+                await reload()
+                tell_service_manager("READY=1")
+
+        def heard(*_: object) -> None:
+            asyncio.run_coroutine_threadsafe(hang_up(), self._loop)
+
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, heard)
 
     def _ask(self, _number: int) -> None:
         if self._came:
@@ -140,6 +165,45 @@ def private_directory() -> Iterator[Path]:
     """A directory for sockets that only this user may enter, gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="xvd-") as path, signals.removed_at_once(Path(path)):
         yield Path(path)
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal is ours: one that was hung up is not any more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.asynccontextmanager
+async def watched() -> AsyncIterator[None]:
+    """Tell systemd twice in each WatchdogSec= that the event loop runs, if the unit has that.
+
+    A daemon whose loop hangs is killed then, and its successor takes the rings up.
+    """
+    seconds = _watchdog_s()
+    beating = None if seconds is None else asyncio.create_task(_beat(seconds / 2))
+    try:
+        yield
+    finally:
+        if beating is not None:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+
+def _watchdog_s() -> float | None:
+    """Seconds in which systemd wants to hear of this process (sd_watchdog_enabled(3))."""
+    usec = os.environ.get("WATCHDOG_USEC", "")
+    ours = os.environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(usec) / 1e6 if ours and usec.isdigit() and int(usec) else None
+
+
+async def _beat(seconds: float) -> None:
+    while True:
+        with contextlib.suppress(OSError):  # a full socket: the next one says it as well
+            tell_service_manager("WATCHDOG=1")
+        await asyncio.sleep(seconds)
 
 
 def tell_service_manager(state: str) -> None:

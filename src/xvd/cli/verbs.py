@@ -32,6 +32,7 @@ VERBS: Final = {
             "names."),
     "group": ("tune.group", "Show or change the limits that several disks share, under the names "
               "of libvirt's iotune."),
+    "config": ("config.CONFIG", "check, show"),
     "list": ("attach.list_disks", "List the disks of an emulated host's guests, and how both ends "
              "of each stand."),
     "nbd": ("nbd.nbd", "Be the frontend of a guest's disk and offer it as an NBD export."),

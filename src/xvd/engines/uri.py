@@ -53,15 +53,21 @@ def _kind(text: str) -> LayerKind:
     return LAYERS[name]
 
 
-def add_layer(lower: Engine, text: str) -> Engine:
-    """Put the layer that `text` describes in front; raises `ConfigError`."""
+def parse_layer(text: str) -> tuple[LayerKind, dict[str, str]]:
+    """(the layer that `text` describes, its options); `ConfigError` if there is no such one."""
     name, _, rest = text.partition(":")
     layer, options = _kind(text), parse_options(rest)
     if wrong := sorted(options.keys() - layer.options.keys()):
         known = ", ".join(layer.options)
         has = f"its options are {known}" if known else "it has none"
         raise ConfigError(f"layer {name} has no option {', '.join(wrong)}; {has}")
-    return layer.make(lower, {**layer.options, **options})
+    return layer, {**layer.options, **options}
+
+
+def add_layer(lower: Engine, text: str) -> Engine:
+    """Put the layer that `text` describes in front; raises `ConfigError`."""
+    layer, options = parse_layer(text)
+    return layer.make(lower, options)
 
 
 def open_engine(

@@ -62,7 +62,7 @@ async def published(
             less = smaller(*connection.size)
             if error.code not in _QUOTA or less is None:
                 raise
-            log.info("%s: fewer queues or smaller rings", error)
+            log.info("%s: fewer queues or smaller rings", error, event="no-room")
             queues, ring_page_order = less
         except BaseException:
             connection.release()

@@ -281,7 +281,7 @@ class Device(Actor[FrontendState, FrontendEvent, FrontendAction]):
             features = await self._backend_features()
         except XvdError as error:
             if await self._backend_state() is XenbusState.CONNECTED:
-                self._log.warning("%s; the size stays as it was", error)
+                self._log.warning("%s; the size stays as it was", error, event="resize-failed")
             return
         if features.sectors != self.features.sectors:
             self.features = features

@@ -115,7 +115,7 @@ class Actor(ABC, Generic[_S, _E, _A]):
         try:
             return await self._read_events()
         except XenstoreError as error:  # this reading is lost; the next event causes another
-            self._log.error("its nodes could not be read: %s", error)
+            self._log.error("its nodes could not be read: %s", error, event="nodes-unreadable")
             return ()
 
     async def _take(self, step: Step[_S, _A]) -> None:

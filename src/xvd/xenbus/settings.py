@@ -44,7 +44,19 @@ class Setting:
     @property
     def is_switch(self) -> bool:
         """Whether it is on or off."""
-        return (self.low, self.high) == (0, 1)
+        return (self.low, self.high) == (0, 1) and not self.is_text
+
+    @property
+    def takes(self) -> str:
+        """Which values there are, in words."""
+        if self.pattern:
+            return "64 letters, digits, dots, - and _ at most"
+        if self.words:
+            return " or ".join(self.words)
+        if self.choices:
+            *others, last = map(str, self.choices)
+            return f"{', '.join(others)} or {last}"
+        return f"a whole number from {self.low} to {self.high}"
 
 
 def setting(
@@ -86,15 +98,14 @@ class SettingsBase:
             if not row.low <= value <= row.high:
                 raise ConfigError(f"{name} is {value}; it goes from {row.low} to {row.high}")
             if row.choices and value not in row.choices:
-                *others, last = map(str, row.choices)
-                raise ConfigError(f"{name} is {value}; it may be {', '.join(others)} or {last}")
+                raise ConfigError(f"{name} is {value}; it may be {row.takes}")
 
     @staticmethod
     def _check_text(name: str, row: Setting, value: str) -> None:
         if row.words and value not in row.words:
-            raise ConfigError(f"{name} is {value}; it may be {' or '.join(row.words)}")
+            raise ConfigError(f"{name} is {value}; it may be {row.takes}")
         if row.pattern and not re.fullmatch(row.pattern, value):
-            raise ConfigError(f"{name} is {value!r}; it may have 64 letters, digits, dots, - and _")
+            raise ConfigError(f"{name} is {value!r}; it may have {row.takes}")
 
     @classmethod
     @cache
@@ -118,9 +129,7 @@ class SettingsBase:
                 continue
             number = _WORDS.get(value.lower()) if row.is_switch else None
             if number is None and not (value.isascii() and value.isdigit()):
-                raise ConfigError(
-                    f"{text}: {name} takes a whole number from {row.low} to {row.high}"
-                )
+                raise ConfigError(f"{text}: {name} takes {row.takes}")
             number = int(value) if number is None else number
             values[name] = bool(number) if row.is_switch and number in (0, 1) else number
         return values
