@@ -132,7 +132,7 @@ EXAMPLE_HEAD = """\
 #     systemctl reload xvd-backend    lets a change hold
 """
 EXAMPLES: dict[str, tuple[str, str]] = {
-    "daemon": ("The daemon itself: all but log_level and copy holds from its next start on.", ""),
+    "daemon": ("The daemon itself: all but log_level holds from its next start on.", ""),
     "budget": ("The most that all disks together may keep of this host; unset: what there is.", ""),
     "settings": (
         "Every disk. What is live holds at once, the rest from a guest's next connection on.",

@@ -2,6 +2,7 @@
 """``xvd exporter`` over real daemons, living, dead and hung."""
 
 import http.client
+import json
 import os
 import re
 import signal
@@ -86,7 +87,7 @@ def test_a_host_that_is_not_there_has_no_daemons(tmp_path: Path) -> None:
 
 
 def test_what_is_no_socket_is_no_daemon(four: FourProcesses, exporter: Daemon) -> None:
-    (four.directory / "control" / ".backend-1.new").mkdir()
+    (four.directory / "figures" / ".backend-1.new").mkdir()
 
     assert "xvd_daemons 2.0\n" in scrape(exporter)
 
@@ -141,3 +142,16 @@ def test_a_file_is_written_again_and_again(four: FourProcesses, tmp_path: Path) 
     finally:
         process.kill()
         process.wait()
+
+
+def test_who_may_read_figures_changes_nothing(four: FourProcesses) -> None:
+    answers = {}
+    for method in ("rpc_get_methods", "set", "stats"):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(four.directory / "figures" / "backend-0"))
+            client.sendall(b'{"jsonrpc":"2.0","id":1,"method":"%s"}\n' % method.encode())
+            answers[method] = json.loads(client.makefile().readline())
+
+    assert answers["stats"]["result"][0]["disk"] == "1/xvda"
+    assert answers["set"]["error"]["message"] == "no method 'set'"
+    assert answers["rpc_get_methods"]["error"]["code"] == -32601

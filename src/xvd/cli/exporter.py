@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from xvd import __version__
 from xvd.cli import common, output, running
+from xvd.cli.control import FIGURES
 from xvd.cli.daemons import ALIVE, ask_one
 from xvd.cli.guests import guest_names
 from xvd.errors import ConfigError, XvdError
@@ -82,9 +83,10 @@ def exporter(
 
 async def _until_stopped(address: str) -> int:
     stop = running.Stop(running.GRACE_S)
-    output.tell(f"{address}\n")
-    running.tell_service_manager("READY=1")
-    await stop.wait()
+    async with running.watched():
+        output.tell(f"{address}\n")
+        running.tell_service_manager("READY=1")
+        await stop.wait()
     return 0
 
 
@@ -121,18 +123,19 @@ async def _scrape(host: Path) -> Scrape:
     """Ask every daemon of a host, all at once, and the store what their guests are called."""
     errors: Counter[str] = Counter()
     daemons = await asyncio.gather(*map(partial(_ask, errors), _sockets(host, errors)))
-    names: dict[str, str] = {}
+    disks = disks_of(daemons)[0]
+    names = {disk.domain: str(disk.figures.get("guest_name", "")) for disk in disks}
     try:
-        names = await guest_names(host, {disk.domain for disk in disks_of(daemons)[0]})
+        names |= await guest_names(host, [domid for domid, name in names.items() if not name])
     except (XvdError, OSError, TimeoutError):
         errors["names"] += 1
     return Scrape(daemons, names, errors, __version__)
 
 
 def _sockets(host: Path, errors: Counter[str]) -> list[Path]:
-    """Return the daemons' control sockets: one that is just being made is no socket yet."""
+    """Return the daemons' sockets for readers: one that is just being made is no socket yet."""
     try:
-        return sorted(path for path in (host / "control").iterdir() if path.is_socket())
+        return sorted(path for path in (host / FIGURES).iterdir() if path.is_socket())
     except FileNotFoundError:
         return []
     except OSError:

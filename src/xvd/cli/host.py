@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from xvd.cli import common, output, running
+from xvd.cli.control import FIGURES
 from xvd.errors import ConfigError
 from xvd.files import own_directory
 from xvd.machine.emulated.paths import MACHINE_SOCKET, XENSTORE_SOCKET
@@ -42,6 +43,7 @@ async def _host(directory: Path) -> int:
         await emulated.listen(directory)
         output.tell(f"{directory}\n")
         await stop.wait()
-    for name in ("control", "state"):  # the daemons' sockets and journals end with the host
+    # The daemons' sockets and journals end with the host.
+    for name in ("control", FIGURES, "state"):
         shutil.rmtree(directory / name, ignore_errors=True)
     return 0

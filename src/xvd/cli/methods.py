@@ -20,7 +20,10 @@ def control_methods(server: Server) -> dict[str, Callable[..., object]]:
         return device.disk.resize(size, shrink=shrink)
 
     return {
-        "stats": lambda: [disk_figures(device) for device in server.devices.values()],
+        "stats": lambda: [
+            disk_figures(device) | {"guest_name": server.guest_name(path)}
+            for path, device in server.devices.items()
+        ],
         "info": of(disk_info),
         "set": server.change,
         "replace": lambda texts, overrides: server.replace(texts, overrides, {}),

@@ -34,7 +34,7 @@ KINDS: Final[tuple[str, ...]] = get_args(Kind)
 
 
 class Daemon(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What a daemon is told about itself. Only `log_level` may change while it runs."""
+    """What a daemon is told about itself. Most of it holds from its next start on."""
 
     isolation: Annotated[
         Literal["shared", "guest"],
