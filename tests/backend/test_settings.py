@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an administrator may set: by name, for all disks or one, before and while they are used."""
 
+import asyncio
 import logging
 import os
+from collections.abc import Callable
 
 import pytest
 from rig_disk import World, disk_world, opener, run, until
@@ -265,5 +267,64 @@ def test_a_group_that_is_not_named_any_more_has_no_limits() -> None:
             world.server.replace([], {}, {})
 
             assert world.server.change_group("", []) == {}
+
+    run(work())
+
+
+# ---- What is set for one disk, and what for all ----
+
+
+def test_what_no_longer_goes_with_a_disks_own_is_refused_and_changes_nothing() -> None:
+    async def work() -> None:
+        async with disk_world() as world:
+            assert world.server is not None
+            world.server.change(["total_iops_sec=5"])
+            world.server.change(["total_iops_sec_max=10"], "9/51712")
+
+            with pytest.raises(ConfigError, match=r"9/xvda: total_iops_sec_max is 10; a burst"):
+                world.server.change(["total_iops_sec=20"])
+
+            assert world.server.settings_of("backend/vbd/9/51712").total_iops_sec == 5
+
+    run(work())
+
+
+def test_a_disks_own_is_checked_before_there_is_the_disk() -> None:
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            with pytest.raises(ConfigError, match=r"9/xvda: max_queues is 9999; it goes from"):
+                Server(
+                    world.dom0, world.store, opener(), overrides={"9/51712": ["max_queues=9999"]}
+                )
+
+    run(work())
+
+
+def test_a_disk_whose_settings_contradict_each_other_is_left_and_no_other(
+    expect_log: Callable[[str], None],
+) -> None:
+    expect_log("total_iops_sec_max is 10; a burst is more than total_iops_sec, 20; set it right")
+    overrides = {
+        "guest1/51712": ["total_iops_sec=20"],
+        "1/51712": ["total_iops_sec_max=10"],
+    }
+
+    async def work() -> None:
+        async with disk_world(serve=False) as world:
+            world.server = Server(
+                world.dom0, world.store, opener(), settings=Settings(total_iops_sec=5),
+                overrides=overrides,
+            )  # fmt: skip
+            await world.server.start()
+            waiting = asyncio.ensure_future(world.attach(vdev="xvda"))
+            error = "error/backend/vbd/1/51712/error"
+            while await world.store.try_read(error) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+            await backend_reaches(world, await world.attach(vdev="xvdb"), 2)
+
+            assert "set it right, then attach" in str(await world.store.try_read(error))
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
 
     run(work())

@@ -51,6 +51,22 @@ def rarity(disks: int) -> float:
     return min(max(1.0, disks / POLLED_TOGETHER), RARITY_MAX)
 
 
+def settings_apart(
+    settings: Settings, overrides: Mapping[str, Mapping[str, Value]]
+) -> dict[str, Settings]:
+    """Return the settings of each disk that has some of its own, by its name.
+
+    Raises `ConfigError` where they do not go with what is set for all disks.
+    """
+    apart = {}
+    for name, override in overrides.items():
+        try:
+            apart[name] = settings.changed(override)
+        except ConfigError as error:
+            raise ConfigError(f"{disk_name(*name.split('/', 1))}: {error}") from None
+    return apart
+
+
 class Server:
     """Serves every disk under ``backend/<kind>`` of this domain.
 
@@ -59,6 +75,8 @@ class Server:
     name, as far as the store tells it to this domain. budget: what this host has for all of them.
     groups: limits that disks share. rival: who else serves a kind (`rival.rival`); a disk that such
     a one has found too is left to it. runtime: who runs their queues.
+
+    Raises `ConfigError` for overrides that do not go with the settings.
 
     One store connection for all, no polling. A device that fails costs itself only.
     """
@@ -90,6 +108,7 @@ class Server:
         self._rival = rival
         self._runtime = runtime
         self._overrides = {name: Settings.parse(t) for name, t in (overrides or {}).items()}
+        settings_apart(self._settings, self._overrides)
         self._names: dict[str, str] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._again: set[asyncio.Task[None]] = set()
@@ -174,14 +193,15 @@ class Server:
         """
         values = Settings.parse(texts)
         self._groups.check(str(values.get("group_name") or ""))
+        settings, overrides = self._settings, dict(self._overrides)
         if disk:
-            override = self._overrides.get(disk, {}) | values
-            changed = self._settings.changed(override)
-            self._overrides[disk] = override
+            overrides[disk] = overrides.get(disk, {}) | values
         else:
-            changed = self._settings = self._settings.changed(values)
+            settings = settings.changed(values)
+        apart = settings_apart(settings, overrides)
+        self._settings, self._overrides = settings, overrides
         self._apply()
-        return changed.values()
+        return apart.get(disk, settings).values()
 
     def replace(
         self,
@@ -197,7 +217,7 @@ class Server:
         usual = Settings(copying=self._settings.copying, state_dir=self._settings.state_dir)
         settings = usual.changed(Settings.parse(texts))
         parsed = {name: Settings.parse(each) for name, each in overrides.items()}
-        for each in (settings, *map(settings.changed, parsed.values())):
+        for each in (settings, *settings_apart(settings, parsed).values()):
             self._groups.check(each.group_name)
         self._groups.replace(groups)
         self._settings, self._overrides = settings, parsed
@@ -283,9 +303,13 @@ class Server:
             return
         kind = path.split("/")[1]
         if other := self._rival(kind):
-            await self._leave_to(other, path)
+            await self._leave(path, f"left to {other}; then attach the disk again")
             return
-        settings = self.settings_of(path)
+        try:
+            settings = self.settings_of(path)
+        except ConfigError as error:  # what is set for its guest's name does not go with its own
+            await self._leave(path, f"{error}; set it right, then attach the disk again")
+            return
         device = Device(
             self._machine,
             self._store,
@@ -318,12 +342,11 @@ class Server:
             self._log_limits[name] = limit
         return limit
 
-    async def _leave_to(self, other: str, path: str) -> None:
-        """Do not serve a disk that another backend has found as we have."""
+    async def _leave(self, path: str, text: str) -> None:
+        """Do not serve a disk, and say why once."""
         if path in self._left:
             return
         self._left.add(path)
-        text = f"left to {other}; then attach the disk again"
         name = disk_name(path.split("/")[2], path)
         about = fields(path.split("/")[2], name.partition("/")[2], "failed")
         logger.error("%s: %s", path, text, extra=about)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from xvd.backend.groups import Groups, NoGroups
-from xvd.backend.server import Server
+from xvd.backend.server import Server, settings_apart
 from xvd.backend.settings import Settings
 from xvd.cli import output, running
 from xvd.cli.control import ControlServer
@@ -96,12 +96,13 @@ class Told:
         changed = self._texts | {disk: self._texts.get(disk, {}) | named}
         overrides = self._wanted.overrides
         for_all = self._wanted.settings.changed(Settings.parse(list(changed[""].values())))
-        apart = {
-            one: for_all.changed(
-                Settings.parse([*overrides.get(one, ()), *changed.get(one, {}).values()])
-            )
-            for one in {*overrides, *changed} - {""}
-        }
+        apart = settings_apart(
+            for_all,
+            {
+                one: Settings.parse([*overrides.get(one, ()), *changed.get(one, {}).values()])
+                for one in {*overrides, *changed} - {""}
+            },
+        )
         self._texts = changed
         return apart.get(disk, for_all).values()
 

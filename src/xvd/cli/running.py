@@ -118,11 +118,16 @@ class Stop:
         await self.asked.wait()
 
     async def wait_or(self, other: Awaitable[object]) -> bool:
-        """Wait until the first signal or the end of `other`; return whether it was the signal."""
+        """Wait until the first signal or the end of `other`; return whether it was the signal.
+
+        Raises what `other` has raised.
+        """
         waits = asyncio.ensure_future(other), asyncio.ensure_future(self.wait())
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
+        if waits[0] in done:
+            waits[0].result()
         return self.asked.is_set()
 
 

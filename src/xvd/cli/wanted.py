@@ -9,6 +9,7 @@ from typing import Final
 
 from xvd.backend.budget import Amounts, Budget
 from xvd.backend.groups import Groups
+from xvd.backend.server import settings_apart
 from xvd.backend.settings import Settings
 from xvd.cli import common
 from xvd.errors import XvdError
@@ -90,8 +91,7 @@ class CommandLine:
             _joined(file.groups, common.split_groups(self.groups)),
             self.verbose or _LEVELS[file.daemon.log_level],
         )
-        for texts in wanted.overrides.values():
-            settings.changed(Settings.parse(texts))
+        settings_apart(settings, {n: Settings.parse(t) for n, t in wanted.overrides.items()})
         Groups(wanted.groups)
         return wanted
 
