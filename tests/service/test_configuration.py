@@ -144,6 +144,13 @@ def test_the_example_has_every_name() -> None:
             == set()  # fmt: skip
 
 
+def test_the_pages_file_is_in_order() -> None:
+    page = (ROOT / "docs" / "running.md").read_text()
+    [text] = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+    assert parse(text, FILE).overrides.keys() == {"web/51712", "1/51728"}
+
+
 # ---- What is shown -----------------------------------------------------------------------------
 
 
