@@ -24,7 +24,7 @@ OPTIONS: Final = {
 USAGE: Final = "xvd [OPTIONS] COMMAND [ARGS]..."
 
 _BOX, _ASCII_BOX = "╭─╮│╰╯", "+-+|++"
-_PLAIN, _DIM, _BOLD, _NAME, _HEAD = "", "2", "1", "1;36", "1;33"
+_DIM, _BOLD, _NAME, _HEAD = "2", "1", "1;36", "1;33"
 """Colours, as typer has them: borders, the usage, names of options and verbs, and ``Usage:``."""
 
 
@@ -59,10 +59,10 @@ def _width() -> int:
 
 
 def overview(width: int, *, coloured: bool, box: str = _BOX) -> list[str]:
-    """The lines of the help, `width` columns wide."""
+    """Return the lines of the help, `width` columns wide."""
 
     def paint(style: str, text: str) -> str:
-        return f"\x1b[{style}m{text}\x1b[0m" if coloured and style else text
+        return f"\x1b[{style}m{text}\x1b[0m" if coloured else text
 
     def panel(title: str, rows: dict[str, str]) -> list[str]:
         names = max(map(len, rows))
