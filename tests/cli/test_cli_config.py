@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from standstill import go_on, stand_still
 from xvd_process import Daemon, run_xvd
 
 from xvd.backend.settings import Settings
@@ -215,8 +216,8 @@ def test_the_watchdog_hears_of_the_event_loop(
         for _ in range(3):
             manager.hear("WATCHDOG=1")
 
-        backend.process.send_signal(signal.SIGSTOP)  # nothing is told of a loop that stands
-        backend.process.send_signal(signal.SIGCONT)
+        stand_still(backend.process.pid)  # nothing is told of a loop that stands
+        go_on(backend.process.pid)
         manager.hear("WATCHDOG=1")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from standstill import stand_still
 from xvd_process import Daemon, FourProcesses, run_xvd
 
 pytestmark = pytest.mark.slow
@@ -70,7 +71,7 @@ def test_a_daemon_that_hangs_or_is_dead_is_down_and_no_error(
     four: FourProcesses, exporter: Daemon
 ) -> None:
     four.nbd.kill()
-    four.backend.process.send_signal(signal.SIGSTOP)
+    stand_still(four.backend.process.pid)
 
     text = scrape(exporter)
 

@@ -3,13 +3,13 @@
 
 import asyncio
 import random
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from ceph import POOL, Cluster, running_cluster
 from rig_disk import disk_world, run
+from standstill import standing_still
 
 from xvd.engines.info import SnapshotAction
 from xvd.engines.uri import open_engine
@@ -68,13 +68,10 @@ def test_a_cluster_that_is_away_is_a_delay(cluster: Cluster) -> None:
     async def work() -> None:
         async with disk_world() as world, await world.disk(uri) as disk:
             await disk.write(0, b"1" * BLOCK)
-            cluster.signal_osd(signal.SIGSTOP)
-            try:
+            with standing_still(cluster.osd):
                 writing = asyncio.ensure_future(disk.write(0, b"2" * BLOCK))
                 done, _ = await asyncio.wait([writing], timeout=1.0)
                 assert not done
-            finally:
-                cluster.signal_osd(signal.SIGCONT)
             await writing
             assert await disk.read(0, BLOCK) == b"2" * BLOCK
 

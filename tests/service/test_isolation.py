@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from rig_disk import run, until
+from standstill import stand_still
 from verified_load import Content, contents_of, load
 from xvd_process import Daemon, run_xvd
 
@@ -127,7 +128,7 @@ def test_each_guest_has_a_process(two: Host) -> None:
 
 def test_the_list_of_disks_asks_each_guests_process(two: Host) -> None:
     two.run("pause", "1", "xvda")
-    os.kill(asyncio.run(two.worker(2)), signal.SIGSTOP)
+    stand_still(asyncio.run(two.worker(2)))
 
     listed = run_xvd("list", "--json", "--host", str(two.directory))
 
@@ -232,7 +233,7 @@ def test_a_setting_that_is_refused_reaches_no_worker(tmp_path: Path) -> None:
 def test_no_worker_outlives_its_supervisor_though_the_template_stands_still(two: Host) -> None:
     async def work() -> None:
         workers = await two.worker(1), await two.worker(2)
-        os.kill(two.template(), signal.SIGSTOP)
+        stand_still(two.template())
         two.backend.kill()
         await until(lambda: all(map(ended, workers)))
 

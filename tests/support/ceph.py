@@ -105,9 +105,10 @@ class Cluster:
         self.run("rbd", "create", "--size", f"{size}B", f"{POOL}/{name}")
         return f"rbd:{POOL}/{name},conf={self.conf}"
 
-    def signal_osd(self, number: int) -> None:
-        """Stop the OSD, or let it go on."""
-        os.kill(int((self.place / "osd.0.pid").read_text()), number)
+    @property
+    def osd(self) -> int:
+        """The OSD's process."""
+        return int((self.place / "osd.0.pid").read_text())
 
     def stop(self) -> None:
         """End it at once."""

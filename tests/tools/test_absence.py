@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 from ceph import running_cluster
-from fuse_file import fuse_file, memory_server, stopped
+from fuse_file import fuse_file, memory_server
 from nbd_support import run as tool
 from qemu_img import run_qemu_img
 from rig_disk import disk_world, run, until
+from standstill import standing_still
 from verified_load import contents_of, load
 
 from xvd.backend.settings import Settings
@@ -80,13 +81,13 @@ def test_a_storage_daemon_that_stays_dead(
 
 def test_a_cluster_whose_osd_stands_still(tmp_path: Path, requires_tool: Tool) -> None:
     with running_cluster(tmp_path / "ceph", requires_tool) as cluster:
-        use_while_away(cluster.image("away", SIZE), lambda _: stopped(cluster.signal_osd))
+        use_while_away(cluster.image("away", SIZE), lambda _: standing_still(cluster.osd))
 
 
 def test_a_file_system_whose_server_stands_still(tmp_path: Path) -> None:
     with memory_server(tmp_path / "sock", SIZE) as (server, uri):
         with fuse_file(uri, tmp_path / "mnt") as image:
-            use_while_away(str(image.path), lambda _: stopped(server.send_signal))
+            use_while_away(str(image.path), lambda _: standing_still(server.pid))
 
 
 def test_a_file_system_that_is_full(tmp_path: Path, expect_log: Callable[[str], None]) -> None:

@@ -4,17 +4,17 @@
 import asyncio
 import contextlib
 import os
+import re
 import select
-import signal
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
-from fuse_file import fuse_file, memory_server, stopped
+from fuse_file import fuse_file, memory_server
 from qemu_img import run_qemu_img
 from rig_disk import World, disk_world, run, until
+from standstill import standing_still
 
 from xvd.backend.device import Device
 from xvd.backend.settings import Settings
@@ -58,6 +58,12 @@ def block(number: int) -> bytes:
     return bytes([number + 1]) * BLOCK
 
 
+def pid_of(pidfd: int) -> int:
+    found = re.search(r"^Pid:\s+(\d+)", Path(f"/proc/self/fdinfo/{pidfd}").read_text(), re.M)
+    assert found is not None
+    return int(found[1])
+
+
 def is_open(path: Path) -> bool:
     """Whether this process has a file open, by whatever name."""
     links = (Path(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
@@ -79,7 +85,7 @@ def test_a_storage_daemon_that_stands_still_is_left(
             while not isinstance(engine, QemuEngine):
                 engine = engine.lower  # type: ignore[attr-defined]
             pidfd = os.dup(engine.keeper.pid_fd)
-            with stopped(partial(signal.pidfd_send_signal, pidfd)):
+            with standing_still(pid_of(pidfd)):
                 async with hanging_writes(world, disk, 16):
                     await device(world).life.swap(str(other), 5, abandon=True)
             check(await disk.read(0, 16 * APART), 16)
@@ -102,7 +108,7 @@ def test_a_file_whose_file_system_stands_still_is_left(
     async def work(server: Popen, image: Path) -> None:
         async with disk_world(settings=Settings(copying=copying)) as world:
             async with await world.disk(str(image)) as disk:
-                with stopped(server.send_signal):
+                with standing_still(server.pid):
                     async with hanging_writes(world, disk, 8):
                         await device(world).life.swap(str(other), 5, abandon=True)
                 check(await disk.read(0, 8 * APART), 8)
@@ -123,7 +129,7 @@ def test_a_file_that_reads_into_the_guests_pages_by_direct_io_is_not_left(
     async def work(server: Popen, image: Path) -> None:
         async with disk_world() as world, await world.disk(str(image)) as disk:
             assert device(world).disk.storage.engine.info.pins_pages
-            with stopped(server.send_signal):
+            with standing_still(server.pid):
                 reading = asyncio.ensure_future(disk.read(0, BLOCK))
                 await until(lambda: in_flight(world) == 1)
                 with pytest.raises(ConfigError, match="by direct I/O still reach pages"):
