@@ -13,6 +13,14 @@ from pathlib import Path
 
 from xvd.errors import ConfigError
 
+_held: dict[Path, int] = {}
+
+
+def hold(path: Path, fd: int) -> None:
+    """Go by this descriptor where the directory is meant from now on: a process that gives up its
+    rights could not find it any more. The descriptor stays open."""
+    _held[path] = fd
+
 
 def own_directory(path: Path, *, mode: int = 0o700) -> int:
     """Make a directory if it is not there, and open it; its descriptor is the caller's to close.
@@ -21,9 +29,10 @@ def own_directory(path: Path, *, mode: int = 0o700) -> int:
     Raises `ConfigError` if it is not a directory of this user, or if others may write there, and
     OSError if it cannot be made.
     """
-    path.parent.mkdir(mode=mode, parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=mode)
+    if path not in _held:
+        path.parent.mkdir(mode=mode, parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=mode)
     return open_own_directory(path, group=bool(mode & stat.S_IWGRP))
 
 
@@ -33,8 +42,10 @@ def open_own_directory(path: Path, *, group: bool = False) -> int:
     group: its group may write there too. Raises `ConfigError` if it is another's, a link, or open
     to others, and OSError if it is not there.
     """
+    held = _held.get(path)
+    name = path if held is None else "."
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=held)
     except NotADirectoryError:
         raise ConfigError(f"{path} is not a directory, or a link to one: remove it") from None
     found = os.fstat(fd)
@@ -45,6 +56,30 @@ def open_own_directory(path: Path, *, group: bool = False) -> int:
         os.close(fd)
         raise ConfigError(f"others may write in {path}: chmod go-w {path}, or choose another")
     return fd
+
+
+def give(path: Path, user: int, mode: int = 0o700) -> int:
+    """Make a directory, if it is not there, and give it and the files in it to a user, and to the
+    group of that number; its descriptor is the caller's.
+
+    Raises `ConfigError` where somebody else may have made it, and OSError.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=mode)
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd).st_uid
+        anybody = os.stat(path.parent).st_mode & stat.S_IWOTH
+        if anybody and found not in (os.geteuid(), user):
+            raise ConfigError(f"{path} belongs to user {found}: remove it")
+        if found != user:
+            for name in os.listdir(fd):
+                os.chown(name, user, user, dir_fd=fd, follow_symlinks=False)
+            os.fchown(fd, user, user)
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def open_own(directory: int, name: str) -> int | None:
@@ -85,6 +120,13 @@ def remove(directory: int, name: str) -> None:
         return
     except (IsADirectoryError, PermissionError):
         shutil.rmtree(name, dir_fd=directory)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a directory that has nothing in it, and that nobody holds; leave any other."""
+    if path not in _held:
+        with contextlib.suppress(OSError):
+            path.rmdir()
 
 
 def boot_id() -> str:

@@ -12,8 +12,8 @@ from xvd.cli.verbs import VERBS
 
 CONTRIB = Path(__file__).resolve().parents[2] / "contrib"
 UNITS = {
-    "xvd-backend.service": 20,
-    "xvd-backend-driverdomain.service": 20,
+    "xvd-backend.service": 29,
+    "xvd-backend-driverdomain.service": 29,
     "xvd-exporter.service": 13,
 }
 """Each unit, and ten times the exposure that `systemd-analyze security` may find."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the tests on real Xen use: the daemon as a process, disks by xl, figures of the process."""
 
+import asyncio
 import contextlib
 import enum
 import json
@@ -12,8 +13,11 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from xvd.cli.asking import ask
 
 ON_ARM = platform.machine() == "aarch64"
 
@@ -128,8 +132,8 @@ def typed(guest: str, command: str) -> str:
 
 def counter(domid: int, name: str, vdev: str = "xvda") -> int:
     """What the daemon in dom0 has counted of a guest's disk, by blkback's name for it."""
-    disks = json.loads(sh("xvd stats --json"))["backend-0"]
-    [found] = [disk for disk in disks if disk["disk"] == f"{domid}/{vdev}"]
+    daemons = json.loads(sh("xvd stats --json")).values()
+    [found] = [disk for disks in daemons for disk in disks if disk["disk"] == f"{domid}/{vdev}"]
     return int(found["counters"][name])
 
 
@@ -198,22 +202,42 @@ class Backend:
     def log(self) -> str:
         return self._log.read_text()
 
+    def processes(self) -> list[int]:
+        """Itself, the process that forks workers, and those."""
+        found = [self.pid]
+        for pid in found:
+            tasks = Path(f"/proc/{pid}/task")
+            found += [
+                int(one) for t in tasks.iterdir() for one in (t / "children").read_text().split()
+            ]
+        return found
+
     def threads(self) -> int:
         """Those of disks and the event loop's helpers, of which there are more the more it does."""
-        return len(os.listdir(f"/proc/{self.pid}/task"))
+        return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.processes())
 
     def resident(self) -> int:
-        """The process's own memory, bytes."""
-        pages = Path(f"/proc/{self.pid}/statm").read_text().split()
-        return (int(pages[1]) - int(pages[2])) * 4096
+        """The processes' own memory, bytes."""
+        sizes = [Path(f"/proc/{pid}/statm").read_text().split() for pid in self.processes()]
+        return sum(int(pages[1]) - int(pages[2]) for pages in sizes) * 4096
 
     def held(self) -> dict[str, int]:
-        """What the process holds on behalf of disks: descriptors (ports among them), grants."""
-        maps = Path(f"/proc/{self.pid}/maps").read_text()
+        """What they hold on behalf of disks: descriptors (ports among them), grants."""
+        pids = self.processes()
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
         return {
-            "descriptors": len(os.listdir(f"/proc/{self.pid}/fd")),
-            "grant mappings": maps.count("/dev/xen/gntdev"),
+            "descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
+            "grant mappings": sum(each.count("/dev/xen/gntdev") for each in maps),
         }
+
+    async def _workers(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await ask(Path("/run/xvd/control/backend-0"), "workers")
+        return found
+
+    def worker(self, domid: int) -> dict[str, Any]:
+        """What the supervisor tells of a guest's process."""
+        [found] = [one for one in asyncio.run(self._workers()) if domid in one["domains"]]
+        return found
 
 
 class Disk:

@@ -40,7 +40,7 @@ from xvd.blkif.handshake import (
 from xvd.blkif.nodes import Side, parse_state
 from xvd.blkif.vdev import disk_name
 from xvd.engines.interface import Engine
-from xvd.errors import EventChannelError, XenstoreError, XvdError, describe
+from xvd.errors import EngineError, EventChannelError, XenstoreError, XvdError, describe
 from xvd.loglimit import LogLimit
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
@@ -52,6 +52,8 @@ from xvd.xenbus.runner import THREADS, Runtime, leave_alone
 
 STORAGE_PATIENCE_S = 5.0
 """How long the end of a disk waits for storage that does not answer."""
+BUSY_S = 0.5
+"""How long after storage that somebody else has is tried again."""
 
 StorageOpener = Callable[[BackendAssignment], Awaitable[Engine]]
 
@@ -112,6 +114,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._opening: asyncio.Task[None] | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._error = ""
+        self._ending = asyncio.Event()
 
     # ---- The actor ----
 
@@ -150,6 +153,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._inbox.put(Order.LEAVE)
 
     async def _end(self) -> None:
+        self._ending.set()
         await self.hold.end()
         await self._disconnect()
         await self._unwatch()
@@ -223,7 +227,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             self._has_image(decided.image)
         assignment = self._assigned
         try:
-            engine = await self._open_storage(assignment)
+            engine = await self._open_patiently(assignment)
             try:
                 self._kept.check_identity(engine.identity)
                 engine = self.tracking.opened(engine)
@@ -237,6 +241,21 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             return
         self.disk.has_opened(engine, features_of(engine, assignment, self.disk.settings))
         self.put(BackendEvent.STORAGE_READY)
+
+    async def _open_patiently(self, assignment: BackendAssignment) -> Engine:
+        """Open a disk's storage; a guest that is connected waits while somebody else has it, as one
+        may for a moment who looks at an image: no other storage would do."""
+        while True:
+            try:
+                return await self._open_storage(assignment)
+            except EngineError as error:
+                connected = self._written is XenbusState.CONNECTED
+                if error.errno != errno.EBUSY or not connected or self._ending.is_set():
+                    raise
+                self._log.warning("waits for its storage: %s", describe(error), event="waits")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BUSY_S):
+                    await self._ending.wait()
 
     # ---- Actions: nodes ----
 

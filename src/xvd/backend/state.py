@@ -22,7 +22,14 @@ import msgspec
 
 from xvd.dataplane.back.journal import journal_fault, journal_size
 from xvd.errors import BudgetError, ConfigError, EngineError
-from xvd.files import create_own, open_own, own_directory, remove
+from xvd.files import (
+    create_own,
+    open_own,
+    open_own_directory,
+    own_directory,
+    remove,
+    remove_empty,
+)
 
 _ASIDE = ".aside"
 _MAP = ".changed"
@@ -54,11 +61,12 @@ class Decision:
 class DiskState:
     """The files of one disk; without a directory there are none, and nothing is taken up.
 
-    device: the disk's directory in the store (``backend/vbd/1/51712``).
+    device: the disk's directory in the store (``backend/vbd/1/51712``). The files are in the
+    directory of its domain's number: another user may serve that guest.
     """
 
     def __init__(self, directory: Path | None, device: str) -> None:
-        self._directory = directory
+        self._directory = None if directory is None else directory / device.split("/")[2]
         self._disk = device.removeprefix("backend/").replace("/", "-")
         self._decision = Decision()
 
@@ -114,10 +122,8 @@ class DiskState:
         self._replace(self._identity_name, "\n".join(told).encode(), "the storage's identity")
 
     def _remembered(self) -> list[str]:
-        if self._directory is None or not self._directory.exists():
-            return []
-        with self._open() as directory, contextlib.suppress(ConfigError):
-            fd = open_own(directory, self._identity_name)
+        with self._look() as directory, contextlib.suppress(ConfigError):
+            fd = None if directory is None else open_own(directory, self._identity_name)
             if fd is not None:
                 try:
                     return os.read(fd, _IDENTITY_MAX).decode("ascii", "replace").splitlines()
@@ -131,8 +137,8 @@ class DiskState:
         """Return what was decided last; nothing, if that was nothing or cannot be read."""
         if self._directory is None:
             return self._decision
-        with contextlib.suppress(OSError, ConfigError, msgspec.MsgspecError), self._open() as place:
-            fd = open_own(place, self._decision_name)
+        with contextlib.suppress(OSError, ConfigError, msgspec.MsgspecError), self._look() as place:
+            fd = None if place is None else open_own(place, self._decision_name)
             if fd is not None:
                 with open(fd, "rb") as file:
                     return msgspec.json.decode(file.read(_DECISION_MAX), type=Decision)
@@ -159,11 +165,11 @@ class DiskState:
     def find_maps(self) -> dict[str, mmap.mmap]:
         """Each map that a predecessor left, by its name; one that cannot be mapped is removed."""
         found: dict[str, mmap.mmap] = {}
-        if self._directory is None or not self._directory.exists():
-            return found
         pattern = re.compile(rf"{re.escape(self._disk)}-(.+){re.escape(_MAP)}")
-        with self._open() as directory:
-            for match in filter(None, map(pattern.fullmatch, os.listdir(directory))):
+        with self._look() as directory:
+            names = [] if directory is None else os.listdir(directory)
+            for match in filter(None, map(pattern.fullmatch, names)):
+                assert directory is not None
                 try:
                     fd = open_own(directory, match[0])
                     assert fd is not None
@@ -203,10 +209,12 @@ class DiskState:
         self._remove(rf"{re.escape(self._disk)}(-q\d+\.ring|\.storage)")
 
     def gone(self) -> None:
-        """The disk is no more: nothing of it stays."""
+        """The disk is no more: nothing of it stays, nor a directory without files."""
         self._decision = Decision()
         kept = rf"(-q\d+\.ring|\.storage|\.decided|-.+{re.escape(_MAP)})"
         self._remove(rf"{re.escape(self._disk)}{kept}({re.escape(_ASIDE)}|\.new)?")
+        if self._directory is not None:
+            remove_empty(self._directory)
 
     def end(self) -> None:
         """The disk is no more, and what is still being done with it leaves nothing either."""
@@ -214,11 +222,9 @@ class DiskState:
         self._directory = None
 
     def _remove(self, pattern: str) -> None:
-        if self._directory is None or not self._directory.exists():
-            return
-        with contextlib.suppress(OSError, ConfigError), self._open() as directory:
-            for name in os.listdir(directory):
-                if re.fullmatch(pattern, name):
+        with contextlib.suppress(OSError, ConfigError), self._look() as directory:
+            if directory is not None:
+                for name in filter(re.compile(pattern).fullmatch, os.listdir(directory)):
                     remove(directory, name)
 
     def _journal_name(self, queue: int) -> str:
@@ -231,6 +237,19 @@ class DiskState:
     @property
     def _decision_name(self) -> str:
         return f"{self._disk}.decided"
+
+    @contextlib.contextmanager
+    def _look(self) -> Iterator[int | None]:
+        """Open the directory if it is there already."""
+        directory = None
+        if self._directory is not None:
+            with contextlib.suppress(FileNotFoundError):
+                directory = open_own_directory(self._directory)
+        try:
+            yield directory
+        finally:
+            if directory is not None:
+                os.close(directory)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:

@@ -14,6 +14,15 @@ from xvd.blkif.nodes import Side, read_number, read_text, shown
 from xvd.errors import ConfigError
 from xvd.types import Domid
 
+TOOLSTACK_NODES: Final = frozenset(
+    {
+        *("frontend", "frontend-id", "params", "script", "online", "removable", "bootable", "dev"),
+        *("type", "mode", "device-type", "discard-enable", "direct-io-safe", "specification"),
+        "physical-device-path",
+    }
+)
+"""In a backend's directory: what a backend reads there and has no reason to write."""
+
 
 def writable_mode(mode: str) -> bool:
     """Whether the ``mode`` node allows writing: ``w``, ``rw`` and the historic ``w!`` do."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``xvd backend``: the daemon that serves every disk assigned to its domain."""
 
+import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,24 +25,30 @@ from xvd.cli.isolation import (
     Isolation,
     IsolationOption,
     Served,
-    follow_orders,
+    isolation_of,
     obey,
+    states_of,
     supervise,
 )
 from xvd.cli.machines import open_machine
 from xvd.cli.methods import control_methods
+from xvd.cli.relay import follow_clients
 from xvd.cli.storage import Layers
 from xvd.cli.wanted import CommandLine, Reloading, Wanted
 from xvd.engines.interface import Engine
-from xvd.engines.uri import open_assigned
+from xvd.engines.uri import named_files, open_assigned, storage_uri
 from xvd.errors import ConfigError, PeerClosed
-from xvd.files import own_directory
+from xvd.files import give, own_directory
+from xvd.machine.interface import Machine
+from xvd.machine.xen.here import XEN_DIRECTORY, available
 from xvd.machine.xen.machine import XenMachine
 from xvd.service.configuration import DEFAULT_PATH, KINDS
+from xvd.service.sandbox.confine import check, prepare
+from xvd.service.sandbox.equipment import take
 from xvd.service.template import Template
 from xvd.toolstack.vbd import has_device_model
 from xvd.types import Domid
-from xvd.xenbus.runner import in_own_thread
+from xvd.xenbus.runner import in_own_thread, measure_waiting
 
 ConfigOption = Annotated[
     Path | None,
@@ -102,12 +110,26 @@ def backend(
     line = CommandLine(config, isolation or "", kind, copy, setting, group, layer, verbose)
     wanted = line.wanted()
     common.start_logging(wanted.verbose)
-    number = None if domid is None else Domid(domid)
-    served = Served(host, number, line, wanted, Groups(wanted.groups))
-    if wanted.isolation == Isolation.SHARED:
+    served = Served(
+        host, None if domid is None else Domid(domid), line, wanted, Groups(wanted.groups)
+    )
+    return _serve(served)
+
+
+def _serve(served: Served) -> int:
+    """Serve in one process, or in one for each guest."""
+    wanted, host = served.wanted, served.host
+    isolation = isolation_of(wanted, real=host is None and available())
+    if isolation is Isolation.SHARED:
         return running.run(_backend(served))
-    served = served.alone()
-    return running.run(supervise(served, Template(partial(_work, served)), kinds=_kinds))
+    served = served.alone(isolation)
+    if isolation is Isolation.GUEST:
+        check()
+    return running.run(
+        supervise(
+            served, Template(partial(_work, served), partial(_prepare, isolation)), kinds=_kinds
+        )
+    )
 
 
 def _kinds(wanted: list[str], real: bool) -> list[str]:
@@ -123,62 +145,120 @@ def _kinds(wanted: list[str], real: bool) -> list[str]:
     return wanted or (["vbd3"] if rival("vbd") else ["vbd3", "vbd"])
 
 
+def _prepare(isolation: Isolation) -> None:
+    """Find out once what every worker would."""
+    measure_waiting()
+    if isolation is Isolation.GUEST:
+        prepare()
+
+
 def _work(served: Served, order: dict[str, Any], channel: socket.socket) -> int:
-    """Serve one guest, in a process of its own."""
-    return running.run(_backend(served, order, channel))
+    """Serve one guest, in a process of its own, and reach no more than that takes."""
+    given, machine = take(channel)
+    return running.run(_serve_guest(served, order, channel, machine, confined=given.confined))
 
 
-async def _backend(
-    served: Served, order: dict[str, Any] | None = None, channel: socket.socket | None = None
+async def _serve_guest(
+    served: Served,
+    order: dict[str, Any],
+    channel: socket.socket,
+    machine: Machine,
+    *,
+    confined: bool,
 ) -> int:
-    """Serve until a signal comes. order, channel: of the worker for one guest; see `supervise`."""
+    """Serve the disks of a guest's domains until a signal comes."""
+    stop = running.Stop()
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(machine.close)
+        # Who else serves these kinds the supervisor has seen; a worker could not look.
+        server = await _server(
+            served, machine, stack, kinds=order["kinds"], guests=order["domains"],
+            directory=served.host or XEN_DIRECTORY, confined=confined,
+        )  # fmt: skip
+        obey(server, order)
+        control = ControlServer(control_methods(server))
+        await server.start()
+        stack.push_async_callback(server.close)
+        stack.callback(
+            follow_clients(channel, lambda sock, reading: control.adopt(sock, reading=reading))
+        )
+        if not await stop.wait_or(server.wait()):
+            raise PeerClosed("the host's xenstore is gone")
+    return 0
+
+
+async def _backend(served: Served) -> int:
+    """Serve every guest until a signal comes."""
     wanted = served.wanted
     stop = running.Stop()
     machine, directory = await open_machine(served.host, served.domid)
     os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
     name = f"backend-{machine.domid}"
-    guests = order["domains"] if order is not None else None
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
         real = isinstance(machine, XenMachine)
         kinds = _kinds(wanted.kinds, real)
-        store = await machine.xenstore()
-        stack.push_async_callback(store.close)
-
-        async def storage(assignment: BackendAssignment) -> Engine:
-            device_model = await has_device_model(store, assignment.frontend_domid)
-            opening = partial(
-                open_assigned, assignment, layers=wanted.layers, device_model=device_model
-            )
-            return await in_own_thread(opening)
-
-        states = Path(wanted.state_directory or directory / "state")
-        settings = replace(wanted.settings, state_dir=states / name)
-        server = Server(
-            machine, store, storage, kinds=kinds, guests=guests, settings=settings,
-            overrides=wanted.overrides, budget=wanted.lower(amounts_of(machine)),
-            groups=served.groups, rival=rival if real else no_rival,
+        _take_back(states_of(wanted, directory, name))
+        server = await _server(
+            served, machine, stack, kinds=kinds, guests=None, directory=directory,
+            rival=rival if real else no_rival,
         )  # fmt: skip
-        if order is not None:
-            obey(server, order)
         control = ControlServer(control_methods(server))
-        own = name if guests is None else f"{name}-{guests[0]}"
-        await control.listen(directory / "control" / own)
+        await control.listen(directory / "control" / name)
         stack.push_async_callback(control.close)
-        stack.callback(MemoryPressure(server.squeeze).close)
         await server.start()
         stack.push_async_callback(server.close)
-        if channel is not None:
-            stack.callback(follow_orders(server, channel))
-        else:
-            stop.on_hangup(Reloading(served.line, wanted, partial(_replace, server)))
-            await stack.enter_async_context(running.watched())
-            output.tell("ready\n")
-            running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
+        stop.on_hangup(Reloading(served.line, wanted, partial(_replace, server)))
+        await stack.enter_async_context(running.watched())
+        output.tell("ready\n")
+        running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
         if not await stop.wait_or(server.wait()):
             raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")
         running.tell_service_manager("STOPPING=1")
     return 0
+
+
+async def _server(
+    served: Served,
+    machine: Machine,
+    stack: contextlib.AsyncExitStack,
+    *,
+    kinds: list[str],
+    guests: list[int] | None,
+    directory: Path,
+    rival: Callable[[str], str] = no_rival,
+    confined: bool = False,
+) -> Server:
+    """Make what serves disks, with what has to end after it on the stack."""
+    wanted = served.wanted
+    store = await machine.xenstore()
+    stack.push_async_callback(store.close)
+
+    async def storage(assignment: BackendAssignment) -> Engine:
+        if confined and named_files(storage_uri(assignment)) is None:
+            await asyncio.Event().wait()  # another process, that may open it, takes over at once
+        device_model = await has_device_model(store, assignment.frontend_domid)
+        opening = partial(
+            open_assigned, assignment, layers=wanted.layers, device_model=device_model
+        )
+        return await in_own_thread(opening)
+
+    states = states_of(wanted, directory, f"backend-{machine.domid}")
+    server = Server(
+        machine, store, storage, kinds=kinds, guests=guests,
+        settings=replace(wanted.settings, state_dir=states), overrides=wanted.overrides,
+        budget=wanted.lower(amounts_of(machine)), groups=served.groups, rival=rival,
+    )  # fmt: skip
+    stack.callback(MemoryPressure(server.squeeze).close)
+    return server
+
+
+def _take_back(states: Path) -> None:
+    """Own the directories of guests that processes of their own have served before."""
+    if os.geteuid() == 0 and states.is_dir():
+        for path in states.iterdir():
+            if path.name.isdigit():
+                os.close(give(path, 0))
 
 
 async def _replace(server: Server, wanted: Wanted) -> None:

@@ -10,8 +10,9 @@ import contextlib
 import inspect
 import logging
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -47,6 +48,39 @@ class Call(msgspec.Struct):
     jsonrpc: str = "2.0"
 
 
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+"""Serves one client until it leaves."""
+Listening = list[tuple[asyncio.Server, UnixListener]]
+
+
+async def listen_twice(path: Path, all_of_it: Serve, reading: Serve) -> Listening:
+    """Listen at ``DIR/control/NAME``, and at ``DIR/figures/NAME`` for those who only read.
+
+    Both have mode 0660; what a group can do with that its directory decides. Raises `ConfigError`
+    if another daemon answers there, or if a directory is somebody else's.
+    """
+    figures = path.parent.parent / FIGURES
+    os.close(own_directory(path.parent, mode=0o770))
+    os.close(own_directory(figures, mode=0o750))
+    listening: Listening = []
+    try:
+        for where, serve in ((path, all_of_it), (figures / path.name, reading)):
+            listener = claim(where)
+            server = await asyncio.start_unix_server(serve, sock=listener.socket, limit=LINE_MAX)
+            listening.append((server, listener))
+    except BaseException:
+        stop_listening(listening)
+        raise
+    return listening
+
+
+def stop_listening(listening: Listening) -> None:
+    """Listen no more, and remove the sockets' names."""
+    for server, listener in listening:
+        server.close()
+        listener.remove()
+
+
 class ControlServer:
     """Answers calls of `methods`, with params by name; everything in the event loop's thread.
 
@@ -59,27 +93,17 @@ class ControlServer:
         self._methods["rpc_get_methods"] = lambda: sorted(self._methods)
         about = {"version": __version__, "pid": os.getpid(), "started_s": time.time()}
         self._methods["about"] = lambda: about
-        self._listening: list[tuple[asyncio.Server, UnixListener]] = []
+        self._reading: Methods = {n: self._methods[n] for n in READING if n in self._methods}
+        self._listening: Listening = []
 
     async def listen(self, path: Path) -> None:
         """Listen at ``DIR/control/NAME`` for everything, and at ``DIR/figures/NAME`` for `READING`.
 
-        Both have mode 0660; what a group can do with that its directory decides. Raises
-        `ConfigError` if another daemon answers there, or if a directory is somebody else's.
+        See `listen_twice`.
         """
-        os.close(own_directory(path.parent, mode=0o770))
-        await self._listen(path, self._methods)
-        figures = path.parent.parent / FIGURES
-        os.close(own_directory(figures, mode=0o750))
-        reading: Methods = {name: self._methods[name] for name in READING if name in self._methods}
-        await self._listen(figures / path.name, reading)
-
-    async def _listen(self, path: Path, methods: Methods) -> None:
-        listener = claim(path)
-        server = await asyncio.start_unix_server(
-            partial(self._serve, methods), sock=listener.socket, limit=LINE_MAX
+        self._listening = await listen_twice(
+            path, partial(self._serve, self._methods), partial(self._serve, self._reading)
         )
-        self._listening.append((server, listener))
 
     async def _serve(
         self, methods: Methods, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -110,8 +134,11 @@ class ControlServer:
             return {"jsonrpc": "2.0", "id": call.id, "error": problem}
         return {"jsonrpc": "2.0", "id": call.id, "result": result}
 
+    async def adopt(self, client: socket.socket, *, reading: bool) -> None:
+        """Answer a client that somebody else has accepted; reading: only `READING`."""
+        reader, writer = await asyncio.open_connection(sock=client, limit=LINE_MAX)
+        await self._serve(self._reading if reading else self._methods, reader, writer)
+
     async def close(self) -> None:
         """Stop listening, remove the sockets."""
-        for server, listener in self._listening:
-            server.close()
-            listener.remove()
+        stop_listening(self._listening)

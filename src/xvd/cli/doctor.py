@@ -18,12 +18,13 @@ from xvd.blkif.abi import Abi
 from xvd.blkif.nodes import FrontendConfig, QueueConfig, format_frontend
 from xvd.cli import common, output
 from xvd.engines.file import probe_io_uring
-from xvd.errors import describe
+from xvd.errors import ConfigError, describe
 from xvd.frontend.settings import Settings as FrontSettings
 from xvd.machine.emulated.limits import Limits
 from xvd.machine.xen import xenstore
 from xvd.machine.xen.here import available
 from xvd.packages import find_tool, package_of
+from xvd.service.sandbox.confine import check as check_confinement
 from xvd.types import PAGE_SIZE, Gref, Port
 
 NODES_QUOTA: Final = 1000
@@ -50,6 +51,17 @@ def _io_uring() -> Finding:
     problem = probe_io_uring()
     remedy = "allow it: sysctl kernel.io_uring_disabled=0, and no seccomp filter against it"
     return Finding("io_uring", not problem, "everything", problem, remedy if problem else "")
+
+
+def _confinement() -> Finding:
+    try:
+        check_confinement()
+    except ConfigError as error:
+        problem, _, remedy = str(error).partition(": ")
+        return Finding(
+            "a fence around guests", False, "xvd backend --isolation guest", problem, remedy
+        )
+    return Finding("a fence around guests", True, "xvd backend --isolation guest")
 
 
 def _memfd() -> Finding:
@@ -201,6 +213,7 @@ _OPTIONAL: tuple[Callable[[], Finding], ...] = (
         "/dev/xen/gntalloc", "a frontend on real Xen", "only on a Xen domain: modprobe xen-gntalloc"
     ),
     _xenstore,
+    _confinement,
     page_size,
 )
 _ON_XEN: tuple[Callable[[], Finding], ...] = (

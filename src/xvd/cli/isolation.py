@@ -3,8 +3,8 @@
 
 import asyncio
 import contextlib
+import logging
 import os
-import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -17,24 +17,31 @@ import typer
 from xvd.backend.groups import Groups, NoGroups
 from xvd.backend.server import Server, settings_apart
 from xvd.backend.settings import Settings
+from xvd.backend.xentop import DIRECTORY as XENTOP
 from xvd.cli import output, running
 from xvd.cli.control import ControlServer
 from xvd.cli.daemons import ask_one
 from xvd.cli.machines import open_machine
+from xvd.cli.rights import GuestRights
 from xvd.cli.wanted import CommandLine, Reloading, Wanted
-from xvd.errors import PeerClosed
+from xvd.errors import ConfigError, PeerClosed
 from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
+from xvd.service.sandbox.confine import check
+from xvd.service.sandbox.equipment import Place
 from xvd.service.supervisor import Supervisor
-from xvd.service.template import ORDER_MAX, Template
+from xvd.service.template import Template
 from xvd.sockets import remove_dead
 from xvd.types import Domid
 
+logger = logging.getLogger(__name__)
+
 
 class Isolation(StrEnum):
-    """Which guests one process serves."""
+    """Which guests one process serves, and what it may reach."""
 
     SHARED = "shared"
+    PROCESS = "process"
     GUEST = "guest"
 
 
@@ -43,7 +50,9 @@ IsolationOption = Annotated[
     typer.Option(
         "--isolation",
         help="shared: one process serves every guest. guest: each guest has a process of its own, "
-        "whose end costs that guest a delay and the others nothing. Default: shared.",
+        "whose end costs that guest a delay and the others nothing, and which can reach nothing "
+        "but its guest's disks. process: the same, without that fence. Default: guest on real Xen "
+        "where no limits are shared (--group), else shared. See docs/security.md.",
     ),
 ]
 
@@ -58,26 +67,48 @@ class Served:
     wanted: Wanted
     groups: Groups
 
-    def alone(self) -> "Served":
-        """Return it for a process of one guest. Raises `ConfigError` where guests share limits."""
+    def alone(self, isolation: Isolation) -> "Served":
+        """Return it for processes of one guest. Raises `ConfigError` where guests share limits."""
         check_alone(self.wanted)
-        return replace(self, groups=NoGroups())
+        wanted = replace(self.wanted, isolation=isolation)
+        return replace(self, wanted=wanted, groups=NoGroups())
+
+
+def isolation_of(wanted: Wanted, *, real: bool) -> Isolation:
+    """Return what is wanted, and where nobody has said what, the best that goes with the rest."""
+    if wanted.isolation != "auto":
+        return Isolation(wanted.isolation)
+    if not real or _shared_limits(wanted):
+        return Isolation.SHARED
+    try:
+        check()
+    except ConfigError as error:
+        logger.warning("guests' processes are not confined: %s", error)
+        return Isolation.PROCESS
+    return Isolation.GUEST
 
 
 def check_alone(wanted: Wanted) -> None:
     """Raise `ConfigError` where disks of several guests are to share limits."""
+    for name in _shared_limits(wanted):
+        NoGroups().check(name)
+
+
+def _shared_limits(wanted: Wanted) -> list[str]:
+    """Return the groups that are named."""
     settings = wanted.settings
     apart = [settings.changed(Settings.parse(each)) for each in wanted.overrides.values()]
-    for name in (*wanted.groups, *(each.group_name for each in (settings, *apart))):
-        NoGroups().check(name)
+    named = (*wanted.groups, *(each.group_name for each in (settings, *apart)))
+    return [name for name in named if name]
 
 
 class Told:
     """What workers are told beside what they were forked with: what the file says that was read
     again, and what was set since, the last text of each setting."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, kinds: Sequence[str]) -> None:
         self._wanted = wanted
+        self._kinds = list(kinds)
         self._replaced: tuple[list[str], dict[str, list[str]]] | None = None
         self._texts: dict[str, dict[str, str]] = {"": {}}
 
@@ -109,7 +140,10 @@ class Told:
     def order(self, domains: Sequence[int]) -> dict[str, Any]:
         """Make the order of a worker; `obey` is the other side."""
         changes = [(list(texts.values()), disk) for disk, texts in self._texts.items() if texts]
-        return {"domains": list(domains), "replaced": self._replaced, "changes": changes}
+        return {
+            "domains": list(domains), "kinds": self._kinds, "replaced": self._replaced,
+            "changes": changes,
+        }  # fmt: skip
 
 
 def obey(server: Server, order: dict[str, Any]) -> None:
@@ -134,11 +168,20 @@ async def supervise(
         chosen = kinds(served.wanted.kinds, isinstance(machine, XenMachine))
         store = await machine.xenstore()
         stack.push_async_callback(store.close)
-        told, own = Told(served.wanted), directory / "control" / f"backend-{machine.domid}"
-        supervisor = Supervisor(store, template, chosen, told.order, partial(_clear, own))
-        control = ControlServer(_supervisor_methods(served, supervisor, told))
+        name = f"backend-{machine.domid}"
+        told, own = Told(served.wanted, chosen), directory / "control" / name
+        states = states_of(served.wanted, directory, name)
+        os.close(own_directory(states))
+        place = Place(machine, directory, states, chosen, XENTOP)
+        rights = GuestRights(served.wanted, store, place, own)
+        supervisor = Supervisor(
+            store, template, chosen, told.order, clear=partial(_clear, own), rights=rights
+        )
+        rights.supervisor = supervisor
+        control = ControlServer(_supervisor_methods(served, supervisor, told, rights))
         await control.listen(own)
         stack.push_async_callback(control.close)
+        stack.push_async_callback(rights.close)
         await supervisor.start()
         stack.push_async_callback(supervisor.close)
         stop.on_hangup(Reloading(served.line, served.wanted, partial(_replace, own, told)))
@@ -150,6 +193,11 @@ async def supervise(
             raise PeerClosed(f"{directory}: {await lost}")
         running.tell_service_manager("STOPPING=1")
     return 0
+
+
+def states_of(wanted: Wanted, directory: Path, name: str) -> Path:
+    """Return where a daemon keeps what outlives it."""
+    return Path(wanted.state_directory or directory / "state") / name
 
 
 def _clear(own: Path, known: Collection[int]) -> None:
@@ -168,7 +216,7 @@ async def _replace(own: Path, told: Told, wanted: Wanted) -> None:
 
 
 def _supervisor_methods(
-    served: Served, supervisor: Supervisor, told: Told
+    served: Served, supervisor: Supervisor, told: Told, rights: GuestRights
 ) -> dict[str, Callable[..., object]]:
     """Its answers: it has no disk, and tells later workers what was set."""
 
@@ -180,28 +228,8 @@ def _supervisor_methods(
         "stats": lambda: [],
         "set": told.change,
         "group": group,
-        "workers": supervisor.workers,
+        "workers": lambda: [
+            worker | {"confined": rights.is_confined(worker["guest"])}
+            for worker in supervisor.workers()
+        ],
     }
-
-
-def follow_orders(server: Server, channel: socket.socket) -> Callable[[], None]:
-    """Serve further domains of the guest, a line each; what is returned ends that."""
-    loop = asyncio.get_running_loop()
-    channel.setblocking(False)
-    serving: set[asyncio.Task[None]] = set()
-
-    def come() -> None:
-        lines = channel.recv(ORDER_MAX).split()
-        if not lines:
-            loop.remove_reader(channel)
-        for line in lines:
-            task = loop.create_task(server.serve_guest(int(line)))
-            serving.add(task)
-            task.add_done_callback(serving.discard)
-
-    loop.add_reader(channel, come)
-
-    def end() -> None:
-        loop.remove_reader(channel)
-
-    return end

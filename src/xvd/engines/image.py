@@ -32,8 +32,12 @@ _NOT_STORAGE = "neither a file nor a block device; nothing can be kept in it"
 
 def _open(path: str, flags: int) -> int:
     try:
-        if stat.S_ISFIFO(os.stat(path).st_mode):
-            raise EngineError(errno.EINVAL, _NOT_STORAGE, path)  # opening it would wait for a peer
+        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if stat.S_ISFIFO(os.fstat(found).st_mode):
+                raise EngineError(errno.EINVAL, _NOT_STORAGE, path)  # it would wait for a peer
+        finally:
+            os.close(found)
         return os.open(path, flags | os.O_CLOEXEC)
     except EngineError:
         raise
@@ -396,12 +400,18 @@ def _open_uri(rest: str, how: Opening, *, raw: bool = False) -> Engine:
     )
 
 
+def _files(rest: str) -> tuple[str, ...]:
+    match = _ZEROES_OPTION.fullmatch(rest)
+    return (rest, match[1]) if match else (rest,)
+
+
 SCHEMES: Final = (
-    Scheme("file", "file:PATH", "a raw image file or a block device", _open_uri),
+    Scheme("file", "file:PATH", "a raw image file or a block device", _open_uri, _files),
     Scheme(
         "raw",
         "raw:PATH",
         "the same, whatever its bytes look like",
         partial(_open_uri, raw=True),
+        _files,
     ),
 )

@@ -145,13 +145,20 @@ class Scheme(NamedTuple):
     """A URI scheme of an engine: its file lists those that it has as `SCHEMES`.
 
     form: how such a URI is written. help: what is then served. open: the text after the colon, and
-    how -> an engine; it raises `ConfigError` for a text that makes no sense.
+    how -> an engine; it raises `ConfigError` for a text that makes no sense. files: that text ->
+    the files that are then opened; None: it takes programs, or a network.
     """
 
     name: str
     form: str
     help: str
     open: Callable[[str, Opening], Engine]
+    files: Callable[[str], tuple[str, ...]] | None = None
+
+
+def no_files(_: str) -> tuple[str, ...]:
+    """Name the files of storage that has none."""
+    return ()
 
 
 def describe(engine: Engine) -> dict[str, object]:

@@ -14,7 +14,7 @@ from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 from xvd.errors import EngineError
-from xvd.engines.interface import Engine, EngineInfo, Scheme, ThreadModel
+from xvd.engines.interface import Engine, EngineInfo, Scheme, ThreadModel, no_files
 from xvd.engines.text import parse_disk_size
 
 import errno
@@ -169,5 +169,5 @@ class MemoryEngine(Engine):
 
 SCHEMES = (
     Scheme("memory", "memory:SIZE", "memory, gone at the end",
-           lambda rest, how: MemoryEngine(parse_disk_size(rest))),
+           lambda rest, how: MemoryEngine(parse_disk_size(rest)), no_files),
 )

@@ -14,7 +14,7 @@ from xvd.dataplane.abi cimport ENGINE_READ
 from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
 from xvd.engines.channel cimport done_list, finish, reap_list
 
-from xvd.engines.interface import Engine, EngineInfo, Scheme, ThreadModel
+from xvd.engines.interface import Engine, EngineInfo, Scheme, ThreadModel, no_files
 from xvd.engines.text import parse_disk_size
 from xvd.errors import ConfigError
 
@@ -101,4 +101,4 @@ def open_uri(rest, how):
     return NullEngine(parse_disk_size(size), READ_ZEROES.get(word, True))
 
 
-SCHEMES = (Scheme("null", "null:SIZE", "zeros, and writes that are forgotten", open_uri),)
+SCHEMES = (Scheme("null", "null:SIZE", "zeros, and writes that are forgotten", open_uri, no_files),)

@@ -116,6 +116,23 @@ def with_layers(engine: Engine, layers: Sequence[str], *, read_only: bool = Fals
         raise
 
 
+def named_files(uri: str, layers: Sequence[str] = ()) -> dict[str, bool] | None:
+    """Return every file that storage is opened by, and whether it is made where it is not there.
+
+    None for storage that takes programs, or a network. Raises `ConfigError` as `open_engine`.
+    """
+    own, uri = split_layers(uri)
+    scheme, rest = split_scheme(uri)
+    kind = SCHEMES.get(scheme or "file")
+    if kind is None or kind.files is None:
+        return None
+    files = dict.fromkeys(kind.files(rest), False)
+    for text in (*layers, *own):
+        layer, options = parse_layer(text)
+        files |= dict.fromkeys(layer.files(options), True)
+    return files
+
+
 def storage_uri(assignment: BackendAssignment) -> str:
     """The engine URI of a disk that the toolstack assigned.
 

@@ -37,12 +37,14 @@ class Daemon(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """What a daemon is told about itself. Most of it holds from its next start on."""
 
     isolation: Annotated[
-        Literal["shared", "guest"],
+        Literal["auto", "shared", "guest", "process"],
         Meta(
-            title='"shared" or "guest"',
-            description="one process for every guest, or one for each; groups are for shared",
+            title='"shared", "guest", "process" or "auto"',
+            description="one process for every guest; one for each, which reaches nothing but "
+            "that guest's disks; or one for each without that fence. auto: guest on real Xen, if "
+            "no group is named; else shared",
         ),
-    ] = "shared"
+    ] = "auto"
     kinds: Annotated[
         list[Kind],
         Meta(

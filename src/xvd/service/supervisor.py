@@ -3,7 +3,8 @@
 
 A guest is the boundary of trust. Whatever becomes of its worker costs that guest a delay: another
 takes its rings up (backend/state.py). A guest that migrates within its host is two domains for a
-while, and has one worker: both have the same disks.
+while, and has one worker: both have the same disks. What a worker may reach is settled when it
+begins; where that is not enough any more, another one takes its place.
 """
 
 import asyncio
@@ -11,11 +12,11 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from xvd.errors import PeerClosed, XenstoreError, describe
+from xvd.errors import PeerClosed, XenstoreError, XvdError, describe
 from xvd.loglimit import LogLimit
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.service.template import Template, Worker
@@ -25,28 +26,50 @@ logger = logging.getLogger(__name__)
 
 LINGER_S: Final = 5.0
 """How long a worker without a disk is kept: one that is attached again finds it warm."""
-LIVED_S: Final = 0.2
-"""A worker that ends sooner is followed by another after a pause, longer each time."""
-PAUSE_S: Final = 0.05
-PAUSE_MAX_S: Final = 30.0
+END_S: Final = 20.0
+"""How long a worker may take to end once it is asked to; then it is killed."""
+AT_ONCE: Final = 100
+"""Successors of a guest's workers that begin at once, one after another."""
+AGAIN_S: Final = 0.5
+"""After so long there may be one more of these."""
 
 _ENDED: Final = "the worker of domain %s has ended after %.1f s; another takes over"
+_NONE: Final = "no worker for domain %s: %s"
 
 Order = Callable[[Sequence[int]], Any]
 """Makes the order of a worker for a guest's domains; see `Template.spawn`."""
 
 
+class Rights(Protocol):
+    """What workers are given beside their order. For the event loop's thread."""
+
+    async def equip(
+        self, worker: Worker, guest: str, domains: Sequence[int], limit: LogLimit
+    ) -> Callable[[], Awaitable[None]]:
+        """Give a new worker of a guest what it is to have. What is returned takes it back, once the
+        worker has ended. Raises OSError or `XvdError`."""
+
+    async def suits(self, guest: str, domains: Sequence[int]) -> bool:
+        """Whether what the guest's worker has is enough for the disks that it has by now."""
+
+    async def gone(self, guest: str, domains: Sequence[int]) -> None:
+        """Note that a guest has no disk any more, and had some in these domains last."""
+
+
 @dataclass(slots=True, eq=False)
 class _Guest:
-    """A guest with disks. key: what tells it from others: its ``vm`` node, or its number. told:
-    the domains that its worker knows of, those that it had before included."""
+    """A guest with disks. key: what tells it from others: its ``vm`` node, or its number. told: the
+    domains of its worker. starts_left: successors that may begin at once."""
 
     key: str
     domains: list[int]
-    told: set[int] = field(default_factory=set)
+    told: tuple[int, ...] = ()
     worker: Worker | None = None
     task: "asyncio.Task[None] | None" = None
     restarts: int = 0
+    renewing: bool = False
+    starts_left: float = AT_ONCE
+    began: float = 0.0
     limit: LogLimit = field(default_factory=lambda: LogLimit(None))
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -55,13 +78,26 @@ class _Guest:
         """Whether it still has a disk."""
         return bool(self.domains)
 
+    def renew(self) -> None:
+        """Let another worker take the place of the one that it has."""
+        if self.worker is not None and not self.renewing:
+            self.renewing = True
+            self.worker.signal(signal.SIGTERM)
+
+    def pause_s(self) -> float:
+        """Count one start, and return how long it is to wait."""
+        now = time.monotonic()
+        self.starts_left = min(AT_ONCE, self.starts_left + (now - self.began) / AGAIN_S) - 1
+        self.began = now
+        return max(0.0, -self.starts_left * AGAIN_S)
+
 
 class Supervisor:
     """Keeps a worker for each guest that has a disk under ``backend/<kind>`` of this domain.
 
-    order: what a worker is told to do. A worker is told of a further domain of its guest by a line
-    with its number. clear: removes what killed workers have left, except of these domains;
-    it is called at the start, and when a guest has no worker any more. For the event loop's thread.
+    order: what a worker is told to do. rights: what it is given. clear: removes what killed workers
+    have left, except of these domains; it is called at the start, and when a guest has no worker
+    any more. For the event loop's thread.
     """
 
     def __init__(
@@ -70,13 +106,16 @@ class Supervisor:
         template: Template,
         kinds: Sequence[str],
         order: Order,
+        *,
         clear: Callable[[Collection[int]], None],
+        rights: Rights,
     ) -> None:
         self._store = store
         self._template = template
         self._kinds = kinds
         self._order = order
         self._clear = clear
+        self._rights = rights
         self._guests: dict[str, _Guest] = {}
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
@@ -108,6 +147,7 @@ class Supervisor:
         """Tell of each worker: its guest's domains, its number, and how many there were before."""
         return [
             {
+                "guest": guest.key,
                 "domains": guest.domains,
                 "pid": guest.worker.pid if guest.worker else None,
                 "restarts": guest.restarts,
@@ -131,6 +171,24 @@ class Supervisor:
         await asyncio.gather(*keepers, return_exceptions=True)
         self._template.close()
 
+    def renew(self, key: str) -> None:
+        """Let another worker take the place of the one that a guest has; see `worker_of`."""
+        if guest := self._guests.get(key):
+            guest.renew()
+
+    async def worker_of(self, key: str) -> Worker:
+        """Return a guest's worker, once it has one that stays. Raises `PeerClosed` where the guest
+        has no disk any more."""
+        while guest := self._guests.get(key):
+            if guest.worker is not None and not guest.renewing:
+                return guest.worker
+            guest.changed.clear()
+            await guest.changed.wait()
+        raise PeerClosed("the guest has no disk any more")
+
+    def _guest_of(self, domain: int) -> _Guest | None:
+        return next((g for g in self._guests.values() if domain in g.domains), None)
+
     # ---- Who has disks ----
 
     async def _follow(self, kind: str, watch: Watch) -> None:
@@ -138,8 +196,10 @@ class Supervisor:
             async for path in watch:
                 parts = path.removeprefix(f"backend/{kind}").strip("/").split("/")
                 names = [parts[0]] if parts[0] else await self._children(f"backend/{kind}")
+                # Whose disks they are, and which: what else is written there is their backend's.
+                tells = len(parts) < 3 or parts[2:] in (["params"], ["frontend"])
                 for name in names:
-                    if name.isdigit():
+                    if name.isdigit() and tells:
                         await self._consider(int(name))
 
     async def _children(self, path: str) -> list[str]:
@@ -152,68 +212,88 @@ class Supervisor:
         """Have a domain's disks served, if it has any, or no more."""
         async with self._turn:
             has = [await self._children(f"backend/{kind}/{domain}") for kind in self._kinds]
-            known = next((g for g in self._guests.values() if domain in g.domains), None)
-            if any(has) == (known is not None) or self._closing:
+            key = await self._key_of(domain)
+            known = self._guest_of(domain)
+            if self._closing:
                 return
-            if known is not None:
+            if known is not None and (not any(has) or known.key != key):
                 known.domains.remove(domain)
+                if known.wanted or known.key != key:
+                    known.renew()  # it could still reach what belongs to another guest by now
                 known.changed.set()
-                return
-            await self._add(domain)
+                known = None
+            if any(has) and known is None:
+                self._add(key, domain)
+            elif known is not None and not await self._rights.suits(known.key, known.domains):
+                known.renew()
 
-    async def _add(self, domain: int) -> None:
-        key = str(domain)
+    async def _key_of(self, domain: int) -> str:
+        """Tell a guest from others: another may have had the domain's number before."""
         with contextlib.suppress(XenstoreError):
-            key = await self._store.try_read(f"/local/domain/{domain}/vm") or key
-        for other in self._guests.values():
-            if domain in other.told and other.key != key and other.worker is not None:
-                other.worker.signal(signal.SIGTERM)  # it would serve the number's new guest too
+            return await self._store.try_read(f"/local/domain/{domain}/vm") or str(domain)
+        return str(domain)
+
+    def _add(self, key: str, domain: int) -> None:
         guest = self._guests.get(key)
         if guest is None:
             guest = self._guests[key] = _Guest(key, [domain], limit=LogLimit(Domid(domain)))
             guest.task = asyncio.create_task(self._keep(guest))
             return
         guest.domains.append(domain)
+        if domain not in guest.told:
+            guest.renew()
         guest.changed.set()
-        if guest.worker is not None and domain not in guest.told:
-            guest.told.add(domain)
-            with contextlib.suppress(OSError):  # it ends, and its successor is told all of them
-                guest.worker.channel.send(b"%d\n" % domain)
 
     # ---- Its worker ----
 
     async def _keep(self, guest: _Guest) -> None:
         """Let a guest have a worker for as long as it has disks."""
-        pause_s = PAUSE_S
+        domains = tuple(guest.domains)
         while guest.wanted:
-            began = time.monotonic()
-            guest.told = set(guest.domains)
+            await self._pause(guest, guest.pause_s())
+            if not guest.wanted or self._closing:
+                break
+            domains = tuple(guest.domains)
             try:
-                guest.worker = await self._template.spawn(self._order(guest.domains))
-            except (OSError, PeerClosed) as error:
-                logger.error("no worker for domain %s: %s", guest.domains[0], describe(error))
-            else:
-                await self._until_over(guest, guest.worker)
-                guest.worker = None
-                if not guest.wanted or self._closing:
-                    break
-                guest.restarts += 1
-                if guest.limit.admit(logger, logging.ERROR, _ENDED):  # a guest may be the cause
-                    domains = ", ".join(map(str, guest.domains))
-                    logger.error(_ENDED, domains, time.monotonic() - began)
-            if time.monotonic() - began >= LIVED_S:
-                pause_s = PAUSE_S
-            else:
-                await self._pause(guest, pause_s)
-                pause_s = min(2 * pause_s, PAUSE_MAX_S)
+                await self._serve(guest, domains)
+            except (OSError, XvdError) as error:
+                if guest.limit.admit(logger, logging.ERROR, _NONE):
+                    logger.error(_NONE, domains[0], describe(error))
         if self._guests.get(guest.key) is guest:
             del self._guests[guest.key]
+        if not self._closing:
+            await self._rights.gone(guest.key, domains)
         self._clear([domain for guest in self._guests.values() for domain in guest.domains])
+
+    async def _serve(self, guest: _Guest, domains: tuple[int, ...]) -> None:
+        """Let one worker serve a guest until it has ended. Raises OSError or `XvdError`."""
+        began = time.monotonic()
+        worker = await self._template.spawn(self._order(domains))
+        guest.told = domains
+        try:
+            take_back = await self._rights.equip(worker, guest.key, domains, guest.limit)
+        except BaseException:
+            worker.signal(signal.SIGKILL)
+            await worker.ended
+            raise
+        try:
+            guest.worker, guest.renewing = worker, False
+            guest.changed.set()
+            if tuple(guest.domains) != domains and guest.wanted:
+                guest.renew()
+            await self._until_over(guest, worker)
+        finally:
+            guest.worker = None
+            await take_back()
+        if guest.wanted and not self._closing and not guest.renewing:
+            guest.restarts += 1
+            if guest.limit.admit(logger, logging.ERROR, _ENDED):  # a guest may be the cause
+                logger.error(_ENDED, ", ".join(map(str, domains)), time.monotonic() - began)
 
     async def _pause(self, guest: _Guest, seconds: float) -> None:
         """Let time pass, unless something changes: a disk more or less, or the end of all."""
         guest.changed.clear()
-        if guest.wanted and not self._closing:
+        if seconds and guest.wanted and not self._closing:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await guest.changed.wait()
@@ -223,16 +303,22 @@ class Supervisor:
         while not worker.ended.done():
             guest.changed.clear()
             changed = asyncio.ensure_future(guest.changed.wait())
+            asked = guest.renewing or self._closing
             try:
-                timeout = None if guest.wanted else 0.0 if self._closing else LINGER_S
+                timeout = END_S if asked else None if guest.wanted else LINGER_S
+                if self._closing:
+                    worker.signal(signal.SIGTERM)
                 done, _ = await asyncio.wait(
                     (changed, worker.ended), timeout=timeout,
                     return_when=asyncio.FIRST_COMPLETED,
                 )  # fmt: skip
             finally:
                 changed.cancel()
-            if not done:
-                if not self._closing and self._guests.get(guest.key) is guest:
-                    del self._guests[guest.key]  # a disk that comes now gets another worker
+            if done:
+                continue
+            if asked:
+                worker.signal(signal.SIGKILL)  # it hangs; what it had is in its journals
+            elif self._guests.get(guest.key) is guest:
+                del self._guests[guest.key]  # a disk that comes now gets another worker
+                guest.renewing = True
                 worker.signal(signal.SIGTERM)
-                await worker.ended

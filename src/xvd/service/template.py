@@ -65,18 +65,21 @@ class Worker:
 class Template:
     """Makes workers that do `work`. To be made before any thread and any event loop.
 
+    prepare: called once in the process that forks them; what it finds out, they all have.
+
     The system kills workers when the template has ended, and the template when this process has,
     even one that stands still: a successor of this process finds nobody who serves what it is to
     serve. Raises OSError.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, prepare: Callable[[], object] = lambda: None) -> None:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         us = os.getpid()
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
             end_with_parent(us)
+            prepare()
             _serve(its, work)
         its.close()
         self._socket = ours

@@ -10,12 +10,19 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final, Protocol, TypeVar
 
 from xvd.dataplane.loop.thread import LoopOptions, Queue, QueueThread
+from xvd.dataplane.loop.waiting import sleep_cost_s
 from xvd.dataplane.types import HasPorts
 
 _T = TypeVar("_T")
 
 OnExit = Callable[[Exception | None], None]
 """Called in the event loop's thread when a queue runs no more, with what ended it, if anything."""
+
+
+def measure_waiting() -> None:
+    """Find out what a sleep costs here, which whoever runs a queue does else: processes that are
+    forked from this one then know it."""
+    sleep_cost_s()
 
 
 class Runner(Protocol):

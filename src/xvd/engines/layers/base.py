@@ -111,7 +111,8 @@ class LayerKind(NamedTuple):
 
     help: what it does. example: how it is written. make: the engine behind it, and every option's
     text -> the layer; it raises `ConfigError`. options: those that it has, with what they are
-    where they are not said. only_reads: whether what is behind is never written to.
+    where they are not said. only_reads: whether what is behind is never written to. files: the
+    files that it makes where they are not there, by its options.
     """
 
     name: str
@@ -120,3 +121,4 @@ class LayerKind(NamedTuple):
     make: Callable[[Engine, Mapping[str, str]], Engine]
     options: Mapping[str, str] = {}
     only_reads: bool = False
+    files: Callable[[Mapping[str, str]], tuple[str, ...]] = lambda _: ()

@@ -178,6 +178,11 @@ def _make(lower: Engine, options: Mapping[str, str]) -> Engine:
     return _in_file(lower, path)
 
 
+def _files(options: Mapping[str, str]) -> tuple[str, ...]:
+    path = options["file"]
+    return (path, f"{path}.map") if path else ()
+
+
 LAYER = LayerKind(
     "cow",
     "keeps what is written elsewhere, and the storage as it is",
@@ -185,4 +190,5 @@ LAYER = LayerKind(
     _make,
     {"file": ""},
     only_reads=True,
+    files=_files,
 )

@@ -24,6 +24,16 @@ def _format_of(image: str) -> tuple[str, str]:
     return (driver if known else ""), path
 
 
+def _is_there(path: str) -> bool:
+    """Whether there is something of this name, by opening it, and not to use it: a confined process
+    may not be able to look at the directory."""
+    try:
+        os.close(os.open(path, os.O_PATH | os.O_CLOEXEC))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def create_image(image: str, size: int, backing: str = "") -> str:
     """Make the image file that a URI names, of `size` bytes, if there is none; sparse, and for this
     user alone: it is about to have what a guest has. Its path, if it was made.
@@ -32,7 +42,7 @@ def create_image(image: str, size: int, backing: str = "") -> str:
     to be that image itself, which is written over. Raises `ConfigError`, with what qemu-img says.
     """
     driver, path = _format_of(image)
-    if not driver or os.path.exists(path):
+    if not driver or _is_there(path):
         if backing and image != backing:
             raise ConfigError(
                 f"what has changed since {backing} goes into a new image (qcow2:PATH), or over "

@@ -18,6 +18,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
+from enum import Enum, auto
 from typing import Any, Concatenate, Final, Generic, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
@@ -206,6 +207,14 @@ class _Client:
             raise ConfigError("the two ends of the machine socket are different versions of xvd")
         self.server = server
         self.session: Session = server.host.open(Domid(first.arguments[1]))
+        self.peers: frozenset[int] | None = None
+        """The only domains that it may have to do with; None: all."""
+
+    def restrict(self, *domids: int) -> None:
+        """Have to do with these domains only, from now on and for good, and with nothing else of
+        the host's."""
+        wanted = frozenset(domids)
+        self.peers = wanted if self.peers is None else self.peers & wanted
 
     def answer(self, request: Request) -> tuple[Answer, list[int]]:
         """Do a call: its answer, and the descriptors that go with it."""
@@ -213,6 +222,7 @@ class _Client:
         try:
             if row is None:
                 raise ConfigError(f"the machine has no call {request.call!r}")
+            row.check(self, request.arguments)
             return row.serve(self, request.arguments)
         except GrantError as error:
             return Answer(error="grant", text=str(error), number=error.status), []
@@ -257,6 +267,17 @@ _SOCKET: Final = _Way[socket.socket](
 # ---- The calls ----
 
 
+class _Takes(Enum):
+    """What a call's arguments name, for a client that is restricted to a few domains."""
+
+    OWN = auto()
+    """Nothing of others."""
+    PEER = auto()
+    """Another domain, in the first one."""
+    HOST = auto()
+    """Whatever there is on the host."""
+
+
 class _Remote(Generic[_P, _R]):
     """A row of the table: a function of the host's side, and on the client's the same call.
 
@@ -268,14 +289,23 @@ class _Remote(Generic[_P, _R]):
         work: Callable[Concatenate[_Client, _P], _R],
         way: _Way[_R],
         *,
+        takes: _Takes = _Takes.OWN,
         giving_back: bool = False,
     ) -> None:
         self._work = work
+        self._takes = takes
         self._way = way
         self._giving_back = giving_back
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
+
+    def check(self, client: _Client, arguments: Sequence[int]) -> None:
+        """Raise `ConfigError` where a client that is restricted wants more."""
+        if client.peers is None or self._takes is _Takes.OWN:
+            return
+        if self._takes is _Takes.HOST or arguments[0] not in {*client.peers, client.session.domid}:
+            raise ConfigError(f"this connection may not {self._name}{tuple(arguments)}")
 
     def serve(self, client: _Client, arguments: Sequence[int]) -> tuple[Answer, list[int]]:
         """Do the call for a client."""
@@ -329,26 +359,27 @@ class LinkClient:
     Each call is as the method of that name of `host.Session`; those for dom0 are as `Host`'s.
     `xenstore` gives a connected socket to the store under this domain's identity.
 
-    Raises `PeerClosed` when the host is gone.
+    number: the session's, on its host. Raises `PeerClosed` when the host is gone.
     """
 
-    state = _Remote(_own(Session.state), _STATE)
-    share = _Remote(_own(Session.share), _PAGES)
+    number: int
+
+    state = _Remote(_own(Session.state), _STATE, takes=_Takes.PEER)
+    share = _Remote(_own(Session.share), _PAGES, takes=_Takes.PEER)
     unshare = _Remote(_own(Session.unshare), _NOTHING, giving_back=True)
-    alloc_unbound = _Remote(_own(Session.alloc_unbound), _CHANNEL)
-    bind_interdomain = _Remote(_own(Session.bind_interdomain), _CHANNEL)
+    alloc_unbound = _Remote(_own(Session.alloc_unbound), _CHANNEL, takes=_Takes.PEER)
+    bind_interdomain = _Remote(_own(Session.bind_interdomain), _CHANNEL, takes=_Takes.PEER)
     unbind = _Remote(_own(Session.unbind), _NOTHING, giving_back=True)
     claim = _Remote(_own(Session.claim), _NOTHING)
     disclaim = _Remote(_own(Session.disclaim), _NOTHING, giving_back=True)
-    create_domain = _Remote(_dom0(_create_domain), _NOTHING)
-    destroy_domain = _Remote(_dom0(Host.destroy_domain), _NOTHING)
-    accounting = _Remote(_dom0(Host.accounting), _NUMBERS)
-    xenstore = _Remote(_xenstore, _SOCKET)
+    create_domain = _Remote(_dom0(_create_domain), _NOTHING, takes=_Takes.HOST)
+    destroy_domain = _Remote(_dom0(Host.destroy_domain), _NOTHING, takes=_Takes.HOST)
+    accounting = _Remote(_dom0(Host.accounting), _NUMBERS, takes=_Takes.HOST)
+    xenstore = _Remote(_xenstore, _SOCKET, takes=_Takes.HOST)
+    restrict = _Remote(_Client.restrict, _NOTHING)
 
     def __init__(self, path: str | os.PathLike[str], domid: Domid) -> None:
-        self.domid = domid
-        self._lock = threading.Lock()
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._have(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), domid)
         try:
             self._socket.connect(os.fspath(path))
         except OSError as error:
@@ -357,10 +388,28 @@ class LinkClient:
                 f"{os.fspath(path)}: no host answers ({error.strerror}); start one: xvd host DIR"
             ) from None
         try:
-            self.number: int = self.call("open", _PROTOCOL, domid)[0]
+            self.number = self.call("open", _PROTOCOL, domid)[0]
         except BaseException:
             self._socket.close()
             raise
+
+    def _have(self, sock: socket.socket, domid: Domid) -> None:
+        self.domid = domid
+        self._lock = threading.Lock()
+        self._socket = sock
+
+    @classmethod
+    def adopt(cls, sock: socket.socket, domid: Domid, number: int) -> "LinkClient":
+        """Go on with a session that another process has opened: its socket, from `detach`, its
+        domain and its number."""
+        link = cls.__new__(cls)
+        link._have(sock, domid)
+        link.number = number
+        return link
+
+    def detach(self) -> socket.socket:
+        """Give the session's socket away; this one is of no use any more."""
+        return socket.socket(fileno=self._socket.detach())
 
     def call(self, call: str, *arguments: int) -> tuple[Any, list[int]]:
         """Ask the host: what it answers, and the descriptors that came with it."""

@@ -5,7 +5,7 @@ from typing_extensions import disjoint_base
 from xvd.errors import GrantError
 from xvd.types import Domid, Gref
 
-DEVICE: str
+GNTDEV: str
 STATUS_NAMES: dict[int, str]
 
 @disjoint_base

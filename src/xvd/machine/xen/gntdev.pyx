@@ -29,9 +29,8 @@ from xvd.machine.xen.devices cimport (
 import os
 
 from xvd.errors import GrantError
+from xvd.machine.xen.here import GNTDEV
 from xvd.types import GrantStatus
-
-DEVICE = "/dev/xen/gntdev"
 
 STATUS_NAMES = {
     GrantStatus.OKAY: "okay", GrantStatus.GENERAL_ERROR: "general error",
@@ -200,9 +199,9 @@ cdef class XenForeignGrants:
         if self.f.request == NULL:
             raise MemoryError
         try:
-            self.f.fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+            self.f.fd = os.open(GNTDEV, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise GrantError(f"cannot use grants: {DEVICE}: {error.strerror}; on a Xen domain, as "
+            raise GrantError(f"cannot use grants: {GNTDEV}: {error.strerror}; on a Xen domain, as "
                              "root: modprobe xen-gntdev", GNTST_GENERAL_ERROR) from None
         self.table.ctx = &self.f
         self.table.unmaps_at_once = 0

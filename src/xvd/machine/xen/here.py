@@ -8,6 +8,9 @@ from typing import Final
 EVTCHN: Final = "/dev/xen/evtchn"
 """Linux's device of event channels, for user space."""
 
+GNTDEV: Final = "/dev/xen/gntdev"
+"""Its device of what other domains have granted."""
+
 XEN_DIRECTORY: Final = Path("/run/xvd")
 """Where the daemons of a real Xen domain have their sockets and journals."""
 

@@ -2,6 +2,7 @@
 """`Machine` on real Xen: this process's connection to the domain it runs in."""
 
 import weakref
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
 from xvd.errors import ConfigError, XenstoreError
@@ -21,12 +22,19 @@ class _Closable(Protocol):
 class XenMachine:
     """`machine.interface.Machine` on the devices of a Linux domain; `here` makes it.
 
+    connect: opens a connection to the store.
+
     Each thing made through it has an open device of its own, so the kernel gives back whatever a
     process that dies held.
     """
 
-    def __init__(self, domid: Domid) -> None:
+    def __init__(
+        self,
+        domid: Domid,
+        connect: Callable[[], Awaitable[XenstoreClient]] = xenstore.connect,
+    ) -> None:
         self.domid = domid
+        self._connect = connect
         self._made: weakref.WeakSet[_Closable] = weakref.WeakSet()
         self.grants = XenGrantTable(self._made)
         self.event_channels = XenEventChannels(self._made)
@@ -54,7 +62,7 @@ class XenMachine:
 
     async def xenstore(self) -> XenstoreClient:
         """A new connection to the store under this domain's identity."""
-        return await xenstore.connect()
+        return await self._connect()
 
     def close(self) -> None:
         """Give everything back; a mapping that somebody still holds goes when it is closed."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from xvd.errors import PeerClosed, XenstoreError
-from xvd.machine.xs.client import XenstoreClient
+from xvd.machine.xs.client import Reader, Writer, XenstoreClient, open_streams
 from xvd.machine.xs.messages import HEADER, MessageType
 
 SOCKETS: Final = (Path("/run/xenstored/socket"), Path("/var/run/xenstored/socket"))
@@ -121,9 +121,14 @@ class XenbusDevice:
 
 async def connect() -> XenstoreClient:
     """A new connection to this domain's xenstore; `PeerClosed` if there is none."""
+    return XenstoreClient(*await streams())
+
+
+async def streams() -> tuple[Reader, Writer]:
+    """Open the two ways of a new connection; `PeerClosed` if there is no xenstore."""
     for path in SOCKETS:
         if path.is_socket():
-            return await XenstoreClient.connect(path)
+            return await open_streams(path)
     for path in DEVICES:
         try:
             device = XenbusDevice(path)
@@ -131,5 +136,5 @@ async def connect() -> XenstoreClient:
             if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
                 raise PeerClosed(f"cannot reach xenstore: {path}: {error.strerror}") from None
             continue
-        return XenstoreClient(device, device)
+        return device, device
     raise PeerClosed("no xenstore here: in dom0 start xenstored; elsewhere this is no Xen domain")

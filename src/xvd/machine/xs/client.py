@@ -290,6 +290,14 @@ class Transaction(_Operations):
         return await self._client.request_each(asked, self.tx_id)
 
 
+async def open_streams(path: str | os.PathLike[str]) -> tuple[Reader, Writer]:
+    """Connect to the xenstore on a unix socket; `PeerClosed` if nobody listens there."""
+    try:
+        return await asyncio.open_unix_connection(os.fspath(path))
+    except OSError as error:
+        raise PeerClosed(f"no xenstore answers at {os.fspath(path)}: {describe(error)}") from error
+
+
 class XenstoreClient(_Operations):
     """One connection to a xenstore. All calls in the event loop's thread, any number at once."""
 
@@ -310,13 +318,7 @@ class XenstoreClient(_Operations):
 
         Raises `PeerClosed` if nobody listens there.
         """
-        try:
-            reader, writer = await asyncio.open_unix_connection(os.fspath(path))
-        except OSError as error:
-            raise PeerClosed(
-                f"no xenstore answers at {os.fspath(path)}: {describe(error)}"
-            ) from error
-        return cls(reader, writer)
+        return cls(*await open_streams(path))
 
     @classmethod
     async def from_socket(cls, sock: socket.socket) -> "XenstoreClient":

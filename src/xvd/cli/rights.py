@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the worker of each guest may reach, and how it is reached itself."""
+
+import contextlib
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from xvd.cli.relay import Relay
+from xvd.cli.wanted import Wanted
+from xvd.engines.uri import named_files
+from xvd.loglimit import LogLimit
+from xvd.machine.xs.client import XenstoreClient
+from xvd.service.sandbox.equipment import Place, equip
+from xvd.service.sandbox.images import Images
+from xvd.service.supervisor import Supervisor
+from xvd.service.template import Worker
+
+_NO_NAME: Final = re.compile(r"[^0-9A-Za-z-]+")
+
+
+@dataclass(slots=True)
+class _Guest:
+    """A guest: what it may open, its sockets, and whether its worker is confined."""
+
+    images: Images
+    relay: Relay
+    name: str
+    confined: bool = False
+
+
+class GuestRights:
+    """`Rights` of the workers of a backend's daemon. For the event loop's thread.
+
+    place: where they serve. own: the supervisor's control socket; a worker's has its guest's number
+    behind that name. `supervisor` is to be set before any guest comes.
+    """
+
+    supervisor: Supervisor
+
+    def __init__(self, wanted: Wanted, store: XenstoreClient, place: Place, own: Path) -> None:
+        self._wanted = wanted
+        self._store = store
+        self._place = place
+        self._own = own
+        self._guests: dict[str, _Guest] = {}
+
+    async def equip(
+        self, worker: Worker, guest: str, domains: Sequence[int], limit: LogLimit
+    ) -> Callable[[], Awaitable[None]]:
+        """See `Rights.equip`."""
+        found = await self._known(guest, domains)
+        fenced = self._wanted.isolation == "guest"
+        found.confined = fenced and await found.images.confinable(domains)
+        return await equip(
+            worker, domains, self._place,
+            confined=found.confined, images=partial(found.images.find, domains), limit=limit,
+        )  # fmt: skip
+
+    async def _known(self, guest: str, domains: Sequence[int]) -> _Guest:
+        """Return what there is of a guest, reachable under its first domain's number."""
+        name = f"{self._own.name}-{domains[0]}"
+        found = self._guests.get(guest)
+        if found is None:
+            granted = f"granted-{_NO_NAME.sub('-', guest).strip('-')}"
+            images = Images(
+                self._store, self._place.kinds, self._wanted.layers, self._place.states, granted
+            )
+            found = self._guests[guest] = _Guest(images, self._relay(guest), name)
+        elif found.name != name:
+            await found.relay.close()
+            found.relay, found.name = self._relay(guest), name
+        else:
+            return found
+        await found.relay.listen(self._own.with_name(name))
+        return found
+
+    def _relay(self, guest: str) -> Relay:
+        return Relay(partial(self.supervisor.worker_of, guest), partial(self._allow, guest))
+
+    async def _allow(self, guest: str, image: str) -> None:
+        """Let a guest's worker open storage that an administrator has named."""
+        found = self._guests[guest]
+        found.images.grant(image)
+        if found.confined and named_files(image) is None:
+            self.supervisor.renew(guest)
+
+    async def suits(self, guest: str, domains: Sequence[int]) -> bool:
+        """See `Rights.suits`."""
+        found = self._guests.get(guest)
+        return found is None or not found.confined or await found.images.confinable(domains)
+
+    async def gone(self, guest: str, domains: Sequence[int]) -> None:
+        """See `Rights.gone`."""
+        found = self._guests.pop(guest, None)
+        if found is not None:
+            found.images.forget()
+            await found.relay.close()
+        for domain in domains:
+            with contextlib.suppress(OSError):  # it is not there, or another guest's by now
+                (self._place.states / str(domain)).rmdir()
+
+    def is_confined(self, guest: str) -> bool:
+        """Whether a guest's worker can reach nothing but its disks."""
+        found = self._guests.get(guest)
+        return found is not None and found.confined
+
+    async def close(self) -> None:
+        """Stop listening for every guest."""
+        for found in self._guests.values():
+            await found.relay.close()

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a guest's worker can reach, when it is its guest's: tried from within one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PROBE = Path(__file__).resolve().parents[1] / "support/sandbox_probe.py"
+
+REACHED = {
+    "use its own image",
+    "use its own state directory",
+    "read what everybody may of the system",
+    "read its guest's disk",
+    "write its disk's state",
+    "read its guest's frontend",
+    "reach its guest's grants",
+    "have to do with more domains",  # which changes nothing: see what comes after it
+}
+"""All that there is for it."""
+
+DENIED = {
+    "EACCES": {
+        "write to its read-only image", "write to it by its descriptor", "cut its own image",
+        "read another guest's image", "read it behind dots", "use another guest's state directory",
+        "read a secret of the host", "read a file of the host", "read it by io_uring",
+        "list a directory of the host", "make a file", "read its supervisor's memory",
+        "read its own memory as a file",
+        # By the store:
+        "name another image", "name it by an absolute path", "be allowed to write",
+        "let others write its nodes", "make a disk", "write to its guest's frontend",
+        "read another guest's disk", "watch another guest's disk", "read another guest's nodes",
+        "list the guests", "write a node of the host", "remove another guest's disk", "end a guest",
+        "control the store",
+    },
+    "EPERM": {
+        "make a directory", "make a link", "have a socket of the network",
+        "have a socket of the host", "have a netlink socket", "start a process", "start a program",
+        "signal its supervisor", "signal it by a descriptor", "trace its supervisor",
+        "read its memory by a call", "become root", "change its root", "mount something",
+        "have a namespace", "load a program into the kernel", "use the kernel's keys",
+        "count events of the CPU", "handle its own page faults", "type into a terminal",
+        "raise its limits",
+    },
+    "ConfigError": {  # by the machine
+        "reach another guest's grants", "bind to another guest's event channel",
+        "have a channel for another guest", "share pages with another guest", "end another guest",
+        "have a store connection of its own", "and then reach them",
+    },
+}  # fmt: skip
+"""By what comes of it."""
+
+Outcomes = dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcomes, Outcomes]:
+    """What came of each attempt in a confined worker, and in a process that is not."""
+    place = tmp_path_factory.mktemp("probe")
+    done = subprocess.run(
+        [sys.executable, str(PROBE), str(place)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    confined, free = map(json.loads, done.stdout.splitlines())
+    return confined, free
+
+
+def test_it_reaches_its_guests_disks_and_nothing_else(tried: tuple[Outcomes, Outcomes]) -> None:
+    outcomes, _ = tried
+
+    assert {name for name, outcome in outcomes.items() if outcome == "done"} == REACHED
+
+
+@pytest.mark.parametrize(
+    ("attempt", "outcome"), [(name, how) for how, names in DENIED.items() for name in sorted(names)]
+)
+def test_it_cannot(tried: tuple[Outcomes, Outcomes], attempt: str, outcome: str) -> None:
+    outcomes, _ = tried
+
+    assert outcomes[attempt] == outcome
+
+
+def test_every_attempt_is_looked_at(tried: tuple[Outcomes, Outcomes]) -> None:
+    outcomes, _ = tried
+
+    assert outcomes.keys() == REACHED.union(*DENIED.values())
+
+
+def test_without_the_fence_the_same_attempts_succeed(tried: tuple[Outcomes, Outcomes]) -> None:
+    _, free = tried
+
+    assert set(free.values()) == {"done"}
