@@ -36,6 +36,13 @@ def own_directory(path: Path, *, mode: int = 0o700) -> int:
     return open_own_directory(path, group=bool(mode & stat.S_IWGRP))
 
 
+def own_directory_in_own(path: Path) -> int:
+    """Make a directory and the one that it is in, as `own_directory`, and open the first."""
+    if path not in _held:
+        os.close(own_directory(path.parent))
+    return own_directory(path)
+
+
 def open_own_directory(path: Path, *, group: bool = False) -> int:
     """Open a directory that nobody but this user may change; its descriptor is the caller's.
 

@@ -193,7 +193,7 @@ def test_a_frontend_comes_back_with_fewer_queues_and_smaller_rings() -> None:
 
 
 def journals(world: World) -> list[str]:
-    return sorted(path.name for path in Path(world.journals.name).glob("*.ring"))
+    return sorted(path.name for path in Path(world.journals.name).rglob("*.ring"))
 
 
 def test_a_successor_takes_up_every_queue_from_its_own_journal() -> None:

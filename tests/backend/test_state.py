@@ -23,6 +23,11 @@ def find(state: DiskState) -> object:
     return state.find_journal(0, RING, ENTRIES, Abi.X86_64.number)
 
 
+def files(directory: Path) -> list[str]:
+    """The names of all files in it, and in the directories of domains."""
+    return sorted(path.name for path in directory.rglob("*") if path.is_file())
+
+
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "state" / "backend-0"
@@ -45,7 +50,7 @@ def small(directory: Path) -> Iterator[Path]:
 def test_a_journal_has_its_space_before_it_is_used(directory: Path) -> None:
     DiskState(directory, DISK).new_journal(0, ENTRIES)
 
-    found = (directory / NAME).stat()
+    found = (directory / "1" / NAME).stat()
     assert found.st_size == journal_size(ENTRIES)
     assert found.st_blocks * 512 >= found.st_size
     assert directory.stat().st_mode & 0o777 == 0o700
@@ -57,7 +62,7 @@ def test_a_full_file_system_is_told_and_nothing_is_left(small: Path) -> None:
     with pytest.raises(BudgetError, match=r"has no room for a journal of \d+ bytes"):
         DiskState(small, DISK).new_journal(0, ENTRIES)
 
-    assert os.listdir(small) == ["fill"]
+    assert files(small) == ["fill"]
 
 
 def test_a_full_file_system_takes_no_identity(small: Path) -> None:
@@ -66,7 +71,7 @@ def test_a_full_file_system_takes_no_identity(small: Path) -> None:
     with pytest.raises(BudgetError, match="no room for the storage's identity"):
         DiskState(small, DISK).remember("file 1:2 inode 3")
 
-    assert os.listdir(small) == ["fill"]
+    assert files(small) == ["fill"]
 
 
 def plant(path: Path, kind: str, precious: Path) -> None:
@@ -95,9 +100,10 @@ KINDS = ["directory", "pipe", "link", "second name", "other user", "short"]
 def test_what_is_no_journal_is_set_aside(directory: Path, kind: str) -> None:
     if kind == "other user" and os.geteuid() != 0:
         pytest.skip("only root gives files away")
-    directory.mkdir(mode=0o700, parents=True)
+    own = directory / "1"
+    own.mkdir(mode=0o700, parents=True)
     precious = directory.parent / "precious"
-    plant(directory / NAME, kind, precious)
+    plant(own / NAME, kind, precious)
     state = DiskState(directory, DISK)
 
     with pytest.raises(ConfigError, match="is set aside"):
@@ -105,27 +111,30 @@ def test_what_is_no_journal_is_set_aside(directory: Path, kind: str) -> None:
     state.new_journal(0, ENTRIES)
 
     assert precious.read_bytes() == b"precious" * 1000
-    assert sorted(os.listdir(directory)) == [NAME, NAME + ".aside"]
+    assert sorted(os.listdir(own)) == [NAME, NAME + ".aside"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_set_aside_makes_room_for_the_next(directory: Path, kind: str) -> None:
     if kind == "other user" and os.geteuid() != 0:
         pytest.skip("only root gives files away")
-    directory.mkdir(mode=0o700, parents=True)
-    plant(directory / f"{NAME}.aside", "directory", directory.parent / "precious")
-    plant(directory / NAME, kind, directory.parent / "precious")
+    own = directory / "1"
+    own.mkdir(mode=0o700, parents=True)
+    plant(own / f"{NAME}.aside", "directory", directory.parent / "precious")
+    plant(own / NAME, kind, directory.parent / "precious")
     state = DiskState(directory, DISK)
 
     with pytest.raises(ConfigError, match="is set aside"):
         find(state)
     state.gone()
 
-    assert os.listdir(directory) == []
+    assert os.listdir(directory) == []  # nor the directory that they were in
 
 
-def test_the_files_of_other_disks_stay(directory: Path) -> None:
-    other = DiskState(directory, "backend/vbd/11/51712")
+@pytest.mark.parametrize("device", ["vbd/11/51712", "vbd/1/517120", "vbd3/1/51712"])
+def test_the_files_of_other_disks_stay(directory: Path, device: str) -> None:
+    name = device.replace("/", "-")
+    other = DiskState(directory, f"backend/{device}")
     other.new_journal(0, ENTRIES)
     other.remember("file 1:2 inode 3")
     state = DiskState(directory, "backend/vbd/1/51712")
@@ -133,7 +142,7 @@ def test_the_files_of_other_disks_stay(directory: Path) -> None:
 
     state.gone()
 
-    assert sorted(os.listdir(directory)) == ["vbd-11-51712-q0.ring", "vbd-11-51712.storage"]
+    assert files(directory) == [f"{name}-q0.ring", f"{name}.storage"]
 
 
 @pytest.mark.parametrize("what", ["link", "open to others"])

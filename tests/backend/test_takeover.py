@@ -15,6 +15,7 @@ from served_disk import rigged_disk
 from xvd.blkif.abi import Op
 from xvd.blkif.handshake import BackendState
 from xvd.blkif.messages import Segment
+from xvd.engines.image import FileEngine
 from xvd.frontend.disk import Disk
 
 BLOCK = 4096
@@ -166,3 +167,25 @@ def test_a_ring_that_took_anothers_place_gets_none_of_its_requests(
             frontend.close()
 
     run(work())
+
+
+def test_a_successor_waits_for_an_image_that_somebody_else_has(
+    image: Path, expect_log: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expect_log("waits for its storage: .*the image is in use")
+    monkeypatch.setattr("xvd.backend.device.BUSY_S", 0.01)
+    opened: list[FileEngine] = []
+
+    async def scenario() -> None:
+        async with rigged_disk(str(image)) as rig:
+            await rig.disk.write(0, bytes(BLOCK))
+            await rig.restart_backend(between=lambda: opened.append(FileEngine(str(image))))
+            writing = asyncio.ensure_future(rig.disk.write(0, b"1" * BLOCK))
+            await asyncio.wait([writing], timeout=0.05)
+            assert not writing.done()
+            opened[0].close()
+            await writing
+            assert await rig.disk.read(0, BLOCK) == b"1" * BLOCK
+            assert rig.disk.connections == 1
+
+    asyncio.run(scenario())

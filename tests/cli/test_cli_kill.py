@@ -101,7 +101,7 @@ def test_backend_killed_while_it_exchanges_storage(
             shutil.copyfile(here, there)
             swapping = begin(four, "swap", "1", "xvda", str(there))
             while moment == "decided" and not any(
-                there.name in kept.read_text() for kept in decided.glob("*.decided")
+                there.name in kept.read_text() for kept in decided.rglob("*.decided")
             ):
                 assert swapping.poll() in (None, 0)
             if moment == "after":

@@ -5,11 +5,13 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from qemu_img import run_qemu_img
 from rig_disk import run, until
 from standstill import stand_still
 from verified_load import Content, contents_of, load
@@ -43,14 +45,16 @@ class Host:
         )
         return self.backend
 
-    def attach(self, guest: int) -> Path:
-        """Give a guest a disk; its image."""
-        image = self.place / f"{guest}.img"
+    def image(self, name: str) -> Path:
+        image = self.place / name
         image.touch()
         os.truncate(image, SIZE)
-        words = ("attach", str(guest), f"vdev=xvda,target={image}")
-        done = run_xvd(*words, "--host", str(self.directory))
-        assert done.returncode == 0, done.stderr
+        return image
+
+    def attach(self, guest: int) -> Path:
+        """Give a guest a disk; its image."""
+        image = self.image(f"{guest}.img")
+        self.run("attach", str(guest), f"vdev=xvda,target={image}")
         return image
 
     def run(self, *words: str) -> str:
@@ -73,13 +77,17 @@ class Host:
         main = self.backend.process.pid
         return int(Path(f"/proc/{main}/task/{main}/children").read_text())
 
-    async def worker(self, guest: int) -> int:
-        """The process that serves a guest."""
+    async def told(self, guest: int) -> dict[str, Any]:
+        """What the supervisor tells of the process that serves a guest, once there is one."""
         while True:
             for one in await ask(self.directory / "control/backend-0", "workers"):
                 if one["domains"] == [guest] and one["pid"] is not None:
-                    return int(one["pid"])
+                    return dict(one)
             await asyncio.sleep(0)
+
+    async def worker(self, guest: int) -> int:
+        """The process that serves a guest."""
+        return int((await self.told(guest))["pid"])
 
     def __enter__(self) -> "Host":
         return self
@@ -289,3 +297,91 @@ def test_a_number_that_passes_to_another_guest_is_served_by_that_ones_process(
 
     with Host(tmp_path) as host:
         run(work(host), 60)
+
+
+def test_a_confined_worker_opens_what_an_administrator_names(two: Host) -> None:
+    other = two.image("other.img")
+
+    async def work() -> None:
+        async with two.disk(1) as disk:
+            await asyncio.to_thread(two.run, "swap", "1", "xvda", str(other))
+            await disk.write(0, b"swapped".ljust(512, b"."))
+            worker = await two.told(1)
+            assert worker["confined"]
+            os.kill(worker["pid"], signal.SIGKILL)
+            assert await disk.read(0, 512) == b"swapped".ljust(512, b".")
+
+    run(work(), 60)
+    assert other.read_bytes()[:7] == b"swapped"
+
+
+def test_what_was_named_is_known_after_a_restart_and_forgotten_with_the_disk(two: Host) -> None:
+    other = two.image("other.img")
+    granted = two.directory / "state/backend-0/granted-1"
+
+    async def work() -> None:
+        async with two.disk(1) as disk:
+            await asyncio.to_thread(two.run, "swap", "1", "xvda", str(other))
+            two.backend.kill()
+            await asyncio.to_thread(two.start_backend)
+            await disk.write(0, b"again".ljust(512, b"."))
+
+    run(work(), 60)
+    assert json.loads(granted.read_bytes()) == [str(other)]
+    two.run("detach", "1", "xvda")
+    run(until(lambda: not granted.exists()), 30)
+    assert other.read_bytes()[:5] == b"again"
+
+
+def test_a_disk_that_takes_programs_gets_a_process_that_may_start_them(
+    two: Host, requires_tool: Callable[[str], str]
+) -> None:
+    requires_tool("qemu-storage-daemon")
+    image = two.place / "b.qcow2"
+    run_qemu_img(requires_tool("qemu-img"), "create", "-q", "-f", "qcow2", image, SIZE)
+
+    async def work() -> None:
+        async with two.disk(1) as disk:
+            contents, stop = contents_of(disk, SIZE, 2), asyncio.Event()
+            using = asyncio.ensure_future(load(contents, stop))
+            before = await two.told(1)
+            assert before["confined"]
+            await asyncio.to_thread(two.run, "attach", "1", f"vdev=xvdb,target=qcow2:{image}")
+            await advances(contents, 20)
+            after = await two.told(1)
+            assert not after["confined"]
+            assert after["pid"] != before["pid"]
+            stop.set()
+            await using
+
+    run(work(), 60)
+
+
+def test_a_swap_to_such_storage_exchanges_the_process_too(
+    two: Host, requires_tool: Callable[[str], str]
+) -> None:
+    requires_tool("qemu-storage-daemon")
+    image = two.place / "b.qcow2"
+    run_qemu_img(requires_tool("qemu-img"), "create", "-q", "-f", "qcow2", image, SIZE)
+
+    async def work() -> None:
+        async with two.disk(1) as disk:
+            await disk.write(0, b"raw".ljust(512, b"."))
+            await asyncio.to_thread(two.run, "swap", "1", "xvda", f"qcow2:{image}")
+            assert await disk.read(0, 3) == bytes(3)
+            assert not (await two.told(1))["confined"]
+
+    run(work(), 60)
+
+
+def test_a_disk_is_mirrored_to_an_image_that_is_made_for_it(two: Host) -> None:
+    target = two.place / "copy.img"
+
+    async def work() -> None:
+        async with two.disk(1) as disk:
+            await disk.write(0, b"mirrored".ljust(512, b"."))
+            await asyncio.to_thread(two.run, "mirror", "1", "xvda", str(target))
+            assert (await two.told(1))["confined"]
+
+    run(work(), 60)
+    assert target.read_bytes()[:8] == b"mirrored"

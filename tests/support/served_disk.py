@@ -76,13 +76,16 @@ class Rig:
         )
         await self._server.start()
 
-    async def restart_backend(self, *, keep_journals: bool = True) -> None:
-        """One backend goes, another comes; the guest's disk stays."""
+    async def restart_backend(
+        self, *, keep_journals: bool = True, between: Callable[[], object] = lambda: None
+    ) -> None:
+        """One backend goes, another comes; the guest's disk stays. between: called then."""
         assert self._server is not None
         await self._server.close()
         if not keep_journals and self._settings.state_dir is not None:
-            for journal in self._settings.state_dir.glob("*"):
+            for journal in self._settings.state_dir.glob("*/*"):
                 journal.unlink()
+        between()
         await self.start_backend()
 
     async def close(self) -> None:

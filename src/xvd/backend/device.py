@@ -115,6 +115,8 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._connecting: asyncio.Task[None] | None = None
         self._error = ""
         self._ending = asyncio.Event()
+        self.tried = asyncio.Event()
+        """Set once it has its storage, or an error instead."""
 
     # ---- The actor ----
 
@@ -154,6 +156,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
 
     async def _end(self) -> None:
         self._ending.set()
+        self.tried.set()
         await self.hold.end()
         await self._disconnect()
         await self._unwatch()
@@ -238,9 +241,10 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
             self._error = f"cannot open {assignment.image!r}: {describe(error)}"
             self._log.error("%s", self._error, event="storage-failed")
             self.put(BackendEvent.STORAGE_FAILED)
-            return
-        self.disk.has_opened(engine, features_of(engine, assignment, self.disk.settings))
-        self.put(BackendEvent.STORAGE_READY)
+        else:
+            self.disk.has_opened(engine, features_of(engine, assignment, self.disk.settings))
+            self.put(BackendEvent.STORAGE_READY)
+        self.tried.set()
 
     async def _open_patiently(self, assignment: BackendAssignment) -> Engine:
         """Open a disk's storage; a guest that is connected waits while somebody else has it, as one

@@ -118,6 +118,7 @@ class Server:
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
         self._pollers: list[asyncio.Task[None]] = []
+        self._looks: list[asyncio.Event] = []
         self._left: set[str] = set()
         self._pages = XentopPages(store)
         self._log_limits: WeakValueDictionary[str, LogLimit] = WeakValueDictionary()
@@ -136,7 +137,19 @@ class Server:
                 f"backend/{kind}" + ("" if guest is None else f"/{guest}")
             )
             self._watches.append(watch)
-            self._followers.append(asyncio.create_task(self._follow(kind, watch)))
+            looked = asyncio.Event()
+            self._looks.append(looked)
+            self._followers.append(asyncio.create_task(self._follow(kind, watch, looked)))
+
+    async def settle(self, patience_s: float) -> None:
+        """Wait until each disk that was there at the start has its storage, or an error; no longer
+        than that, as storage may hang."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                for looked in self._looks:
+                    await looked.wait()
+                for device in list(self.devices.values()):
+                    await device.tried.wait()
 
     async def wait(self) -> None:
         """Return when the store is lost."""
@@ -269,8 +282,9 @@ class Server:
         await asyncio.gather(*self._running.values(), return_exceptions=True)
         self._pages.close()
 
-    async def _follow(self, kind: str, watch: Watch) -> None:
-        """A path names the disk that changed; anything shorter means all of them."""
+    async def _follow(self, kind: str, watch: Watch, looked: asyncio.Event) -> None:
+        """A path names the disk that changed; anything shorter means all of them. looked: is set
+        when the first event, which comes at once, has been heeded."""
         with contextlib.suppress(PeerClosed):
             async for path in watch:
                 parts = path.removeprefix(f"backend/{kind}").strip("/").split("/")
@@ -278,6 +292,7 @@ class Server:
                     await self._consider(f"backend/{kind}/{parts[0]}/{parts[1]}")
                 else:
                     await self._scan(f"backend/{kind}", parts[0])
+                looked.set()
 
     async def _scan(self, path: str, guest: str) -> None:
         """Consider every disk of a guest, or of all of them."""

@@ -26,7 +26,7 @@ from xvd.files import (
     create_own,
     open_own,
     open_own_directory,
-    own_directory,
+    own_directory_in_own,
     remove,
     remove_empty,
 )
@@ -254,7 +254,7 @@ class DiskState:
     @contextlib.contextmanager
     def _open(self) -> Iterator[int]:
         assert self._directory is not None
-        directory = own_directory(self._directory)
+        directory = own_directory_in_own(self._directory)
         try:
             yield directory
         finally:

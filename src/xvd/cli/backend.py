@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -49,6 +49,9 @@ from xvd.service.template import Template
 from xvd.toolstack.vbd import has_device_model
 from xvd.types import Domid
 from xvd.xenbus.runner import in_own_thread, measure_waiting
+
+SETTLE_S: Final = 2.0
+"""Before a new worker is asked for anything: it would not know its disks."""
 
 ConfigOption = Annotated[
     Path | None,
@@ -179,6 +182,7 @@ async def _serve_guest(
         control = ControlServer(control_methods(server))
         await server.start()
         stack.push_async_callback(server.close)
+        await server.settle(SETTLE_S)
         stack.callback(
             follow_clients(channel, lambda sock, reading: control.adopt(sock, reading=reading))
         )

@@ -13,6 +13,7 @@ from typing import Final
 
 from xvd.service.sandbox import landlock, seccomp
 from xvd.service.sandbox.calls import ALLOWED, MISSING, NOTIFIED
+from xvd.service.template import end_with_parent
 
 USER_BASE: Final = 0x78760000
 """The user, and the group, of the process of a guest is this and its first domain's number."""
@@ -71,7 +72,9 @@ def confine(plan: Confinement) -> int:
         resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES_MAX, PROCESSES_MAX))
         os.setgroups([])
         os.setresgid(plan.user, plan.user, plan.user)
+        parent = os.getppid()
         os.setresuid(plan.user, plan.user, plan.user)  # and its capabilities are gone with that
+        end_with_parent(parent)  # which Linux forgets with the user
     return seccomp.install(program)
 
 

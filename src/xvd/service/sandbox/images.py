@@ -61,22 +61,23 @@ class Images:
     async def find(self, domains: Sequence[int]) -> dict[str, Image]:
         """Return how each file may be opened, by its path from the root."""
         found: dict[str, Image] = {}
-        for uri, writable in await self._uris(domains):
+        assigned = [(uri, writable, False) for uri, writable in await self._assigned(domains)]
+        for uri, writable, new in [*assigned, *((uri, True, True) for uri in self._granted)]:
             for path, made in (named_files(uri, self._layers) or {}).items():
                 if path:  # a drive without a disc has none
-                    _add(found, path, writable, made)
+                    _add(found, path, writable, made or new)
         return found
 
     async def confinable(self, domains: Sequence[int]) -> bool:
         """Whether all of its storage can be served without programs and networks."""
-        uris = [uri for uri, _ in await self._uris(domains)]
+        uris = [*self._granted, *(uri for uri, _ in await self._assigned(domains))]
         with contextlib.suppress(ConfigError):
             return all(named_files(uri) is not None for uri in uris)
         return True
 
-    async def _uris(self, domains: Sequence[int]) -> list[tuple[str, bool]]:
-        """Each storage, and whether it may be written to."""
-        found = [(uri, True) for uri in self._granted]
+    async def _assigned(self, domains: Sequence[int]) -> list[tuple[str, bool]]:
+        """Each storage that the toolstack names, and whether it may be written to."""
+        found: list[tuple[str, bool]] = []
         for path in [f"backend/{kind}/{domain}" for kind in self._kinds for domain in domains]:
             with contextlib.suppress(PeerClosed, XenstoreError):
                 for vdev in await self._store.ls(path):
@@ -87,7 +88,8 @@ class Images:
         return found
 
     def grant(self, uri: str) -> None:
-        """Let the guest's worker open this too, as an administrator has said. Raises OSError."""
+        """Let the guest's worker open this too, or make it, as an administrator has said. Raises
+        OSError."""
         if uri in self._granted:
             return
         self._granted.append(uri)
