@@ -109,7 +109,7 @@ def test_channels_and_shares_across_the_socket_leave_no_descriptors(served: Host
         machine.grants.share(MAPPER, 1).close()
     after = descriptors()
     machine.close()
-    assert after == before
+    assert after <= before  # a thread of the host may have been closing the socket of another test
 
 
 def test_machines_across_the_socket_leave_no_descriptors(served: HostThread) -> None:

@@ -3,25 +3,44 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import pytest
 from rig_disk import run, until
 
 from xvd.errors import PeerClosed
+from xvd.loglimit import LogLimit
 from xvd.machine.emulated.service import EmulatedHost
 from xvd.service import supervisor
 from xvd.service.supervisor import Supervisor
-from xvd.service.template import Template
+from xvd.service.template import Template, Worker
 from xvd.types import DOM0
+
+
+class NoRights:
+    """`Rights` of workers that need none."""
+
+    async def equip(
+        self, _worker: Worker, _guest: str, _domains: Sequence[int], _limit: LogLimit
+    ) -> Callable[[], Awaitable[None]]:
+        async def take_back() -> None:
+            return
+
+        return take_back
+
+    async def suits(self, _guest: str, _domains: Sequence[int]) -> bool:
+        return True
+
+    async def gone(self, _guest: str, _domains: Sequence[int]) -> None:
+        return
 
 
 def test_the_end_comes_at_once_while_a_worker_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
 ) -> None:
     expect_log("the worker of domain 1 has ended")
-    monkeypatch.setattr(supervisor, "PAUSE_S", 3600.0)
-    monkeypatch.setattr(supervisor, "LIVED_S", 3600.0)
+    monkeypatch.setattr(supervisor, "AGAIN_S", 3600.0)
+    monkeypatch.setattr(supervisor, "AT_ONCE", 2)
     template = Template(lambda _order, _channel: 1)
 
     async def work() -> None:
@@ -29,7 +48,9 @@ def test_the_end_comes_at_once_while_a_worker_is_waited_for(
             machine = host.machine(DOM0)
             store = await machine.xenstore()
             await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
-            keeper = Supervisor(store, template, ["vbd"], lambda _: {}, lambda _: None)
+            keeper = Supervisor(
+                store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=NoRights()
+            )
             await keeper.start()
             await until(lambda: any(one["restarts"] for one in keeper.workers()))
             await keeper.close()

@@ -256,7 +256,9 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
                 connected = self._written is XenbusState.CONNECTED
                 if error.errno != errno.EBUSY or not connected or self._ending.is_set():
                     raise
-                self._log.warning("waits for its storage: %s", describe(error), event="waits")
+                self._log.warning(
+                    "waits for its storage: %s", describe(error), event="storage-busy"
+                )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(BUSY_S):
                     await self._ending.wait()

@@ -68,7 +68,7 @@ class _Guest:
     task: "asyncio.Task[None] | None" = None
     restarts: int = 0
     renewing: bool = False
-    starts_left: float = AT_ONCE
+    starts_left: float = field(default_factory=lambda: AT_ONCE)
     began: float = 0.0
     limit: LogLimit = field(default_factory=lambda: LogLimit(None))
     changed: asyncio.Event = field(default_factory=asyncio.Event)

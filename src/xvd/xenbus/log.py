@@ -24,6 +24,7 @@ EVENTS: Final = {
     "storage-in-trouble": "the storage works, and something is wrong with it",
     "storage-smaller": "the storage is smaller than the disk",
     "storage-hangs": "the storage does not answer, and is left alone",
+    "storage-busy": "somebody else has the storage of a connected guest, which waits for it",
     "withdrawn": "the storage cannot flush or discard after all",
     "held": "the storage is away, and the disk waits for it",
     "back": "the storage is back",
