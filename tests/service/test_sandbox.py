@@ -30,7 +30,7 @@ DENIED = {
         "read another guest's image", "read it behind dots", "use another guest's state directory",
         "read a secret of the host", "read a file of the host", "read it by io_uring",
         "list a directory of the host", "make a file", "read its supervisor's memory",
-        "read its own memory as a file",
+        "read its own memory as a file", "have one by io_uring",
         # By the store:
         "name another image", "name it by an absolute path", "be allowed to write",
         "let others write its nodes", "make a disk", "write to its guest's frontend",

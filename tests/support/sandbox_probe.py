@@ -98,8 +98,8 @@ def own_journal() -> None:
     os.unlink("probe", dir_fd=fd)
 
 
-def opened_by_io_uring(path: str) -> None:
-    """Open a file by an operation of io_uring, which no filter of system calls sees."""
+def by_io_uring(entry: bytes) -> None:
+    """Do one operation of io_uring, which no filter of system calls sees."""
     parameters = bytearray(120)
     array = (ctypes.c_char * 120).from_buffer(parameters)
     ring = LIBC.syscall(425, 1, array)
@@ -108,15 +108,25 @@ def opened_by_io_uring(path: str) -> None:
     _, tail, _, _, _, _, order = struct.unpack_from("=7I", parameters, 40)
     _, done, _, _, _, results = struct.unpack_from("=6I", parameters, 80)
     rings, entries = mmap.mmap(ring, 4096), mmap.mmap(ring, 64, offset=0x10000000)
-    name = ctypes.create_string_buffer(path.encode())
-    entry = struct.pack("=BBHiQQII", 18, 0, 0, -100, 0, ctypes.addressof(name), 0, os.O_RDONLY)
     entries[: len(entry)] = entry
     rings[order : order + 4], rings[tail : tail + 4] = bytes(4), struct.pack("=I", 1)
     call("syscall", 426, ring, 1, 1, 1, None, 0)
     assert struct.unpack_from("=I", rings, done)[0] == 1
     result = struct.unpack_from("=i", rings, results + 8)[0]
     if result < 0:
-        raise OSError(-result, path)
+        raise OSError(-result, "an operation of io_uring")
+
+
+def opened_by_io_uring(path: str) -> None:
+    """Open a file by IORING_OP_OPENAT."""
+    name = ctypes.create_string_buffer(path.encode())
+    at = ctypes.addressof(name)
+    by_io_uring(struct.pack("=BBHiQQII", 18, 0, 0, -100, 0, at, 0, os.O_RDONLY))
+
+
+def socket_by_io_uring() -> None:
+    """Make a socket by IORING_OP_SOCKET."""
+    by_io_uring(struct.pack("=BBHiQQII", 45, 0, 0, socket.AF_INET, socket.SOCK_STREAM, 0, 0, 0))
 
 
 SYSTEM: dict[str, Callable[[], object]] = {
@@ -139,6 +149,7 @@ SYSTEM: dict[str, Callable[[], object]] = {
     "read its supervisor's memory": lambda: opened(f"/proc/{OURS}/mem"),
     "read its own memory as a file": lambda: opened("/proc/self/mem"),
     "have a socket of the network": lambda: socket.socket(socket.AF_INET),
+    "have one by io_uring": socket_by_io_uring,
     "have a socket of the host": lambda: connected(PLACE / "host/socket"),
     "have a netlink socket": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW),
     "start a process": os.fork,
@@ -163,7 +174,8 @@ SYSTEM: dict[str, Callable[[], object]] = {
 HARMLESS = (
     "write to its read-only image", "write to it by its descriptor", "read another guest's image",
     "use another guest's state directory", "read a secret of the host", "read a file of the host",
-    "read it by io_uring", "list a directory of the host", "have a socket of the network",
+    "read it by io_uring", "have one by io_uring", "list a directory of the host",
+    "have a socket of the network",
     "have a socket of the host", "have a netlink socket", "signal it by a descriptor",
 )  # fmt: skip
 

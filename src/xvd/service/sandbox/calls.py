@@ -38,7 +38,7 @@ _ANY: Final[dict[str, str]] = {
         "eventfd2 timerfd_create timerfd_settime pipe2 nanosleep clock_nanosleep clock_gettime "
         "clock_getres gettimeofday time"
     ),
-    "io_uring": "io_uring_setup io_uring_enter io_uring_register",
+    "io_uring": "io_uring_enter",
     "sockets that it was given": (
         "sendmsg sendto recvmsg recvfrom shutdown getsockopt setsockopt getsockname getpeername"
     ),
@@ -71,8 +71,8 @@ ALLOWED: Final[dict[str, tuple[Argument, ...]]] = {
 } | _SOME
 """Each call, and what one of its arguments must be, any of it; none: whatever they are."""
 
-NOTIFIED: Final = ("openat",)
-"""Calls with a name: the supervisor does them, or lets them be done, or refuses (opener.py)."""
+NOTIFIED: Final = ("openat", "io_uring_setup")
+"""Calls that the supervisor does, or lets be done, or refuses (opener.py)."""
 
 MISSING: Final = ("clone3", "openat2")
 """Calls whose arguments a filter cannot see; the C library has others instead."""

@@ -19,6 +19,8 @@ USER_BASE: Final = 0x78760000
 """The user, and the group, of the process of a guest is this and its first domain's number."""
 
 FILES_MAX: Final = 4096
+MEMORY_MAX: Final = 4 << 30
+"""Bytes that are its own: what it shares with its guest is not counted."""
 PROCESSES_MAX: Final = 4096
 """Threads too; counted for each user. A disk has at most 1024 queues, each with a thread."""
 
@@ -68,6 +70,7 @@ def confine(plan: Confinement) -> int:
     files = min(FILES_MAX, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_MAX, MEMORY_MAX))
     if plan.user is not None:
         resource.setrlimit(resource.RLIMIT_NPROC, (PROCESSES_MAX, PROCESSES_MAX))
         os.setgroups([])
