@@ -15,8 +15,9 @@ from xvd.bench.report import Plot, Report, as_markdown, machine
 
 _HEAD = """# Benchmarks
 
-Written by `make bench`, which measures all of it. What is said of a figure here holds for the
-machine below on that day; on another only the ratios mean anything, and they are what to compare.
+This page says how fast xvd was on one machine, beside what it can be compared with, and what that
+does not show. `make bench` measures all of it and writes the page. Absolute figures hold for the
+machine below on that day. On another machine only the ratios mean anything.
 
 | | |
 |---|---|
