@@ -13,9 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from pages import ROOT, Step, run_steps, steps_of
 from rich.console import Console
 from rich.text import Text
+
+from pages import ROOT, Step, run_steps, steps_of
 
 PICTURE: Final = ROOT / "docs" / "run.svg"
 COLUMNS: Final = 92
