@@ -6,12 +6,13 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SEEDS ?= 1000
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test check sim bench sanitize fuzz wheel xen clean
+.PHONY: help setup demo test check docs sim bench sanitize fuzz wheel xen clean
 
 help:
 	@echo 'make demo      build, and serve a real filesystem through a Xen ring'
 	@echo 'make test      every test that needs no Xen'
 	@echo 'make check     format, lint, types, stubs, generated files, layout'
+	@echo 'make docs      check the pages, and build them as a site into build/site'
 	@echo 'make sim       the simulator: SEED=n replays one, otherwise SEEDS=n new ones, and'
 	@echo '               then both ends against each other in every combination of features'
 	@echo 'make bench     the data path beside the limit, the storage and the peers, and the'
@@ -42,7 +43,11 @@ check: setup
 	python -m mypy.stubtest --mypy-config-file pyproject.toml --allowlist tools/stubtest_allowlist.txt $$(tools/compiled_modules)
 	python tools/gen_abi.py --check
 	python tools/print_api.py --check
-	pytest -q tests/test_tidy.py
+	codespell
+	pytest -q tests/test_tidy.py tests/test_pages.py
+
+docs:
+	@tools/docs
 
 sim: setup
 ifdef SEED

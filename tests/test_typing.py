@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from test_readme import README, ROOT, snippets_of
+from pages import ROOT, snippets_of
+from test_readme import README
 
 pytestmark = pytest.mark.slow
 

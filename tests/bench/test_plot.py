@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from matplotlib.backends import backend_agg
 
-from xvd.bench.plot import figure_of, panels_of
+from xvd.bench import page
+from xvd.bench.plot import colours_of, figure_of, panels_of, short
 from xvd.bench.report import Plot, Report
 
 pytestmark = pytest.mark.slow
@@ -104,6 +105,10 @@ PLOTS = {
     ),
     "pressure": Plot("", "pages kept", {"": [("left alone", 1024.0), ("squeezed", 0.0)]}),
 }  # fmt: skip
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+KEPT = {report.name: report for report in page.kept(DOCS / "benchmarks")}
+SAMPLES = sorted(PLOTS)
+PLOTS |= {f"{name} of the page": report.plot for name, report in KEPT.items() if report.plot}
 EVERY = pytest.mark.parametrize("name", PLOTS)
 
 
@@ -119,7 +124,7 @@ def texts(figure: Any) -> list[Any]:
     """Every text that is shown; of an axis' labels those of places that it shows."""
     shown = [figure._suptitle]
     for axes in figure.axes:
-        shown += [axes.title, axes.xaxis.label, axes.yaxis.label]
+        shown += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
         for axis in (axes.xaxis, axes.yaxis):
             low, high = sorted(axis.get_view_interval())
             ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
@@ -179,9 +184,41 @@ def test_sizes_have_a_panel_each() -> None:
     ]
 
 
-def test_every_picture_of_the_page_is_there_and_its_kind_is_looked_at() -> None:
-    docs = Path(__file__).resolve().parents[2] / "docs"
-    named = re.findall(r"\(benchmarks/([\w-]+\.svg)\)", (docs / "benchmarks.md").read_text())
+def test_xvds_own_bars_stand_out_where_others_are_beside_them() -> None:
+    ours, other = colours_of(["xvd serve", "nbdkit"])
 
-    assert sorted(named) == sorted(path.name for path in (docs / "benchmarks").glob("*.svg"))
-    assert sorted(named) == sorted(f"{name}.svg" for name in PLOTS)
+    assert ours != other
+    assert colours_of(["front", "back"]) == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.893, "0.893"), (8156.0, "8,156"), (140_746.0, "141k"), (999_800.0, "1M")],
+)
+def test_the_value_of_a_bar_is_short(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+def test_a_line_over_decades_has_a_logarithmic_axis() -> None:
+    figure, _ = drawn("indirect")
+
+    assert figure.axes[0].get_xscale() == "log"
+
+
+def test_every_picture_of_the_page_is_there_and_its_kind_is_looked_at() -> None:
+    named = re.findall(r"\(benchmarks/([\w-]+\.svg)\)", (DOCS / "benchmarks.md").read_text())
+
+    assert sorted(named) == sorted(path.name for path in (DOCS / "benchmarks").glob("*.svg"))
+    assert sorted(named) == [f"{name}.svg" for name in SAMPLES]
+    assert sorted(KEPT) == SAMPLES
+
+
+def test_what_a_run_drew_can_be_drawn_anew(tmp_path: Path) -> None:
+    page.write([Report("nbd", "A title", "", [], PLOTS["nbd"])], tmp_path / "page.md", rounds=1)
+    picture = tmp_path / "page" / "nbd.svg"
+    drawn_first = picture.read_bytes()
+    picture.unlink()
+
+    page.redraw(tmp_path / "page")
+
+    assert picture.read_bytes() == drawn_first

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/benchmarks.md: the reports of one run as a page with pictures."""
+"""docs/benchmarks.md: the reports of one run as a page with pictures.
 
+What the pictures show is kept beside them, so that they can be drawn anew without a measurement.
+"""
+
+import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from xvd.bench.plot import draw
-from xvd.bench.report import Report, as_markdown, machine
+from xvd.bench.report import Plot, Report, as_markdown, machine
 
 _HEAD = """# Benchmarks
 
-Written by `make bench`, which measures all of it. What is said of a figure here holds for the
-machine below on that day; on another only the ratios mean anything, and they are what to compare.
+This page says how fast xvd was on one machine, beside what it can be compared with, and what that
+does not show. `make bench` measures all of it and writes the page. Absolute figures hold for the
+machine below on that day. On another machine only the ratios mean anything.
 
 | | |
 |---|---|
@@ -33,6 +40,8 @@ measures beside us, takes one.
 LAST = "xen.md"
 """What was measured on real Xen, by another command: words, and `TABLES` between them."""
 TABLES = "<!-- the tables of xen-*.md -->\n"
+DATA: Final = "plots.json"
+"""What the pictures of the folder show: each plot with its title, by the experiment's name."""
 
 
 def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
@@ -55,6 +64,31 @@ def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
         seen = remark.read_text().strip() if remark.exists() else ""
         parts.append(as_markdown(report, picture, seen))
     path.write_text("\n".join(parts) + end(pictures))
+    _keep(reports, pictures / DATA)
+
+
+def _keep(reports: Sequence[Report], path: Path) -> None:
+    plots = [
+        f" {json.dumps(report.name)}: "
+        + json.dumps({"title": report.title, **dataclasses.asdict(report.plot)})
+        for report in reports
+        if report.plot is not None
+    ]
+    path.write_text("{\n" + ",\n".join(plots) + "\n}\n")
+
+
+def kept(pictures: Path) -> list[Report]:
+    """Return what a folder's pictures show, as reports without tables."""
+    return [
+        Report(name, found.pop("title"), "", [], Plot(**found))
+        for name, found in json.loads((pictures / DATA).read_text()).items()
+    ]
+
+
+def redraw(pictures: Path) -> None:
+    """Draw a folder's pictures anew, of what was kept of the last run."""
+    for report in kept(pictures):
+        draw(report, pictures / f"{report.name}.svg")
 
 
 def end(pictures: Path) -> str:

@@ -2,8 +2,9 @@
 """A report's plot as a picture, by matplotlib (the extra ``bench``).
 
 Only what is compared shares a scale: names that begin with a size in KiB have a panel for each
-size. Bars lie, so that long names stand beside them; the legend is below all panels; an axis is
-logarithmic where its values span a decade.
+size. Bars lie, so that long names stand beside them, and each has its value at its end; xvd's own
+stand out where others are beside them. The legend is below all panels; an axis is logarithmic where
+its values span a decade.
 """
 
 import re
@@ -12,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from xvd.bench.report import Cell, Plot, Report
+from xvd.bench.report import Cell, Plot, Report, show
 from xvd.errors import ConfigError
 
 WIDTH: Final = 8.0
@@ -23,6 +24,12 @@ _NAME_COLUMNS: Final = 26
 _DECADE: Final = 10.0
 _LARGE: Final = 10_000.0
 """From here on an axis counts in thousands (k) and millions (M)."""
+_UNITS: Final = {"M": 1e6, "k": 1e3}
+_OURS: Final = "#1f5fa8"
+_OTHERS: Final = ("#b0b7bf", "#d8b27a", "#a9c5a0", "#c6aecb")
+"""Colours of bars: the labels that begin with xvd, and what it is compared with."""
+_PAPER: Final = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+"""What lies behind the value of a bar, so that no line crosses it."""
 
 Line = Sequence[tuple[Cell, float]]
 
@@ -67,7 +74,7 @@ def _lines(new: Any, plot: Plot) -> Any:
         axes.plot([x for x, _ in line], [y for _, y in line], marker="o", label=label)
     axes.set(xlabel=plot.x, ylabel=plot.y)
     places = sorted({float(x) for line in plot.lines.values() for x, _ in line})
-    if plot.log:
+    if plot.log or places[-1] >= _DECADE * places[0] > 0:
         axes.set_xscale("log", base=2)
     axes.set_xticks(places, [f"{place:g}" for place in places])
     axes.minorticks_off()
@@ -85,6 +92,8 @@ def _bars(new: Any, plot: Plot) -> Any:
     for axes, (size, panel) in zip(every[:, 0], panels.items(), strict=True):
         _panel(axes, panel)
         axes.set(xlabel=plot.y, ylabel=plot.x, title=size)
+        if plot.y.endswith(" being 1"):
+            axes.axvline(1.0, color="black", linewidth=0.8, linestyle="--", zorder=0.5)
     return figure
 
 
@@ -104,13 +113,33 @@ def panels_of(lines: Mapping[str, Line]) -> dict[str, dict[str, Line]]:
 def _panel(axes: Any, lines: Mapping[str, Line]) -> None:
     names = list(dict.fromkeys(str(x) for line in lines.values() for x, _ in line))
     width = 0.8 / len(lines)
+    colours = colours_of(list(lines))
     for number, (label, line) in enumerate(lines.items()):
         at = [names.index(str(x)) + (number - (len(lines) - 1) / 2) * width for x, _ in line]
-        axes.barh(at, [y for _, y in line], width, label=label)
+        bars = axes.barh(at, [y for _, y in line], width, label=label, color=colours[number])
+        axes.bar_label(bars, [short(y) for _, y in line], padding=3, fontsize="small", bbox=_PAPER)
     axes.set_yticks(range(len(names)), [textwrap.fill(name, _NAME_COLUMNS) for name in names])
     axes.invert_yaxis()  # the first one above
     _scale(axes.xaxis, [y for line in lines.values() for _, y in line], axes.set_xscale)
     axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def colours_of(labels: Sequence[str]) -> list[str | None]:
+    """Return a colour for each label; none, for matplotlib's own, unless some are not xvd's."""
+    ours = [label.startswith("xvd") for label in labels]
+    if all(ours) or not any(ours):
+        return [None] * len(labels)
+    others = iter(_OTHERS)
+    return [_OURS if our else next(others) for our in ours]
+
+
+def short(value: float) -> str:
+    """Return a number as it stands at a bar: 1.32M, 141k, 8,156, 0.893."""
+    if value < _LARGE:
+        return show(value)
+    unit = next(unit for unit, size in _UNITS.items() if value >= 0.9995 * size)
+    return f"{value / _UNITS[unit]:.3g}{unit}"
 
 
 def _scale(axis: Any, values: Sequence[float], set_scale: Any) -> None:
@@ -123,6 +152,7 @@ def _scale(axis: Any, values: Sequence[float], set_scale: Any) -> None:
         axis.set_minor_formatter(NullFormatter())
     else:
         low, high = axis.get_view_interval()
-        axis.set_view_interval(min(0.0, low), max(high, max(values) * 1.05), ignore=True)
+        # Room for what stands at the end of the longest bar.
+        axis.set_view_interval(min(0.0, low), max(high, max(values) * 1.12), ignore=True)
     if max(values) >= _LARGE:
         axis.set_major_formatter(EngFormatter(sep=""))
