@@ -41,8 +41,9 @@ def test_a_guests_process_is_confined(backend: Backend, slot: Slot, image: Path)
 
 
 def test_an_image_format_takes_a_process_with_programs(
-    backend: Backend, best_slot: Slot, tmp_path: Path
+    backend: Backend, best_slot: Slot, tmp_path: Path, requires_tool: Callable[[str], str]
 ) -> None:
+    requires_tool("qemu-storage-daemon")
     image = tmp_path / "disk.qcow2"
     sh(f"qemu-img create -q -f qcow2 {image} 64M")
 
