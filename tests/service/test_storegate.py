@@ -12,6 +12,7 @@ from xvd.machine.xs.client import XenstoreClient
 from xvd.machine.xs.messages import HEADER, Message, MessageType
 from xvd.service.sandbox.storegate import Rules, StoreGate
 from xvd.types import DOM0
+from xvd.xenbus.directory import report_error
 
 RULES = Rules(DOM0, [1, 12], ["vbd", "vbd3"])
 READ, WRITE, RM = MessageType.READ, MessageType.WRITE, MessageType.RM
@@ -85,6 +86,24 @@ def test_refusals_and_answers_come_in_any_order_and_watches_fire() -> None:
                     assert {await anext(watch) for _ in range(2)} == {
                         "backend/vbd/1", "backend/vbd/1/51712/state",
                     }  # fmt: skip
+            await gate.close()
+
+    asyncio.run(work())
+
+
+def test_an_error_is_told_and_taken_back() -> None:
+    disk = "backend/vbd/1/51712"
+
+    async def work() -> None:
+        async with EmulatedHost() as host:
+            gate = await gate_of(host)
+            everything = await XenstoreClient.from_socket(host.server.connect_local(DOM0))
+            await everything.write(f"{disk}/frontend", "/local/domain/1/device/vbd/51712")
+            async with await XenstoreClient.from_socket(gate.theirs) as store, everything:
+                await report_error(store, disk, "it failed")
+                assert await everything.read(f"error/{disk}/error") == "it failed"
+                await report_error(store, disk, "")
+                assert not await everything.exists("error/backend/vbd/1")
             await gate.close()
 
     asyncio.run(work())

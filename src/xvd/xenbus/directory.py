@@ -111,10 +111,11 @@ async def remove_device(store: XenstoreClient, path: str, only_if: Mapping[str, 
 
 
 async def _prune(tx: Transaction, path: str) -> None:
-    """Remove a directory, and those above it that are empty then."""
+    """Remove a directory, and those above it that are empty then, as far as we may."""
     await tx.rm_each([path])
-    while (path := path.rpartition("/")[0]) and not await _children(tx, path):
-        await tx.rm_each([path])
+    with contextlib.suppress(XenstoreError):
+        while (path := path.rpartition("/")[0]) and not await _children(tx, path):
+            await tx.rm_each([path])
 
 
 async def report_error(store: XenstoreClient, path: str, text: str) -> None:
