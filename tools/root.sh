@@ -43,5 +43,54 @@ in_root() {
     )
 }
 
+# boot_root ROOT: start its systemd, in a control group and namespaces of its own (not of the network),
+# and wait until it has started all there is; its number is then in $booted.
+boot_root() {
+    local group parent
+    group=$(findmnt --noheadings --first-only --types cgroup2 --output TARGET)/xvd-root-$$
+    mkdir "$group"
+    (
+        echo "$BASHPID" >"$group/cgroup.procs"
+        export ROOT=$1
+        exec unshare --mount --propagation private --pid --cgroup --uts --ipc --fork --kill-child \
+            bash -euo pipefail -c '
+                mount -t proc none "$ROOT/proc"
+                mount -t sysfs -o ro none "$ROOT/sys"
+                mount -t cgroup2 none "$ROOT/sys/fs/cgroup"
+                mount -t tmpfs none "$ROOT/run"
+                mount -t tmpfs -o mode=755 none "$ROOT/dev"
+                cp -a /dev/{null,zero,full,random,urandom,tty} "$ROOT/dev"
+                mkdir "$ROOT"/dev/{pts,shm}
+                mount -t devpts -o newinstance,ptmxmode=666 none "$ROOT/dev/pts"
+                ln -s pts/ptmx "$ROOT/dev/ptmx"
+                mount -t tmpfs none "$ROOT/dev/shm"
+                exec env -i container=unshare PATH=/usr/sbin:/usr/bin:/sbin:/bin \
+                    chroot "$ROOT" /lib/systemd/systemd --show-status=no
+            ' </dev/null >"$1.boot" 2>&1
+    ) &
+    parent=$!
+    until booted=$(cat "/proc/$parent/task/$parent/children" 2>/dev/null) && booted=${booted%% *} &&
+        in_booted "$1" '[[ $(systemctl is-system-running --wait) = @(running|degraded) ]]' 2>/dev/null
+    do
+        kill -0 "$parent" 2>/dev/null || { tail -n 20 "$1.boot" >&2; return 1; }
+        sleep 0.5
+    done
+}
+
+# in_booted ROOT COMMAND: run a shell command there.
+in_booted() {
+    nsenter --target "$booted" --mount --pid --cgroup --uts --ipc chroot "$1" env -i HOME=/root \
+        PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin bash -euo pipefail -c "$2"
+}
+
+# end_booted: end it, and all that runs in there.
+end_booted() {
+    [ -z "${booted-}" ] || kill -9 "$booted" 2>/dev/null || :
+    local group
+    group=$(findmnt --noheadings --first-only --types cgroup2 --output TARGET)/xvd-root-$$
+    wait
+    [ ! -d "$group" ] || find "$group" -depth -type d -exec rmdir {} +
+}
+
 # remove_root ROOT: what was mounted below belongs to a namespace that has ended, and nothing else may go.
 remove_root() { rm -rf --one-file-system "$1"; }
