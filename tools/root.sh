@@ -54,6 +54,7 @@ boot_root() {
         export ROOT=$1
         exec unshare --mount --propagation private --pid --cgroup --uts --ipc --fork --kill-child \
             bash -euo pipefail -c '
+                mount --bind "$ROOT" "$ROOT" # systemd wants its root to be a mount
                 mount -t proc none "$ROOT/proc"
                 mount -t sysfs -o ro none "$ROOT/sys"
                 mount -t cgroup2 none "$ROOT/sys/fs/cgroup"
@@ -72,7 +73,7 @@ boot_root() {
     until booted=$(cat "/proc/$parent/task/$parent/children" 2>/dev/null) && booted=${booted%% *} &&
         in_booted "$1" '[[ $(systemctl is-system-running --wait) = @(running|degraded) ]]' 2>/dev/null
     do
-        kill -0 "$parent" 2>/dev/null || { tail -n 20 "$1.boot" >&2; return 1; }
+        kill -0 "$parent" 2>/dev/null || { echo "systemd has ended: $(cat "$1.boot")" >&2; return 1; }
         sleep 0.5
     done
 }
