@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 SEEDS ?= 1000
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test check docs sim bench sanitize fuzz wheel xen clean
+.PHONY: help setup demo test check docs sim bench sanitize fuzz wheel man deb xen clean
 
 help:
 	@echo 'make demo      build, and serve a real filesystem through a Xen ring'
@@ -25,6 +25,9 @@ help:
 	@echo '               dom0 of larger pages'
 	@echo 'make wheel     build the wheel and try it in a clean environment; ARCH=arm64: build the'
 	@echo '               one for ARM64 with Python 3.13 (PYTHON=3.11), into dist/arm64'
+	@echo 'make man       the man pages, into build/man'
+	@echo 'make deb       build the Debian package in a bare root, and try it in another one; SUITE=bookworm'
+	@echo '               or trixie: for that Debian; as root'
 
 setup:
 	@tools/setup debug
@@ -80,6 +83,12 @@ ifdef ARCH
 else
 	tools/try_wheel
 endif
+
+man: setup
+	python tools/print_man.py build/man
+
+deb:
+	@tools/make_deb $(SUITE)
 
 xen: setup
 	@for suite in $(or $(SUITE),bookworm trixie); do xen-rig/test $$suite $(PYTEST_ARGS) || exit; done

@@ -87,6 +87,7 @@ def needed(script: Path) -> set[str]:
         ("xen-rig/run", "rig"),
         ("xen-rig/wheel", "rig"),
         ("tools/cross_wheel", "cross"),
+        ("tools/make_deb", "deb"),
     ],
 )
 def test_what_a_script_needs_is_in_the_table(script: str, purpose: str) -> None:
@@ -99,5 +100,5 @@ def test_what_a_script_needs_is_in_the_table(script: str, purpose: str) -> None:
 def test_every_purpose_of_the_table_is_one_that_somebody_asks_for() -> None:
     purposes = {user for _, users in packages().values() for user in users}
 
-    assert purposes == {"build", "test", "demo", "bench", "rig", "cross", "ci"}
+    assert purposes == {"build", "test", "demo", "bench", "rig", "cross", "deb", "ci"}
     assert package_of("qemu-storage-daemon") == "qemu-system-common"

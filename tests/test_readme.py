@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TIMEOUT_S = 60
 
-INSTALLING = ("make demo", "make test", "make setup", "make wheel")
-"""How the lines begin that build and install: `.ci/run` and `make wheel` try what they do."""
+INSTALLING = ("make demo", "make test", "make setup", "make wheel", "make deb")
+"""How the lines begin that build and install; `.ci/run`, and the two last, try what they do."""
 
 
 def installs(snippet: Snippet) -> bool:

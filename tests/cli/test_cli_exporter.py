@@ -118,6 +118,24 @@ def test_a_file_for_node_exporter(four: FourProcesses, tmp_path: Path) -> None:
     assert 'xvd_up{daemon="backend-0"} 1.0\n' in path.read_text()
 
 
+def test_a_host_that_cannot_be_listed_is_asked_all_the_same(
+    four: FourProcesses, tmp_path: Path, requires_tool
+) -> None:
+    """Of /run/xvd the exporter's unit may use what lies in it, and no more."""
+    four.directory.chmod(0o311)
+    powerless = (requires_tool("setpriv"), "--bounding-set=-all") if os.geteuid() == 0 else ()
+    path = tmp_path / "xvd.prom"
+
+    done = subprocess.run(
+        [*powerless, sys.executable, "-m", "xvd.cli", "exporter", "--textfile", str(path),
+         "--host", str(four.directory)],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert 'xvd_up{daemon="backend-0"} 1.0\n' in path.read_text()
+
+
 def test_a_file_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
     result = run_xvd("exporter", "--textfile", str(tmp_path / "none" / "xvd.prom"))
 

@@ -25,16 +25,31 @@ class NotInstalled(ConfigError):
         super().__init__(f"this needs {', '.join(tools)}; install what is missing")
 
 
-PROBE_SOURCE = Path(__file__).with_name("probe.c")
+class NotShipped(NotInstalled):
+    """An experiment needs the C source of a peer, which only this project's tree has."""
+
+    def __init__(self, name: str) -> None:
+        ConfigError.__init__(self, f"{name} is not in an installed xvd; run make bench in its tree")
+
+
+def source_of(name: str) -> Path:
+    """Return the path of a peer's C source; `NotShipped` where there is none."""
+    path = Path(__file__).with_name(name)
+    if not path.exists():
+        raise NotShipped(name)
+    return path
 
 
 def build_probe(directory: Path) -> Path:
-    """Compile the probe into a directory; `ConfigError` without a C compiler."""
+    """Compile the probe into a directory.
+
+    Raises `ConfigError` without a C compiler, `NotShipped` without the source.
+    """
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise ConfigError("no C compiler for the probe; install gcc")
     probe = directory / "probe"
-    command = [compiler, "-O2", "-pthread", "-o", str(probe), str(PROBE_SOURCE)]
+    command = [compiler, "-O2", "-pthread", "-o", str(probe), str(source_of("probe.c"))]
     subprocess.run(command, check=True)
     return probe
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from xvd.bench.peers import NotInstalled, missing
+from xvd.bench.peers import NotInstalled, missing, source_of
 from xvd.bench.report import Cell, Plot, Report, Table
 from xvd.bench.ring import Setup, case
 from xvd.bench.run import Run, iops, mib
@@ -25,7 +25,6 @@ from xvd.errors import ConfigError, XvdError
 from xvd.frontend.load import Job
 
 IMAGE_SIZE = 256 << 20
-SOURCE = Path(__file__).with_name("blkio.c")
 SUITE: Final = "trixie"
 """The Debian whose libblkio runs on older ones: it asks for glibc 2.34."""
 
@@ -56,8 +55,9 @@ def _run(command: Sequence[str], cwd: Path | None = None) -> str:
 def build_client(directory: Path) -> Path:
     """Compile the client into a directory, with libblkio from here or from `SUITE`.
 
-    Raises `NotInstalled`, and `NotToBeHad` with the reason.
+    Raises `NotInstalled`, and `NotToBeHad` with the reason; `NotShipped` without the source.
     """
+    source = source_of("blkio.c")
     if lacking := missing("cc"):
         raise NotInstalled(*lacking)
     found = subprocess.run(
@@ -65,7 +65,7 @@ def build_client(directory: Path) -> Path:
     )
     flags = found.stdout.split() if found.returncode == 0 else _fetch(directory / "libblkio")
     client = directory / "blkio"
-    _run(["cc", "-O2", "-o", str(client), str(SOURCE), *flags])
+    _run(["cc", "-O2", "-o", str(client), str(source), *flags])
     return client
 
 

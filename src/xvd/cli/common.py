@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+# readable=False: only what is in the directory has to be; the exporter may not list /run/xvd itself.
 HostDir = Annotated[
     Path,
     typer.Option(
         "--host",
         envvar="XVD_HOST",
+        readable=False,
         help="Directory of the emulated host (xvd host DIR).",
     ),
 ]
@@ -32,6 +34,7 @@ HostOrXen = Annotated[
     typer.Option(
         "--host",
         envvar="XVD_HOST",
+        readable=False,
         help="Directory of an emulated host (xvd host DIR). Without it: this domain, where Xen is.",
     ),
 ]
