@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-# readable=False: only what is in the directory has to be; the exporter may not list /run/xvd itself.
+# readable=False: what is in the directory has to be; the exporter may not list /run/xvd itself.
 HostDir = Annotated[
     Path,
     typer.Option(

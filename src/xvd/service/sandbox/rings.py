@@ -14,7 +14,9 @@ from typing import Final
 SETUP: Final = 425
 """io_uring_setup(2); the same number on every architecture."""
 _REGISTER: Final = 427
-_RESTRICTIONS, _ENABLE = 11, 12
+_RESTRICTIONS: Final = 11
+_ENABLE: Final = 12
+"""IORING_REGISTER_RESTRICTIONS, IORING_REGISTER_ENABLE_RINGS."""
 PARAMETERS: Final = 120
 """Bytes of linux/io_uring.h's struct io_uring_params."""
 _FLAGS_AT: Final = 8
