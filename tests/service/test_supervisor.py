@@ -60,6 +60,28 @@ def test_the_end_comes_at_once_while_a_worker_is_waited_for(
     run(work(), 20)
 
 
+def test_directories_of_errors_go_when_they_are_empty() -> None:
+    template = Template(lambda _order, _channel: 0)
+
+    async def work() -> None:
+        async with EmulatedHost() as host:
+            machine = host.machine(DOM0)
+            store = await machine.xenstore()
+            keeper = Supervisor(
+                store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=NoRights()
+            )
+            await keeper.start()
+            await store.write("error/backend/vbd/1/51712/error", "it failed")
+            await store.rm("error/backend/vbd/1")
+            while await store.exists("error"):
+                pass
+            await keeper.close()
+            await store.close()
+            machine.close()
+
+    run(work(), 20)
+
+
 def test_a_worker_that_has_ended_at_once_does_not_end_the_template(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,6 +21,7 @@ from xvd.loglimit import LogLimit
 from xvd.machine.xs.client import Watch, XenstoreClient
 from xvd.service.template import Template, Worker
 from xvd.types import Domid
+from xvd.xenbus.directory import prune_errors
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,8 @@ LINGER_S: Final = 5.0
 """How long a worker without a disk is kept: one that is attached again finds it warm."""
 END_S: Final = 20.0
 """How long a worker may take to end once it is asked to; then it is killed."""
+TIDY_S: Final = 0.05
+"""From one look at errors to the next, however many are told."""
 AT_ONCE: Final = 100
 """Successors of a guest's workers that begin at once, one after another."""
 AGAIN_S: Final = 0.5
@@ -129,6 +132,16 @@ class Supervisor:
             watch = await self._store.watch(f"backend/{kind}")
             self._watches.append(watch)
             self._followers.append(asyncio.create_task(self._follow(kind, watch)))
+        watch = await self._store.watch("error/backend")
+        self._watches.append(watch)
+        self._followers.append(asyncio.create_task(self._tidy(watch)))
+
+    async def _tidy(self, watch: Watch) -> None:
+        """Remove directories of errors once they are empty, which workers may not."""
+        with contextlib.suppress(PeerClosed):
+            async for _ in watch:
+                await prune_errors(self._store, self._kinds)
+                await asyncio.sleep(TIDY_S)
 
     async def wait(self) -> str:
         """Return when there can be no more workers: what is lost, and the remedy."""

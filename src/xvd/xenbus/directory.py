@@ -136,3 +136,16 @@ async def report_error(store: XenstoreClient, path: str, text: str) -> None:
 
     with contextlib.suppress(XenstoreError):
         await store.transact(work)
+
+
+async def prune_errors(store: XenstoreClient, kinds: Iterable[str]) -> None:
+    """Remove what `report_error` may leave: directories of these kinds with nothing in them."""
+
+    async def work(tx: Transaction) -> None:
+        for kind in kinds:
+            path = f"error/backend/{kind}"
+            if await tx.exists(path) and not await _children(tx, path):
+                await _prune(tx, path)
+
+    with contextlib.suppress(XenstoreError):
+        await store.transact(work)
