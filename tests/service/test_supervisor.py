@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The supervisor and the template, where workers do nothing but end."""
 
+import asyncio
 import os
+import signal
+import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -18,7 +21,10 @@ from xvd.types import DOM0
 
 
 class NoRights:
-    """`Rights` of workers that need none."""
+    """`Rights` of workers that need none. lost: guests that have no disk any more."""
+
+    def __init__(self) -> None:
+        self.lost: list[str] = []
 
     async def equip(
         self, _worker: Worker, _guest: str, _domains: Sequence[int], _limit: LogLimit
@@ -31,8 +37,8 @@ class NoRights:
     async def suits(self, _guest: str, _domains: Sequence[int]) -> bool:
         return True
 
-    async def gone(self, _guest: str, _domains: Sequence[int]) -> None:
-        return
+    async def gone(self, guest: str, _domains: Sequence[int]) -> None:
+        self.lost.append(guest)
 
 
 def test_the_end_comes_at_once_while_a_worker_is_waited_for(
@@ -53,6 +59,52 @@ def test_the_end_comes_at_once_while_a_worker_is_waited_for(
             )
             await keeper.start()
             await until(lambda: any(one["restarts"] for one in keeper.workers()))
+            await keeper.close()
+            await store.close()
+            machine.close()
+
+    run(work(), 20)
+
+
+def stay(_order: object, channel: socket.socket) -> int:
+    """Be a worker that does not end when it is asked to."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    channel.send(b"r")
+    channel.recv(1)
+    return 0
+
+
+def test_a_guest_that_is_back_before_its_worker_has_ended_is_not_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "LINGER_S", 0.0)
+    template, rights = Template(stay), NoRights()
+
+    async def work() -> None:
+        async with EmulatedHost() as host:
+            machine = host.machine(DOM0)
+            store = await machine.xenstore()
+            keeper = Supervisor(
+                store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=rights
+            )
+            await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
+            await keeper.start()
+            await until(lambda: keeper.workers() != [])
+            first = await keeper.worker_of("1")
+            await asyncio.get_running_loop().sock_recv(first.channel, 1)  # it is ready
+            served = keeper._guests["1"].task
+            assert served is not None
+            await store.rm("backend/vbd/1")
+            await until(lambda: keeper.workers() == [])
+            await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
+            await until(lambda: keeper.workers() != [])
+            second = await keeper.worker_of("1")
+            assert second.pid != first.pid
+            first.signal(signal.SIGKILL)
+            await served
+            assert await keeper.worker_of("1") is second
+            assert rights.lost == []
+            monkeypatch.setattr(supervisor, "END_S", 0.0)
             await keeper.close()
             await store.close()
             machine.close()

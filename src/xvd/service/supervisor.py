@@ -274,7 +274,7 @@ class Supervisor:
                     logger.error(_NONE, domains[0], describe(error))
         if self._guests.get(guest.key) is guest:
             del self._guests[guest.key]
-        if not self._closing:
+        if not self._closing and guest.key not in self._guests:  # it may be back by now
             await self._rights.gone(guest.key, domains)
         self._clear([domain for guest in self._guests.values() for domain in guest.domains])
 

@@ -6,11 +6,11 @@ confined worker answers with the descriptor on which its opens are answered.
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -94,12 +94,13 @@ async def equip(
     `PeerClosed` if the host is gone or the worker does not confine itself.
     """
     user = own_user(domains[0]) if confined else None
-    async with AsyncExitStack() as stack:
-        session, socks = None, []
+    async with contextlib.AsyncExitStack() as stack:
+        given = contextlib.ExitStack()  # what is the worker's alone, once it has it
+        stack.enter_context(given)
+        session, fds = None, []
         if isinstance(place.machine, EmulatedMachine):
             reader, writer, session, link = await _emulated(place, domains)
-            socks.append(link)
-            stack.callback(link.close)
+            fds.append(given.enter_context(link).fileno())
         else:
             reader, writer = await xenstore.streams()
         gate = StoreGate(reader, writer, Rules(place.machine.domid, domains, place.kinds))
@@ -110,17 +111,13 @@ async def equip(
             kept.append(pages)
             stack.callback(shutil.rmtree, pages, ignore_errors=True)
         owner = os.geteuid() if user is None else user
-        fds = [give(path, owner, 0o755 if path == pages else 0o700) for path in kept]
-        given = Given(place.machine.domid, session, confined, user, [str(path) for path in kept])
-        try:
-            socket.send_fds(
-                worker.channel, [msgspec.json.encode(given)],
-                [gate.theirs.fileno(), *(sock.fileno() for sock in socks), *fds],
-            )  # fmt: skip
-        finally:
-            for fd in fds:
-                os.close(fd)
-        gate.theirs.close()
+        for path in kept:
+            fds.append(give(path, owner, 0o755 if path == pages else 0o700))
+            given.callback(os.close, fds[-1])
+        fds.insert(0, given.enter_context(gate.theirs).fileno())
+        told = Given(place.machine.domid, session, confined, user, [str(path) for path in kept])
+        socket.send_fds(worker.channel, [msgspec.json.encode(told)], fds)
+        given.close()
         if confined:
             has, listener = await asyncio.gather(images(), _listener_of(worker))
             own = frozenset(map(os.path.realpath, kept))
@@ -167,7 +164,7 @@ async def _listener_of(worker: Worker) -> int:
         if worker.channel.fileno() >= 0:
             loop.remove_reader(worker.channel)
     fds: list[int] = []
-    with suppress(OSError):  # it has ended, and its channel with it
+    with contextlib.suppress(OSError):  # it has ended, and its channel with it
         _, fds, _, _ = socket.recv_fds(worker.channel, 1, 1)
     if not fds:
         raise PeerClosed("a worker could not confine itself; its log line says why")
