@@ -74,6 +74,12 @@ def stay(_order: object, channel: socket.socket) -> int:
     return 0
 
 
+def hang(_order: object, _channel: socket.socket) -> int:
+    """Be a worker that answers nothing."""
+    signal.pause()
+    return 0
+
+
 def test_a_guest_that_is_back_before_its_worker_has_ended_is_not_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -105,6 +111,33 @@ def test_a_guest_that_is_back_before_its_worker_has_ended_is_not_gone(
             assert await keeper.worker_of("1") is second
             assert rights.lost == []
             monkeypatch.setattr(supervisor, "END_S", 0.0)
+            await keeper.close()
+            await store.close()
+            machine.close()
+
+    run(work(), 20)
+
+
+def test_a_worker_that_hangs_is_killed_and_followed_by_another(
+    monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("the worker of domain 1 does not answer, and is killed")
+    expect_log("the worker of domain 1 has ended")
+    monkeypatch.setattr(supervisor, "PING_S", 0.0)
+    monkeypatch.setattr(supervisor, "PONG_S", 0.01)
+    monkeypatch.setattr(supervisor, "END_S", 0.0)
+    template = Template(hang)
+
+    async def work() -> None:
+        async with EmulatedHost() as host:
+            machine = host.machine(DOM0)
+            store = await machine.xenstore()
+            keeper = Supervisor(
+                store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=NoRights()
+            )
+            await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
+            await keeper.start()
+            await until(lambda: any(one["restarts"] for one in keeper.workers()))
             await keeper.close()
             await store.close()
             machine.close()

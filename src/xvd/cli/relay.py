@@ -17,6 +17,7 @@ from typing import Final
 
 from xvd.cli.control import Listening, listen_twice, stop_listening
 from xvd.errors import XvdError, describe
+from xvd.service.supervisor import PING
 from xvd.service.template import Worker
 
 CONTROL: Final = b"c"
@@ -132,7 +133,8 @@ async def _client_of(
 def follow_clients(
     channel: socket.socket, adopt: Callable[[socket.socket, bool], Awaitable[None]]
 ) -> Callable[[], None]:
-    """Serve the clients that come by a worker's channel; what is returned ends that."""
+    """Serve the clients that come by a worker's channel, and answer that it is alive; what is
+    returned ends that."""
     loop = asyncio.get_running_loop()
     channel.setblocking(False)
     serving: set[asyncio.Future[None]] = set()
@@ -141,6 +143,9 @@ def follow_clients(
         kind, fds, _, _ = socket.recv_fds(channel, 1, 1)
         if not kind:
             loop.remove_reader(channel)
+        if kind == PING:
+            with contextlib.suppress(BlockingIOError):
+                channel.send(PING)
         for fd in fds:
             task = asyncio.ensure_future(adopt(socket.socket(fileno=fd), kind == READING))
             serving.add(task)

@@ -27,6 +27,12 @@ logger = logging.getLogger(__name__)
 
 LINGER_S: Final = 5.0
 """How long a worker without a disk is kept: one that is attached again finds it warm."""
+PING_S: Final = 15.0
+"""How often a worker is asked whether its event loop runs."""
+PONG_S: Final = 15.0
+"""How long it may take to say so; then it hangs, and is killed."""
+PING: Final = b"p"
+"""What it is asked by, on its channel, and what it answers."""
 END_S: Final = 20.0
 """How long a worker may take to end once it is asked to; then it is killed."""
 TIDY_S: Final = 0.05
@@ -37,6 +43,7 @@ AGAIN_S: Final = 0.5
 """After so long there may be one more of these."""
 
 _ENDED: Final = "the worker of domain %s has ended after %.1f s; another takes over"
+_HANGS: Final = "the worker of domain %s does not answer, and is killed"
 _NONE: Final = "no worker for domain %s: %s"
 
 Order = Callable[[Sequence[int]], Any]
@@ -289,6 +296,7 @@ class Supervisor:
             worker.signal(signal.SIGKILL)
             await worker.ended
             raise
+        pinging = asyncio.create_task(self._ping(guest, worker))
         try:
             guest.worker, guest.renewing = worker, False
             guest.changed.set()
@@ -297,11 +305,28 @@ class Supervisor:
             await self._until_over(guest, worker)
         finally:
             guest.worker = None
+            pinging.cancel()
             await take_back()
         if guest.wanted and not self._closing and not guest.renewing:
             guest.restarts += 1
             if guest.limit.admit(logger, logging.ERROR, _ENDED):  # a guest may be the cause
                 logger.error(_ENDED, ", ".join(map(str, domains)), time.monotonic() - began)
+
+    async def _ping(self, guest: _Guest, worker: Worker) -> None:
+        """Kill a worker that hangs: what it had is in its journals, and another goes on."""
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError):  # it has ended
+            while True:
+                await asyncio.sleep(PING_S)
+                try:
+                    async with asyncio.timeout(PONG_S):
+                        await loop.sock_sendall(worker.channel, PING)
+                        await loop.sock_recv(worker.channel, 1)
+                except TimeoutError:
+                    if guest.limit.admit(logger, logging.ERROR, _HANGS):
+                        logger.error(_HANGS, ", ".join(map(str, guest.told)))
+                    worker.signal(signal.SIGKILL)
+                    return
 
     async def _pause(self, guest: _Guest, seconds: float) -> None:
         """Let time pass, unless something changes: a disk more or less, or the end of all."""
