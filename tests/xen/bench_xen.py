@@ -103,7 +103,7 @@ def peers(backend: Backend) -> Iterator[list[Peer]]:
     backend.start(*words)
     qdisk = "format=raw,vdev=xvdd,access=rw,backendtype=qdisk,target=/dev/nullb1"
     yield [
-        Peer("xvd", "xvdb", Slot.TAP.line(NULL, "xvdb"), lambda _: [backend.pid]),
+        Peer("xvd", "xvdb", Slot.TAP.line(NULL, "xvdb"), lambda _: backend.processes()),
         Peer(
             "xen-blkback",
             "xvdc",
