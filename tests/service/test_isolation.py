@@ -35,14 +35,15 @@ class Host:
     def __init__(self, place: Path, *options: str) -> None:
         self.place = place
         self.directory = place / "host"
+        self.log = place / "backend.log"
         self._options = options
         self.host = Daemon("host", str(self.directory))
         self.backend = self.start_backend()
 
     def start_backend(self) -> Daemon:
-        self.backend = Daemon(
-            "backend", "--host", str(self.directory), "--isolation", "guest", *self._options
-        )
+        words = ("backend", "--host", str(self.directory), "--isolation", "guest", *self._options)
+        with self.log.open("a") as log:
+            self.backend = Daemon(*words, stderr=log)
         return self.backend
 
     def image(self, name: str) -> Path:
@@ -355,6 +356,7 @@ def test_a_disk_that_takes_programs_gets_a_process_that_may_start_them(
             await using
 
     run(work(), 60)
+    assert "ERROR" not in two.log.read_text()
 
 
 def test_a_swap_to_such_storage_exchanges_the_process_too(

@@ -176,7 +176,7 @@ async def _serve_guest(
         # Who else serves these kinds the supervisor has seen; a worker could not look.
         server = await _server(
             served, machine, stack, kinds=order["kinds"], guests=order["domains"],
-            directory=served.host or XEN_DIRECTORY, confined=confined,
+            directory=served.host or XEN_DIRECTORY, relieved=stop.asked if confined else None,
         )  # fmt: skip
         obey(server, order)
         control = ControlServer(control_methods(server))
@@ -231,16 +231,18 @@ async def _server(
     guests: list[int] | None,
     directory: Path,
     rival: Callable[[str], str] = no_rival,
-    confined: bool = False,
+    relieved: asyncio.Event | None = None,
 ) -> Server:
-    """Make what serves disks, with what has to end after it on the stack."""
+    """Make what serves disks, with what has to end after it on the stack. relieved: of a confined
+    process: is set when another takes its place."""
     wanted = served.wanted
     store = await machine.xenstore()
     stack.push_async_callback(store.close)
 
     async def storage(assignment: BackendAssignment) -> Engine:
-        if confined and named_files(storage_uri(assignment)) is None:
-            await asyncio.Event().wait()  # another process, that may open it, takes over at once
+        if relieved is not None and named_files(storage_uri(assignment)) is None:
+            await relieved.wait()  # another process, that may open it, takes over at once
+            raise asyncio.CancelledError
         device_model = await has_device_model(store, assignment.frontend_domid)
         opening = partial(
             open_assigned, assignment, layers=wanted.layers, device_model=device_model
