@@ -206,28 +206,39 @@ class Backend:
         """Itself, the process that forks workers, and those."""
         found = [self.pid]
         for pid in found:
-            tasks = Path(f"/proc/{pid}/task")
-            found += [
-                int(one) for t in tasks.iterdir() for one in (t / "children").read_text().split()
-            ]
+            for task in list(Path(f"/proc/{pid}/task").glob("*")):
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    found += map(int, (task / "children").read_text().split())
         return found
+
+    def _of_each(self, look: Callable[[Path], int]) -> int:
+        """What there is in all of them, but for those that end meanwhile."""
+        total = 0
+        for pid in self.processes():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                total += look(Path(f"/proc/{pid}"))
+        return total
 
     def threads(self) -> int:
         """Those of disks and the event loop's helpers, of which there are more the more it does."""
-        return sum(len(os.listdir(f"/proc/{pid}/task")) for pid in self.processes())
+        return self._of_each(lambda proc: len(os.listdir(proc / "task")))
 
     def resident(self) -> int:
         """The processes' own memory, bytes."""
-        sizes = [Path(f"/proc/{pid}/statm").read_text().split() for pid in self.processes()]
-        return sum(int(pages[1]) - int(pages[2]) for pages in sizes) * 4096
+
+        def own(proc: Path) -> int:
+            pages = (proc / "statm").read_text().split()
+            return (int(pages[1]) - int(pages[2])) * 4096
+
+        return self._of_each(own)
 
     def held(self) -> dict[str, int]:
         """What they hold on behalf of disks: descriptors (ports among them), grants."""
-        pids = self.processes()
-        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in pids]
         return {
-            "descriptors": sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids),
-            "grant mappings": sum(each.count("/dev/xen/gntdev") for each in maps),
+            "descriptors": self._of_each(lambda proc: len(os.listdir(proc / "fd"))),
+            "grant mappings": self._of_each(
+                lambda proc: (proc / "maps").read_text().count("/dev/xen/gntdev")
+            ),
         }
 
     async def _workers(self) -> list[dict[str, Any]]:
