@@ -10,6 +10,7 @@ make_root() {
     debootstrap --variant=minbase --include="$packages" "$suite" "$root" $mirror >"$root.log" 2>&1 ||
         { tail -n 20 "$root.log" >&2; rm -f "$root.log"; return 1; }
     rm -f "$root.log"
+    chmod 755 "$root" # a root that only root may enter is none that anybody has
     # How this machine reaches its package registries; updates too, of its own suite.
     for file in /etc/resolv.conf /etc/hosts /etc/pip.conf; do
         [ ! -e "$file" ] || cp -L "$file" "$root$file"

@@ -58,6 +58,7 @@
     X(claim, "vdev", "null", "", "be the one frontend of a disk of this domain")                  \
     X(disclaim, "vdev", "null", "", "leave it to another")                                        \
     X(xenstore, "", "null", "socket", "a connection to the store under this domain's identity")   \
+    X(restrict, "domids", "null", "", "have to do with these domains only, from now on")           \
     X(create_domain, "domid", "null", "", "make a domain; nothing happens if it exists")          \
     X(destroy_domain, "domid", "null", "", "end its sessions and forget it")                      \
     X(accounting, "", "{name: count}", "", "how much is taken, over all domains")

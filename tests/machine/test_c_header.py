@@ -32,7 +32,7 @@ int main(void)
 }
 """
 FUNCTIONS = {
-    "open": "protocol, domid", "xenstore": "", "create_domain": "domid",
+    "open": "protocol, domid", "xenstore": "", "create_domain": "domid", "restrict": "domids",
 }  # fmt: skip
 """The calls that are no methods of the session or the host, and what they take."""
 ANSWERS = {

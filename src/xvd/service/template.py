@@ -8,7 +8,6 @@ neither: it reads an order, forks, and answers with the child's descriptor.
 
 import asyncio
 import contextlib
-import ctypes
 import gc
 import logging
 import os
@@ -21,13 +20,12 @@ from typing import Any, Final, NoReturn
 import msgspec
 
 from xvd.errors import PeerClosed, XvdError, describe
+from xvd.service.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 
 ORDER_MAX: Final = 1 << 16
 """Bytes of an order."""
-
-_PR_SET_PDEATHSIG: Final = 1
 
 Work = Callable[[Any, socket.socket], int]
 """What a worker does: gets its order and its end of a stream to whoever ordered it, and returns the
@@ -185,11 +183,3 @@ def _become_worker(template: int, order: bytes, channel: socket.socket, work: Wo
         traceback.print_exc()
     finally:
         os._exit(status)
-
-
-def end_with_parent(parent: int) -> None:
-    """Have this process killed when its parent, of this number, ends; at once if it has."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
-        os._exit(1)

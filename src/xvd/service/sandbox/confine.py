@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from xvd.service.parent import end_with_parent
 from xvd.service.sandbox import landlock, seccomp
 from xvd.service.sandbox.calls import ALLOWED, MISSING, NOTIFIED
-from xvd.service.template import end_with_parent
 
 USER_BASE: Final = 0x78760000
 """The user, and the group, of the process of a guest is this and its first domain's number."""
