@@ -47,7 +47,7 @@ def test_the_end_comes_at_once_while_a_worker_is_waited_for(
     expect_log("the worker of domain 1 has ended")
     monkeypatch.setattr(supervisor, "AGAIN_S", 3600.0)
     monkeypatch.setattr(supervisor, "AT_ONCE", 2)
-    template = Template(lambda _order, _channel: 1)
+    template = Template(end_soon)
 
     async def work() -> None:
         async with EmulatedHost() as host:
@@ -64,6 +64,12 @@ def test_the_end_comes_at_once_while_a_worker_is_waited_for(
             machine.close()
 
     run(work(), 20)
+
+
+def end_soon(_order: object, _channel: socket.socket) -> int:
+    """Be a worker that ends, and not before it is known."""
+    time.sleep(0.05)
+    return 1
 
 
 def stay(_order: object, channel: socket.socket) -> int:
