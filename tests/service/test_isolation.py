@@ -52,6 +52,12 @@ class Host:
         os.truncate(image, SIZE)
         return image
 
+    def qcow2(self, requires_tool: Callable[[str], str]) -> Path:
+        requires_tool("qemu-storage-daemon")
+        image = self.place / "b.qcow2"
+        run_qemu_img(requires_tool("qemu-img"), "create", "-q", "-f", "qcow2", image, SIZE)
+        return image
+
     def attach(self, guest: int) -> Path:
         """Give a guest a disk; its image."""
         image = self.image(f"{guest}.img")
@@ -337,9 +343,7 @@ def test_what_was_named_is_known_after_a_restart_and_forgotten_with_the_disk(two
 def test_a_disk_that_takes_programs_gets_a_process_that_may_start_them(
     two: Host, requires_tool: Callable[[str], str]
 ) -> None:
-    requires_tool("qemu-storage-daemon")
-    image = two.place / "b.qcow2"
-    run_qemu_img(requires_tool("qemu-img"), "create", "-q", "-f", "qcow2", image, SIZE)
+    image = two.qcow2(requires_tool)
 
     async def work() -> None:
         async with two.disk(1) as disk:
@@ -362,9 +366,7 @@ def test_a_disk_that_takes_programs_gets_a_process_that_may_start_them(
 def test_a_swap_to_such_storage_exchanges_the_process_too(
     two: Host, requires_tool: Callable[[str], str]
 ) -> None:
-    requires_tool("qemu-storage-daemon")
-    image = two.place / "b.qcow2"
-    run_qemu_img(requires_tool("qemu-img"), "create", "-q", "-f", "qcow2", image, SIZE)
+    image = two.qcow2(requires_tool)
 
     async def work() -> None:
         async with two.disk(1) as disk:

@@ -2,11 +2,12 @@
 """The supervisor and the template, where workers do nothing but end."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import pytest
 from rig_disk import run, until
@@ -14,6 +15,7 @@ from rig_disk import run, until
 from xvd.errors import PeerClosed
 from xvd.loglimit import LogLimit
 from xvd.machine.emulated.service import EmulatedHost
+from xvd.machine.xs.client import XenstoreClient
 from xvd.service import supervisor
 from xvd.service.supervisor import Supervisor
 from xvd.service.template import Template, Worker
@@ -41,6 +43,27 @@ class NoRights:
         self.lost.append(guest)
 
 
+A_DISK = "backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712"
+"""The node, and its value, by which domain 1 has a disk."""
+
+
+@contextlib.asynccontextmanager
+async def keeping(
+    template: Template, rights: NoRights
+) -> AsyncIterator[tuple[Supervisor, XenstoreClient]]:
+    """A supervisor of an emulated host, not started yet, and its store; closed at the end."""
+    async with EmulatedHost() as host:
+        machine = host.machine(DOM0)
+        store = await machine.xenstore()
+        keeper = Supervisor(
+            store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=rights
+        )
+        yield keeper, store
+        await keeper.close()
+        await store.close()
+        machine.close()
+
+
 def test_the_end_comes_at_once_while_a_worker_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
 ) -> None:
@@ -50,18 +73,10 @@ def test_the_end_comes_at_once_while_a_worker_is_waited_for(
     template = Template(end_soon)
 
     async def work() -> None:
-        async with EmulatedHost() as host:
-            machine = host.machine(DOM0)
-            store = await machine.xenstore()
-            await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
-            keeper = Supervisor(
-                store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=NoRights()
-            )
+        async with keeping(template, NoRights()) as (keeper, store):
+            await store.write(*A_DISK)
             await keeper.start()
             await until(lambda: any(one["restarts"] for one in keeper.workers()))
-            await keeper.close()
-            await store.close()
-            machine.close()
 
     run(work(), 20)
 
@@ -93,13 +108,8 @@ def test_a_guest_that_is_back_before_its_worker_has_ended_is_not_gone(
     template, rights = Template(stay), NoRights()
 
     async def work() -> None:
-        async with EmulatedHost() as host:
-            machine = host.machine(DOM0)
-            store = await machine.xenstore()
-            keeper = Supervisor(
-                store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=rights
-            )
-            await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
+        async with keeping(template, rights) as (keeper, store):
+            await store.write(*A_DISK)
             await keeper.start()
             await until(lambda: keeper.workers() != [])
             first = await keeper.worker_of("1")
@@ -108,7 +118,7 @@ def test_a_guest_that_is_back_before_its_worker_has_ended_is_not_gone(
             assert served is not None
             await store.rm("backend/vbd/1")
             await until(lambda: keeper.workers() == [])
-            await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
+            await store.write(*A_DISK)
             await until(lambda: keeper.workers() != [])
             second = await keeper.worker_of("1")
             assert second.pid != first.pid
@@ -117,9 +127,6 @@ def test_a_guest_that_is_back_before_its_worker_has_ended_is_not_gone(
             assert await keeper.worker_of("1") is second
             assert rights.lost == []
             monkeypatch.setattr(supervisor, "END_S", 0.0)
-            await keeper.close()
-            await store.close()
-            machine.close()
 
     run(work(), 20)
 
@@ -135,18 +142,10 @@ def test_a_worker_that_hangs_is_killed_and_followed_by_another(
     template = Template(hang)
 
     async def work() -> None:
-        async with EmulatedHost() as host:
-            machine = host.machine(DOM0)
-            store = await machine.xenstore()
-            keeper = Supervisor(
-                store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=NoRights()
-            )
-            await store.write("backend/vbd/1/51712/frontend", "/local/domain/1/device/vbd/51712")
+        async with keeping(template, NoRights()) as (keeper, store):
+            await store.write(*A_DISK)
             await keeper.start()
             await until(lambda: any(one["restarts"] for one in keeper.workers()))
-            await keeper.close()
-            await store.close()
-            machine.close()
 
     run(work(), 20)
 
@@ -155,20 +154,12 @@ def test_directories_of_errors_go_when_they_are_empty() -> None:
     template = Template(lambda _order, _channel: 0)
 
     async def work() -> None:
-        async with EmulatedHost() as host:
-            machine = host.machine(DOM0)
-            store = await machine.xenstore()
-            keeper = Supervisor(
-                store, template, ["vbd"], lambda _: {}, clear=lambda _: None, rights=NoRights()
-            )
+        async with keeping(template, NoRights()) as (keeper, store):
             await keeper.start()
             await store.write("error/backend/vbd/1/51712/error", "it failed")
             await store.rm("error/backend/vbd/1")
             while await store.exists("error"):
                 pass
-            await keeper.close()
-            await store.close()
-            machine.close()
 
     run(work(), 20)
 

@@ -12,12 +12,15 @@ from typing import Final
 from xvd.cli.relay import Relay
 from xvd.cli.wanted import Wanted
 from xvd.engines.uri import named_files
+from xvd.errors import PeerClosed
 from xvd.loglimit import LogLimit
 from xvd.machine.xs.client import XenstoreClient
 from xvd.service.sandbox.equipment import Place, equip
 from xvd.service.sandbox.images import Images
 from xvd.service.supervisor import Supervisor
 from xvd.service.template import Worker
+from xvd.types import DOM0
+from xvd.xenbus.directory import remove_if_empty
 
 _NO_NAME: Final = re.compile(r"[^0-9A-Za-z-]+")
 
@@ -83,7 +86,9 @@ class GuestRights:
 
     async def _allow(self, guest: str, image: str) -> None:
         """Let a guest's worker open storage that an administrator has named."""
-        found = self._guests[guest]
+        found = self._guests.get(guest)
+        if found is None:
+            raise PeerClosed("the guest has no disk any more")
         found.images.grant(image)
         if found.confined and named_files(image) is None:
             self.supervisor.renew(guest)
@@ -102,6 +107,9 @@ class GuestRights:
         for domain in domains:
             with contextlib.suppress(OSError):  # it is not there, or another guest's by now
                 (self._place.states / str(domain)).rmdir()
+            if self._place.machine.domid != DOM0:  # nobody else removes it in a driver domain
+                for kind in self._place.kinds:
+                    await remove_if_empty(self._store, f"backend/{kind}/{domain}")
 
     def is_confined(self, guest: str) -> bool:
         """Whether a guest's worker can reach nothing but its disks."""

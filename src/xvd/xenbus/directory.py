@@ -100,14 +100,19 @@ async def remove_device(store: XenstoreClient, path: str, only_if: Mapping[str, 
         if found == [value.encode() for value in only_if.values()]:
             await tx.rm(path)
 
-    async def tidy(tx: Transaction) -> None:
-        if not await _children(tx, domain):
-            await tx.rm(domain)
-
-    domain = path.rpartition("/")[0]
     await store.transact(remove)
-    with contextlib.suppress(XenstoreError):  # libxl makes it domain 0's: not ours to remove
-        await store.transact(tidy)
+    await remove_if_empty(store, path.rpartition("/")[0])
+
+
+async def remove_if_empty(store: XenstoreClient, path: str) -> None:
+    """Remove a directory that has nothing in it, if it is there and ours to remove."""
+
+    async def work(tx: Transaction) -> None:
+        if await tx.exists(path) and not await _children(tx, path):
+            await tx.rm(path)
+
+    with contextlib.suppress(XenstoreError):  # libxl makes it domain 0's
+        await store.transact(work)
 
 
 async def _prune(tx: Transaction, path: str) -> None:

@@ -309,13 +309,15 @@ class _Remote(Generic[_P, _R]):
 
     def serve(self, client: _Client, arguments: Sequence[int]) -> tuple[Answer, list[int]]:
         """Do the call for a client."""
-        result, fds = self._way.pack(self._work(client, *arguments))  # type: ignore[arg-type, call-arg]
+        outcome = self._work(client, *arguments)  # type: ignore[arg-type, call-arg]
+        result, fds = self._way.pack(outcome)
         return Answer(result), fds
 
     def __get__(self, link: "LinkClient", owner: type) -> Callable[_P, _R]:
         def call(*arguments: _P.args, **_keywords: _P.kwargs) -> _R:
             try:
-                return self._way.unpack(*link.call(self._name, *arguments))  # type: ignore[arg-type]
+                result, fds = link.call(self._name, *arguments)  # type: ignore[arg-type]
+                return self._way.unpack(result, fds)
             except PeerClosed:
                 if not self._giving_back:
                     raise

@@ -5,7 +5,6 @@ Descriptors that are open already, or come later from somebody else, work as bef
 Linux: include/uapi/linux/landlock.h, Documentation/userspace-api/landlock.rst.
 """
 
-import ctypes
 import os
 import struct
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from xvd.errors import ConfigError
+from xvd.service.sandbox import kernel
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 """System calls; the same numbers on every architecture."""
@@ -58,7 +58,10 @@ _SINCE: Final = {1: Right.REFER, 2: Right.TRUNCATE, 4: Right.IOCTL_DEV}
 
 def abi() -> int:
     """Return which Landlock this kernel has; 0: none."""
-    return max(0, int(_libc().syscall(_CREATE_RULESET, None, 0, _ASK_VERSION)))
+    try:
+        return kernel.call("Landlock", _CREATE_RULESET, None, 0, _ASK_VERSION)
+    except OSError:
+        return 0
 
 
 def restrict(allowed: Mapping[Path, Right]) -> None:
@@ -80,26 +83,15 @@ def restrict(allowed: Mapping[Path, Right]) -> None:
             known &= ~right
     attributes = [known, *[_NETWORK] * (version >= 4), *[_SCOPES] * (version >= 6)]
     packed = struct.pack(f"={len(attributes)}Q", *attributes)
-    ruleset = _call(_CREATE_RULESET, packed, len(packed), 0)
+    ruleset = kernel.call("Landlock", _CREATE_RULESET, packed, len(packed), 0)
     try:
         for path, rights in allowed.items():
             directory = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 rule = struct.pack("=Qi", rights & known, directory)
-                _call(_ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
+                kernel.call("Landlock", _ADD_RULE, ruleset, _PATH_BENEATH, rule, 0)
             finally:
                 os.close(directory)
-        _call(_RESTRICT_SELF, ruleset, 0)
+        kernel.call("Landlock", _RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
-
-
-def _call(number: int, *arguments: object) -> int:
-    result = int(_libc().syscall(number, *arguments))
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"Landlock: {os.strerror(ctypes.get_errno())}")
-    return result

@@ -2,7 +2,6 @@
 """System calls of another process that wait for us to answer (seccomp_unotify(2))."""
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import os
@@ -11,6 +10,8 @@ import struct
 import threading
 from dataclasses import dataclass
 from typing import Final
+
+from xvd.service.sandbox import kernel
 
 # linux/seccomp.h: struct seccomp_notif, seccomp_notif_resp, seccomp_notif_addfd.
 _NOTIFICATION: Final = struct.Struct("=QIIiIQ6Q")
@@ -107,12 +108,6 @@ def copy_of(pid: int, number: int) -> int:
     """Return a copy of another process's descriptor (pidfd_getfd(2), Linux 5.6); raises OSError."""
     pidfd = os.pidfd_open(pid)
     try:
-        return _checked(ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, pidfd, number, 0))
+        return kernel.call("pidfd_getfd", _PIDFD_GETFD, pidfd, number, 0)
     finally:
         os.close(pidfd)
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return result

@@ -11,6 +11,8 @@ import os
 import struct
 from typing import Final
 
+from xvd.service.sandbox import kernel
+
 SETUP: Final = 425
 """io_uring_setup(2); the same number on every architecture."""
 _REGISTER: Final = 427
@@ -39,27 +41,20 @@ def make_ring(entries: int, parameters: bytearray) -> int:
 
     parameters: what it has asked for, and then what it is to be told. Raises OSError.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     (flags,) = struct.unpack_from("=I", parameters, _FLAGS_AT)
     if flags & ~_CLAMP:
         raise OSError(errno.EPERM, "a ring of another kind than a queue's")
     struct.pack_into("=I", parameters, _FLAGS_AT, flags | _BEGINS_DISABLED)
     told = (ctypes.c_char * len(parameters)).from_buffer(parameters)
-    ring = _checked(libc.syscall(SETUP, entries, told))
+    ring = kernel.call("io_uring", SETUP, entries, told)
     struct.pack_into("=I", parameters, _FLAGS_AT, flags)
     try:
         allowed = [(_OPERATION, number) for number in OPERATIONS.values()]
         allowed.append((_FLAGS_ALLOWED, _SKIP_SUCCESS))
         packed = b"".join(struct.pack("=HBB12x", what, which, 0) for what, which in allowed)
-        _checked(libc.syscall(_REGISTER, ring, _RESTRICTIONS, packed, len(allowed)))
-        _checked(libc.syscall(_REGISTER, ring, _ENABLE, None, 0))
+        kernel.call("io_uring", _REGISTER, ring, _RESTRICTIONS, packed, len(allowed))
+        kernel.call("io_uring", _REGISTER, ring, _ENABLE, None, 0)
     except BaseException:
         os.close(ring)
         raise
     return ring
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return int(result)

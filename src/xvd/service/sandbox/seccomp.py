@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Final
 
 from xvd.errors import ConfigError
+from xvd.service.sandbox import kernel
 
 _ALLOW: Final = 0x7FFF0000
 _NOTIFY: Final = 0x7FC00000
@@ -105,11 +106,7 @@ def install(program: bytes) -> int:
     content = ctypes.create_string_buffer(program, len(program))
     # linux/filter.h: struct sock_fprog, of instructions of eight bytes.
     head = struct.pack("=HxxxxxxQ", len(program) // 8, ctypes.addressof(content))
-    libc = ctypes.CDLL(None, use_errno=True)
-    listener = int(libc.syscall(number, _SET_MODE_FILTER, _NEW_LISTENER, head))
-    if listener < 0:
-        raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")
-    return listener
+    return kernel.call("seccomp", number, _SET_MODE_FILTER, _NEW_LISTENER, head)
 
 
 def _check(result: int) -> None:
