@@ -16,6 +16,7 @@ REACHED = {
     "use its own image",
     "use its own state directory",
     "read what everybody may of the system",
+    "have a ring",
     "read its guest's disk",
     "write its disk's state",
     "read its guest's frontend",
@@ -47,6 +48,7 @@ DENIED = {
         "count events of the CPU", "handle its own page faults", "type into a terminal",
         "raise its limits",
     },
+    "EINVAL": {"have a ring that a thread of the kernel polls"},
     "ConfigError": {  # by the machine
         "reach another guest's grants", "bind to another guest's event channel",
         "have a channel for another guest", "share pages with another guest", "end another guest",

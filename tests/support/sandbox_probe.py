@@ -98,6 +98,25 @@ def own_journal() -> None:
     os.unlink("probe", dir_fd=fd)
 
 
+def ring_with(flags: int) -> None:
+    """Make an io_uring of a kind."""
+    parameters = bytearray(struct.pack("=4I", 0, 0, flags, 0).ljust(120, b"\0"))
+    ring = LIBC.syscall(425, 1, (ctypes.c_char * 120).from_buffer(parameters))
+    if ring < 0:
+        raise OSError(ctypes.get_errno(), "io_uring_setup")
+    os.close(ring)
+
+
+def ring_of_liburing() -> None:
+    """Make one as liburing 2.5 does: without an array, or else, if that is invalid, with one."""
+    try:
+        ring_with(1 << 16)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        ring_with(0)
+
+
 def by_io_uring(entry: bytes) -> None:
     """Do one operation of io_uring, which no filter of system calls sees."""
     parameters = bytearray(120)
@@ -133,6 +152,8 @@ SYSTEM: dict[str, Callable[[], object]] = {
     "use its own image": read_image,
     "use its own state directory": own_journal,
     "read what everybody may of the system": lambda: opened("/proc/meminfo"),
+    "have a ring": ring_of_liburing,
+    "have a ring that a thread of the kernel polls": lambda: ring_with(1 << 1),
     "write to its read-only image": lambda: opened(PLACE / "read.img", os.O_RDWR),
     "write to it by its descriptor": lambda: again(PLACE / "read.img", os.O_RDWR),
     "cut its own image": lambda: opened(PLACE / "1.img", os.O_RDWR | os.O_TRUNC),
@@ -175,7 +196,7 @@ HARMLESS = (
     "write to its read-only image", "write to it by its descriptor", "read another guest's image",
     "use another guest's state directory", "read a secret of the host", "read a file of the host",
     "read it by io_uring", "have one by io_uring", "list a directory of the host",
-    "have a socket of the network",
+    "have a socket of the network", "have a ring that a thread of the kernel polls",
     "have a socket of the host", "have a netlink socket", "signal it by a descriptor",
 )  # fmt: skip
 

@@ -24,6 +24,8 @@ PARAMETERS: Final = 120
 _FLAGS_AT: Final = 8
 _CLAMP: Final = 1 << 4
 _BEGINS_DISABLED: Final = 1 << 6
+_WITHOUT_ARRAY: Final = 1 << 16
+"""IORING_SETUP_NO_SQARRAY (Linux 6.6), which liburing 2.5 and later ask for first."""
 _OPERATION, _FLAGS_ALLOWED = 1, 2
 """IORING_RESTRICTION_SQE_OP, IORING_RESTRICTION_SQE_FLAGS_ALLOWED."""
 
@@ -39,11 +41,13 @@ _SKIP_SUCCESS: Final = 1 << 6
 def make_ring(entries: int, parameters: bytearray) -> int:
     """Make a ring for what another process has asked for; its descriptor is the caller's.
 
-    parameters: what it has asked for, and then what it is to be told. Raises OSError.
+    parameters: what it has asked for, and then what it is to be told. Raises OSError; EINVAL for
+    another kind of ring than a queue's, as a kernel that has no such kind: liburing takes that as
+    a word to ask for less.
     """
     (flags,) = struct.unpack_from("=I", parameters, _FLAGS_AT)
-    if flags & ~_CLAMP:
-        raise OSError(errno.EPERM, "a ring of another kind than a queue's")
+    if flags & ~(_CLAMP | _WITHOUT_ARRAY):
+        raise OSError(errno.EINVAL, "a ring of another kind than a queue's")
     struct.pack_into("=I", parameters, _FLAGS_AT, flags | _BEGINS_DISABLED)
     told = (ctypes.c_char * len(parameters)).from_buffer(parameters)
     ring = kernel.call("io_uring", SETUP, entries, told)
