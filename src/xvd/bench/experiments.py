@@ -4,7 +4,18 @@
 from collections.abc import Callable
 from typing import Final
 
-from xvd.bench import cluster, disks, formats, limit, published, scale, steps, takeover, vhost
+from xvd.bench import (
+    cluster,
+    disks,
+    formats,
+    isolation,
+    limit,
+    published,
+    scale,
+    steps,
+    takeover,
+    vhost,
+)
 from xvd.bench.report import Report
 from xvd.bench.run import Run
 
@@ -18,6 +29,7 @@ EXPERIMENTS: Final[dict[str, Callable[[Run], Report]]] = {
     "cluster": cluster.cluster,
     "scale": scale.scale,
     "disks": disks.disks,
+    "isolation": isolation.isolation,
     "takeover": takeover.takeover,
     "persistent": published.persistent,
     "indirect": published.indirect,

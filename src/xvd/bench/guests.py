@@ -77,34 +77,49 @@ async def _run(
     server: Server,
     others: Collection[threading.Thread],
 ) -> Sample:
-    words = [json.dumps(asdict(value)) for value in (setup.job, setup.front)]
-    children = [
-        await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "xvd.bench.guests", directory, str(domid),
-            f"device/vbd/{vdev}", *words, stdin=-1, stdout=-1,
-        )
-        for domid, vdev in enumerate(vdevs, 1)
-    ]  # fmt: skip
-    for child in children:
-        assert child.stdout is not None
-        await child.stdout.readline()
+    children = await start(directory, [f"device/vbd/{vdev}" for vdev in vdevs], setup)
     shot, cpu = shootdowns(), 0.0
     counts: dict[str, float] = {}
-    outputs = asyncio.gather(*(child.communicate(b"go\n") for child in children))
-    while not outputs.done():
+    results = asyncio.ensure_future(go(children))
+    while not results.done():
         # The counters go with their connections: what was seen last is of nearly all.
         for name, value in backend_counters(server).items():
             counts[name] = max(value, counts.get(name, 0))
         cpu = max(cpu, backend_cpu(others))
         await asyncio.sleep(0.05)
-    results = [LoadResult(**json.loads(out)) for out, _ in await outputs]
     counts["shootdowns"] = shootdowns() - shot
-    return _together(setup.job, results, cpu, counts)
+    return together(setup.job, await results, cpu, counts)
 
 
-def _together(
+async def start(
+    directory: str, paths: Sequence[str], setup: Setup
+) -> list[asyncio.subprocess.Process]:
+    """Start guests, domains 1 and on, for the setup's job on the disk that each has there; they
+    are ready, and wait for `go`."""
+    words = [json.dumps(asdict(value)) for value in (setup.job, setup.front)]
+    children = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "xvd.bench.guests", directory, str(domid), path, *words,
+            stdin=-1, stdout=-1,
+        )
+        for domid, path in enumerate(paths, 1)
+    ]  # fmt: skip
+    for child in children:
+        assert child.stdout is not None
+        await child.stdout.readline()
+    return children
+
+
+async def go(children: Sequence[asyncio.subprocess.Process]) -> list[LoadResult]:
+    """Let them do it, and end."""
+    outputs = await asyncio.gather(*(child.communicate(b"go\n") for child in children))
+    return [LoadResult(**json.loads(out)) for out, _ in outputs]
+
+
+def together(
     job: Job, results: Sequence[LoadResult], back_s: float, counts: dict[str, float]
 ) -> Sample:
+    """Make one measurement of all guests'. back_s: CPU seconds of the backend."""
     operations = sum(one.operations for one in results)
     ns = max(one.ended_ns for one in results) - min(one.begun_ns for one in results)
     return Sample(
