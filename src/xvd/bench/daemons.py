@@ -49,14 +49,14 @@ class Daemons:
         dom0.close()
         return f"device/vbd/{vbd.vdev}"
 
-    def workers(self) -> list[int | None]:
-        """Ask the supervisor for its guests' processes; None for one that has none just now."""
+    def worker(self, guest: Domid) -> int | None:
+        """Ask the supervisor for a guest's process; None if there is none just now."""
         with socket.socket(socket.AF_UNIX) as control:
             control.connect(str(self.host / f"control/backend-{DOM0}"))
             control.sendall(b'{"method": "workers", "id": 1}\n')
             with control.makefile("rb") as answer:
                 found = msgspec.json.decode(answer.readline())["result"]
-        return [worker["pid"] for worker in found]
+        return next((each["pid"] for each in found if guest in each["domains"]), None)
 
     def start_anew(self) -> None:
         """Kill the backend, and start another, as a service manager does."""
