@@ -167,9 +167,10 @@ def report(title: str, rows: dict[str, tuple[str, str]]) -> None:
 
 
 class Backend:
-    """``xvd backend``, restarted at will."""
+    """``xvd backend``, restarted at will. program: another than the rig's."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, program: str = "xvd") -> None:
+        self._program = program
         self._log = directory / "log"
         self._out = directory / "out"
         self._process: subprocess.Popen[bytes] | None = None
@@ -181,7 +182,7 @@ class Backend:
 
     def start(self, *options: str) -> None:
         with self._log.open("ab") as log, self._out.open("wb") as out:
-            command = ["xvd", "backend", "-vv", *options]
+            command = [self._program, "backend", "-vv", *options]
             self._process = subprocess.Popen(command, stdout=out, stderr=log)
         end = time.monotonic() + 60
         while self._out.read_bytes() != b"ready\n":
