@@ -65,28 +65,58 @@ def open_own_directory(path: Path, *, group: bool = False) -> int:
     return fd
 
 
-def give(path: Path, user: int, mode: int = 0o700) -> int:
-    """Make a directory, if it is not there, and give it and the files in it to a user, and to the
-    group of that number; its descriptor is the caller's.
+def give(path: Path, user: int, mode: int = 0o750) -> int:
+    """Make a directory, if it is not there, and give it and the files in it to a user; its
+    descriptor is the caller's.
 
-    Raises `ConfigError` where somebody else may have made it, and OSError.
+    It stays our group's, so that we can open it again without the powers to ignore its mode.
+    Raises `ConfigError` where somebody else may have made it, or what is another's cannot be given,
+    and OSError.
     """
     with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=mode)
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        path.mkdir(mode=0o700)
+    fd = _take(path)
     try:
         found = os.fstat(fd).st_uid
-        anybody = os.stat(path.parent).st_mode & stat.S_IWOTH
-        if anybody and found not in (os.geteuid(), user):
+        if _anybodys(path.parent) and found not in (os.geteuid(), user):
             raise ConfigError(f"{path} belongs to user {found}: remove it")
         if found != user:
-            for name in os.listdir(fd):
-                os.chown(name, user, user, dir_fd=fd, follow_symlinks=False)
-            os.fchown(fd, user, user)
+            _give_all(fd, user, mode)
         return fd
+    except PermissionError:
+        os.close(fd)
+        raise ConfigError(
+            f"{path} belongs to user {found}: chown -R {user} {path}, or let us have CAP_CHOWN"
+        ) from None
     except BaseException:
         os.close(fd)
         raise
+
+
+def _take(path: Path) -> int:
+    """Open a directory; one of another user, that we may not read, is made ours first."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags)
+    except PermissionError:
+        if _anybodys(path.parent):
+            raise
+    os.chown(path, os.geteuid(), os.getegid(), follow_symlinks=False)
+    return os.open(path, flags)
+
+
+def _anybodys(path: Path) -> bool:
+    """Whether anybody may make and remove what is in a directory."""
+    return bool(os.stat(path).st_mode & stat.S_IWOTH)
+
+
+def _give_all(fd: int, user: int, mode: int) -> None:
+    """Give a directory and its files to a user, the mode first: only an owner may set that."""
+    for name in os.listdir(fd):
+        os.chown(name, user, user, dir_fd=fd, follow_symlinks=False)
+    if os.fstat(fd).st_uid == os.geteuid():
+        os.fchmod(fd, mode)
+    os.fchown(fd, user, os.getegid())
 
 
 def open_own(directory: int, name: str) -> int | None:

@@ -15,7 +15,7 @@ from qemu_img import run_qemu_img
 from rig_disk import run, until
 from standstill import stand_still
 from verified_load import Content, contents_of, load
-from xvd_process import Daemon, run_xvd
+from xvd_process import Daemon, as_by_the_unit, run_xvd
 
 from xvd.cli.asking import ask
 from xvd.errors import PeerClosed
@@ -43,7 +43,7 @@ class Host:
     def start_backend(self) -> Daemon:
         words = ("backend", "--host", str(self.directory), "--isolation", "guest", *self._options)
         with self.log.open("a") as log:
-            self.backend = Daemon(*words, stderr=log)
+            self.backend = Daemon(*words, stderr=log, by=as_by_the_unit())
         return self.backend
 
     def image(self, name: str) -> Path:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, cast
@@ -25,12 +26,30 @@ def run_xvd(*arguments: str, **variables: str) -> subprocess.CompletedProcess[st
     )
 
 
+UNIT = Path(__file__).resolve().parents[2] / "contrib/xvd-backend.service"
+
+
+def as_by_the_unit() -> list[str]:
+    """The command that starts a backend with the powers that its unit leaves to root's."""
+    if os.geteuid() != 0:
+        return []
+    [line] = [it for it in UNIT.read_text().splitlines() if it.startswith("CapabilityBoundingSet=")]
+    powers = [it.removeprefix("CAP_").lower() for it in line.partition("=")[2].split()]
+    return ["setpriv", "--bounding-set", ",".join(["-all", *(f"+{power}" for power in powers)])]
+
+
 class Daemon:
     """A verb that runs until it is told to end; ready once it has printed its first line."""
 
-    def __init__(self, *arguments: str, stderr: int | IO[str] = subprocess.DEVNULL) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        stderr: int | IO[str] = subprocess.DEVNULL,
+        by: Sequence[str] = (),
+    ) -> None:
+        """by: a command that starts it."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "xvd.cli", *arguments],
+            [*by, sys.executable, "-m", "xvd.cli", *arguments],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,

@@ -112,7 +112,7 @@ async def equip(
             stack.callback(shutil.rmtree, pages, ignore_errors=True)
         owner = os.geteuid() if user is None else user
         for path in kept:
-            fds.append(give(path, owner, 0o755 if path == pages else 0o700))
+            fds.append(give(path, owner, 0o755 if path == pages else 0o750))
             given.callback(os.close, fds[-1])
         fds.insert(0, given.enter_context(gate.theirs).fileno())
         told = Given(place.machine.domid, session, confined, user, [str(path) for path in kept])
