@@ -3,9 +3,12 @@
 
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from xvd_process import as_by_the_unit
 
 from xvd.errors import ConfigError
 from xvd.files import create_own, own_directory, remove
@@ -51,6 +54,44 @@ def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=f"{where} belongs to user {NOBODY}"):
         own_directory(where)
+
+
+AS_A_SUPERVISOR = """
+import os, sys
+from pathlib import Path
+from xvd.files import give, take_away
+
+path = Path(sys.argv[1])
+before = sys.argv[2]
+if before:
+    path.mkdir(mode=0o700)
+    os.chown(path, int(before), int(before))
+directory = give(path, 65534)
+if os.fork() == 0:
+    os.setresuid(65534, 65534, 65534)
+    os.close(os.open("kept", os.O_CREAT, 0o600, dir_fd=directory))
+    os._exit(0)
+assert os.wait()[1] == 0
+os.close(give(path, 65534))
+print(os.listdir(path), path.stat().st_uid, oct(path.stat().st_mode))
+take_away(path)
+print(path.exists())
+"""
+
+
+@pytest.mark.parametrize("owner", ["", "65533", "65534"])
+def test_a_directory_is_given_and_taken_by_a_root_that_may_not_ignore_modes(
+    tmp_path: Path, owner: str
+) -> None:
+    """As the unit has it. It may be there already, as another user's, or as whose it is to be."""
+    as_root()
+
+    done = subprocess.run(
+        [*as_by_the_unit(), sys.executable, "-c", AS_A_SUPERVISOR, tmp_path / "given", owner],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    assert (done.stdout, done.stderr) == ("['kept'] 65534 0o40750\nFalse\n", "")
 
 
 def test_a_file_is_made_and_never_found(tmp_path: Path) -> None:

@@ -119,6 +119,13 @@ def _give_all(fd: int, user: int, mode: int) -> None:
     os.fchown(fd, user, os.getegid())
 
 
+def take_away(path: Path) -> None:
+    """Remove a directory that was given, with the files in it, if it is there."""
+    with contextlib.suppress(OSError):
+        os.chown(path, os.geteuid(), os.getegid(), follow_symlinks=False)
+        shutil.rmtree(path)
+
+
 def open_own(directory: int, name: str) -> int | None:
     """Open a regular file of ours in a directory for reading and writing; None if there is none.
 

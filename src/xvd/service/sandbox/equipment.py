@@ -8,7 +8,6 @@ confined worker answers with the descriptor on which its opens are answered.
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Final
 import msgspec
 
 from xvd.errors import PeerClosed
-from xvd.files import give, hold
+from xvd.files import give, hold, take_away
 from xvd.loglimit import LogLimit
 from xvd.machine.emulated.link import LinkClient
 from xvd.machine.emulated.machine import EmulatedMachine
@@ -109,7 +108,7 @@ async def equip(
         pages = place.pages / f"td3-{worker.pid}"
         if "vbd3" in place.kinds:
             kept.append(pages)
-            stack.callback(shutil.rmtree, pages, ignore_errors=True)
+            stack.callback(take_away, pages)
         owner = os.geteuid() if user is None else user
         for path in kept:
             fds.append(give(path, owner, 0o755 if path == pages else 0o750))
