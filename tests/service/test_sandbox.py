@@ -15,6 +15,7 @@ PROBE = Path(__file__).resolve().parents[1] / "support/sandbox_probe.py"
 REACHED = {
     "use its own image",
     "use its own state directory",
+    "use what an administrator's call names",
     "read what everybody may of the system",
     "read its guest's disk",
     "write its disk's state",
@@ -27,6 +28,7 @@ REACHED = {
 DENIED = {
     "EACCES": {
         "write to its read-only image", "write to it by its descriptor", "cut its own image",
+        "use it when the call is over",
         "read another guest's image", "read it behind dots", "use another guest's state directory",
         "read a secret of the host", "read a file of the host", "read it by io_uring",
         "list a directory of the host", "make a file", "read its supervisor's memory",

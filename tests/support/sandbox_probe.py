@@ -34,6 +34,8 @@ from xvd.types import DOM0, Domid, Port
 LIBC = ctypes.CDLL(None, use_errno=True)
 PLACE = Path(sys.argv[1])
 OUT = os.pipe()
+OVER, IS_OVER = os.pipe(), os.pipe()
+"""The worker says that the call that names an image is over, and hears that it is."""
 OURS = os.getpid()
 SIZE = 1 << 20
 DISKS = {
@@ -129,9 +131,18 @@ def socket_by_io_uring() -> None:
     by_io_uring(struct.pack("=BBHiQQII", 45, 0, 0, socket.AF_INET, socket.SOCK_STREAM, 0, 0, 0))
 
 
+def after_the_call() -> None:
+    """Open an image that a call had named, and that was opened while it lasted."""
+    os.write(OVER[1], b"x")
+    os.read(IS_OVER[0], 1)
+    opened(PLACE / "named.img", os.O_RDWR)
+
+
 SYSTEM: dict[str, Callable[[], object]] = {
     "use its own image": read_image,
     "use its own state directory": own_journal,
+    "use what an administrator's call names": lambda: opened(PLACE / "named.img", os.O_RDWR),
+    "use it when the call is over": after_the_call,
     "read what everybody may of the system": lambda: opened("/proc/meminfo"),
     "write to its read-only image": lambda: opened(PLACE / "read.img", os.O_RDWR),
     "write to it by its descriptor": lambda: again(PLACE / "read.img", os.O_RDWR),
@@ -273,11 +284,16 @@ async def main(template: Template) -> None:
         (states / "2").mkdir(parents=True)
         place = Place(machine, PLACE / "host", states, ["vbd"], Path("/dev/shm"))
         images = Images(store, ["vbd"], [], states, "granted-1")
+        (PLACE / "named.img").write_bytes(bytes(SIZE))
+        named = images.begin("1/51712", str(PLACE / "named.img"), moves=False)
         worker = await template.spawn(None)
         take_back = await equip(
             worker, [1], place, confined=True, images=lambda: images.find([1]),
-            limit=LogLimit(Domid(1)),
+            withdrawals=images.withdrawals, limit=LogLimit(Domid(1)),
         )  # fmt: skip
+        await asyncio.to_thread(os.read, OVER[0], 1)
+        images.end(named, done=True)
+        os.write(IS_OVER[1], b"x")
         await worker.ended
         await take_back()
         free = await asyncio.to_thread(lambda: {n: outcome_of(SYSTEM[n]) for n in HARMLESS})

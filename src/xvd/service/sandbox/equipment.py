@@ -86,11 +86,13 @@ async def equip(
     *,
     confined: bool,
     images: Images,
+    withdrawals: Callable[[], int],
     limit: LogLimit,
 ) -> Callable[[], Awaitable[None]]:
     """Give a new worker what it is to have; what is returned takes all back, once it has ended.
 
-    images: asked for each file that it wants to open, what its guest has. Raises OSError, and
+    images: asked for each file that it wants to open, what its guest has. withdrawals: how often
+    there was less of that than before. Raises OSError, and
     `PeerClosed` if the host is gone or the worker does not confine itself.
     """
     user = own_user(domains[0]) if confined else None
@@ -119,11 +121,12 @@ async def equip(
         socket.send_fds(worker.channel, [msgspec.json.encode(told)], fds)
         given.close()
         if confined:
+            withdrawn = withdrawals()
             has, listener = await asyncio.gather(images(), _listener_of(worker))
             own = frozenset(map(os.path.realpath, kept))
             opener = Opener(
                 listener, pid=worker.pid, domains=tuple(domains), own=own, has=has, images=images,
-                limit=limit,
+                withdrawals=withdrawals, withdrawn=withdrawn, limit=limit,
             )  # fmt: skip
             stack.callback(opener.close)
         return stack.pop_all().aclose
