@@ -141,6 +141,18 @@ def test_each_guest_has_a_process(two: Host) -> None:
     }  # fmt: skip
 
 
+def test_what_a_guests_process_says_is_in_the_daemons_log(tmp_path: Path) -> None:
+    async def work(host: Host) -> None:
+        async with host.disk(1) as disk:
+            await disk.read(0, 512)
+
+    with Host(tmp_path, "-v") as host:
+        host.attach(1)
+        run(work(host), 60)
+        host.backend.stop()
+        assert "xvd: INFO: 1/xvda: connected (x86_64-abi" in host.log.read_text()
+
+
 def test_the_list_of_disks_asks_each_guests_process(two: Host) -> None:
     two.run("pause", "1", "xvda")
     stand_still(asyncio.run(two.worker(2)))

@@ -19,6 +19,7 @@ from xvd.service.sandbox.equipment import Place, equip
 from xvd.service.sandbox.images import Images
 from xvd.service.supervisor import Supervisor
 from xvd.service.template import Worker
+from xvd.service.workerlog import Allowance
 from xvd.types import DOM0
 from xvd.xenbus.directory import remove_if_empty
 
@@ -30,13 +31,14 @@ _NO_NAME: Final = re.compile(r"[^0-9A-Za-z-]+")
 @dataclass(slots=True)
 class _Guest:
     """A guest: what it may open, its sockets, and whether its worker is confined. targets: of each
-    disk, the image of its last mirror."""
+    disk, the image of its last mirror. allowance: what it may say in the log."""
 
     images: Images
     relay: Relay
     name: str
     confined: bool = False
     targets: dict[str, str] = field(default_factory=dict)
+    allowance: Allowance = field(default_factory=Allowance)
 
 
 def _nothing(_: bool | None) -> None:
@@ -69,7 +71,7 @@ class GuestRights:
         return await equip(
             worker, domains, self._place,
             confined=found.confined, images=partial(found.images.find, domains),
-            withdrawals=found.images.withdrawals, limit=limit,
+            withdrawals=found.images.withdrawals, limit=limit, allowance=found.allowance,
         )  # fmt: skip
 
     async def _known(self, guest: str, domains: Sequence[int]) -> _Guest:
