@@ -138,6 +138,19 @@ def test_of_two_swaps_at_once_neither_is_believed_to_be_the_last(tmp_path: Path)
     run(work())
 
 
+def test_the_image_of_a_disk_that_goes_is_withdrawn(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with guest(tmp_path) as it:
+            detach = await it.attach("vdev=xvdb,target=/2.img")
+            await it.images.confinable([1])
+            before = it.images.withdrawals()
+            await detach()
+            await it.images.confinable([1])
+            assert it.images.withdrawals() > before
+
+    run(work())
+
+
 def test_a_disk_that_goes_takes_its_images_with_it(tmp_path: Path) -> None:
     async def work() -> None:
         async with guest(tmp_path) as it:
@@ -154,6 +167,20 @@ def test_a_disk_that_goes_takes_its_images_with_it(tmp_path: Path) -> None:
     run(work())
 
 
+def test_a_worker_of_one_domain_forgets_nothing_of_the_guests_other_one(tmp_path: Path) -> None:
+    """A guest that migrates within its host is two domains for a while."""
+
+    async def work() -> None:
+        async with guest(tmp_path) as it:
+            it.images.end(it.images.begin("2/51712", "/a.img", moves=True), done=True)
+            assert await it.images.find([1]) == ONE | {"/a.img": NAMED}
+            assert it.kept() == {"2/51712": ["/a.img"]}
+            await it.images.confinable([1])  # which is all that it has by now
+            assert it.kept() is None
+
+    run(work())
+
+
 def test_a_store_that_does_not_answer_takes_nothing_away(tmp_path: Path) -> None:
     async def work() -> None:
         async with disk_world(serve=False) as world:
@@ -163,6 +190,7 @@ def test_a_store_that_does_not_answer_takes_nothing_away(tmp_path: Path) -> None
             await it.attach("vdev=xvda,target=/1.img")
             it.images.end(it.images.begin(DISK, "/a.img", moves=True), done=True)
             await store.close()
+            assert await it.images.confinable([1])
             assert await it.may() == {"/a.img": NAMED}
             assert it.kept() == {DISK: ["/a.img"]}
 

@@ -98,9 +98,12 @@ class Images:
         return self._withdrawals
 
     async def find(self, domains: Sequence[int]) -> dict[str, Image]:
-        """Return how each file may be opened, by its path from the root."""
+        """Return how each file may be opened, by its path from the root.
+
+        domains: those of a worker; the guest may have more by now.
+        """
         found: dict[str, Image] = {}
-        assigned = [(*one, False) for one in await self._assigned(domains)]
+        assigned = [(*one, False) for one in (await self._assigned(domains)).storage]
         for uri, writable, new in [*assigned, *((uri, True, True) for uri in self._granted())]:
             for path, made in (named_files(uri, self._layers) or {}).items():
                 if path:  # a drive without a disc has none
@@ -108,16 +111,21 @@ class Images:
         return found
 
     async def confinable(self, domains: Sequence[int]) -> bool:
-        """Whether all of its storage can be served without programs and networks."""
+        """Whether all of its storage can be served without programs and networks. What belongs to
+        disks that are gone is forgotten.
+
+        domains: all that the guest has.
+        """
         assigned = await self._assigned(domains)
-        uris = [*self._granted(), *(uri for uri, _ in assigned)]
+        if assigned.whole:
+            self._forget_others(assigned)
+        uris = [*self._granted(), *(uri for uri, _ in assigned.storage)]
         with contextlib.suppress(ConfigError):
             return all(named_files(uri) is not None for uri in uris)
         return True
 
-    async def _assigned(self, domains: Sequence[int]) -> list[tuple[str, bool]]:
-        """Return each storage that the toolstack names, and whether it may be written to; and
-        forget what belongs to disks that are gone."""
+    async def _assigned(self, domains: Sequence[int]) -> _Assigned:
+        """Ask the store for the disks of these domains."""
         found = _Assigned()
         for path in [f"backend/{kind}/{domain}" for kind in self._kinds for domain in domains]:
             try:
@@ -126,9 +134,7 @@ class Images:
                 found.whole &= error.code == "ENOENT"
             except PeerClosed:
                 found.whole = False
-        if found.whole:
-            self._forget_others(found)
-        return found.storage
+        return found
 
     async def _look(self, path: str, found: _Assigned) -> None:
         for vdev in await self._store.ls(path):
@@ -140,10 +146,10 @@ class Images:
 
     def _forget_others(self, found: _Assigned) -> None:
         """Withdraw what no disk has any more."""
-        for disk in self._moved.keys() - found.disks:
+        gone, has = self._moved.keys() - found.disks, {uri for uri, _ in found.storage}
+        for disk in gone:
             del self._moved[disk]
-        has = {uri for uri, _ in found.storage}
-        if self._had - has:
+        if gone or self._had - has:
             self._withdrawals += 1
         self._had = has
         self._settle()
