@@ -2,16 +2,25 @@
 """Directories, files and sockets that we make where somebody else has been before us."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from xvd_process import as_by_the_unit
 
 from xvd.errors import ConfigError
-from xvd.files import create_own, own_directory, remove
+from xvd.files import (
+    SCRATCH,
+    create_own,
+    own_directory,
+    remove,
+    remove_scratch,
+    scratch_directory,
+)
 from xvd.sockets import PATH_MAX, claim
 
 NOBODY = 65534
@@ -129,3 +138,82 @@ def test_a_socket_is_bound_aside_where_nobody_can_put_a_link(tmp_path: Path) -> 
 def test_a_path_that_no_client_can_connect_to_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="too long for a socket's path"):
         claim(tmp_path / ("x" * PATH_MAX))
+
+
+# ---- Directories that a killed process leaves ----
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def left_by_a_killed_process() -> Path:
+    """A directory whose process was killed in it."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with scratch_directory() as path:
+            (path / "control").mkdir()
+            os.write(write, bytes(path))
+            signal.pause()
+    path = Path(os.fsdecode(os.read(read, 4096)))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for fd in (read, write):
+        os.close(fd)
+    return path
+
+
+def test_a_scratch_directory_is_ours_alone_and_goes(temporary: Path) -> None:
+    with scratch_directory() as path:
+        assert list(temporary.iterdir()) == [path]
+        assert path.stat().st_mode & 0o777 == 0o700
+
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_a_killed_process_has_left_is_removed(temporary: Path) -> None:
+    path = left_by_a_killed_process()
+    assert path.is_dir()
+
+    remove_scratch()
+
+    assert list(temporary.iterdir()) == []
+
+
+def test_what_somebody_uses_stays(temporary: Path) -> None:
+    with scratch_directory() as path:
+        remove_scratch()
+
+        assert path.is_dir()
+
+
+@pytest.mark.parametrize("name", ["xvd-bench-1", "xvd-journals-1", "run-1", ".xvd-1"])
+def test_what_has_another_name_stays(temporary: Path, name: str) -> None:
+    (temporary / name).mkdir()
+
+    remove_scratch()
+
+    assert (temporary / name).is_dir()
+
+
+def test_what_a_name_leads_to_stays(temporary: Path) -> None:
+    (temporary / "home").mkdir()
+    (temporary / f"{SCRATCH}1").symlink_to(temporary / "home")
+    (temporary / f"{SCRATCH}2").write_text("a file")
+
+    remove_scratch()
+
+    assert {path.name for path in temporary.iterdir()} == {"home", f"{SCRATCH}1", f"{SCRATCH}2"}
+
+
+def test_what_is_another_users_stays(temporary: Path) -> None:
+    as_root()
+    (temporary / f"{SCRATCH}1").mkdir()
+    os.chown(temporary / f"{SCRATCH}1", NOBODY, NOBODY)
+
+    remove_scratch()
+
+    assert (temporary / f"{SCRATCH}1").is_dir()

@@ -60,6 +60,7 @@ RELATED: Final = (
     ("pause", "resume", "swap", "resize"),
     ("swap", "mirror", "backup", "snapshot", "disk"),
     ("backend", "set", "group", "config"),
+    ("backend", "datapath"),
     ("list", "stats", "top", "exporter"),
     ("load", "bench", "sim", "doctor"),
 )

@@ -6,10 +6,14 @@ Like errors and types, this may be imported by all.
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from xvd.errors import ConfigError
 
@@ -171,6 +175,50 @@ def remove_empty(path: Path) -> None:
     if path not in _held:
         with contextlib.suppress(OSError):
             path.rmdir()
+
+
+SCRATCH: Final = "xvd-run-"
+"""How the names of directories of `scratch_directory` begin."""
+
+
+@contextlib.contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """Make a directory for this process among the temporary files, gone at the end.
+
+    It is locked for as long as the process lives: so `remove_scratch` knows one that a killed
+    process has left.
+    """
+    made = Path(tempfile.mkdtemp(prefix=".xvd-"))  # until it is locked under a name of its own
+    fd, path = -1, made
+    try:
+        fd = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):  # a file system without locks: then it is not removed
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path = made.rename(made.with_name(SCRATCH + made.name.removeprefix(".xvd-")))
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        if fd >= 0:
+            os.close(fd)
+
+
+def remove_scratch() -> None:
+    """Remove what killed processes of this user have left of `scratch_directory`."""
+    with contextlib.suppress(OSError):
+        for path in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+            with contextlib.suppress(OSError):
+                _remove_if_left(path)
+
+
+def _remove_if_left(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its owner has it, while it lives
+        found, named = os.fstat(fd), os.lstat(path)
+        if found.st_uid == os.geteuid() and os.path.samestat(found, named):
+            shutil.rmtree(path)
+    finally:
+        os.close(fd)
 
 
 def boot_id() -> str:

@@ -9,6 +9,6 @@ def test_tables_are_drawn() -> None:
     assert "| WAITING (2) | FRONTEND_INITIALISED, FRONTEND_CONNECTED | CONNECTING | CONNECT |" in (
         render_table(BACKEND)
     )
-    assert "    CLOSED --> STARTING: REOPEN" in render_diagram(FRONTEND)
+    assert '    CLOSED -> STARTING [label="REOPEN"];' in render_diagram(FRONTEND)
     assert "| any | ABANDON | ABANDONED | |" in render_table(FRONTEND)
-    assert "ABANDON:" not in render_diagram(FRONTEND)
+    assert '"ABANDON"' not in render_diagram(FRONTEND)

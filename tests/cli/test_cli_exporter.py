@@ -137,11 +137,14 @@ def test_a_host_that_cannot_be_listed_is_asked_all_the_same(
 
 
 def test_a_file_that_cannot_be_written_is_a_failure(tmp_path: Path) -> None:
-    result = run_xvd("exporter", "--textfile", str(tmp_path / "none" / "xvd.prom"))
+    (tmp_path / "figures").mkdir()
+    path = tmp_path / "none" / "xvd.prom"
+
+    result = run_xvd("exporter", "--textfile", str(path), "--host", str(tmp_path))
 
     assert (result.returncode, result.stdout) == (1, "")
     assert re.fullmatch(r"xvd: [^\n]+none/xvd\.prom[^\n]+\n", result.stderr), result.stderr
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == ["figures"]
 
 
 def test_a_file_is_written_again_and_again(four: FourProcesses, tmp_path: Path) -> None:
@@ -174,3 +177,26 @@ def test_who_may_read_figures_changes_nothing(four: FourProcesses) -> None:
     assert answers["stats"]["result"][0]["disk"] == "1/xvda"
     assert answers["set"]["error"]["message"] == "no method 'set'"
     assert answers["rpc_get_methods"]["error"]["code"] == -32601
+
+
+@pytest.mark.parametrize(
+    ("made", "text"),
+    [
+        ((), "{host}: there is no such directory; name the host's: --host DIR"),
+        (("control",), "{host}: no daemon has ever been there, as {host}/figures is missing; name "
+         "the host's directory (--host DIR), or start a backend first"),
+    ],
+    ids=["not there", "no host"],
+)  # fmt: skip
+def test_a_file_of_what_is_no_host_is_not_written(
+    tmp_path: Path, made: tuple[str, ...], text: str
+) -> None:
+    host, path = tmp_path / "host", tmp_path / "xvd.prom"
+    for name in made:
+        (host / name).mkdir(parents=True)
+
+    result = run_xvd("exporter", "--textfile", str(path), "--host", str(host))
+
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"xvd: {text.format(host=host)}\n"
+    assert not path.exists()

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from xvd_process import FourProcesses
+from xvd_process import Daemon, FourProcesses
 
 pytestmark = [pytest.mark.slow, pytest.mark.tools]
 
@@ -174,3 +174,18 @@ def test_host_killed_ends_everybody(tmp_path: Path, image: Path) -> None:
 
         assert four.backend.process.returncode == 1
         assert four.nbd.process.returncode == 1
+
+
+def test_what_a_killed_serve_has_left_goes_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Daemon("serve", "null:1M"), Daemon("serve", "null:1M") as killed:
+        killed.kill()
+        assert len(list(tmp_path.iterdir())) == 2
+
+        with Daemon("serve", "null:1M") as next_one:
+            assert len(list(tmp_path.iterdir())) == 2
+            assert next_one.stop() == 0
+
+        assert len(list(tmp_path.iterdir())) == 1

@@ -104,6 +104,12 @@ def test_several_images_are_disks_of_their_own(
     assert images[0].read_bytes() == b"\1" * (1 << 20)
 
 
+def test_an_image_is_several_disks_that_only_read(images: list[Path]) -> None:
+    twice = str(images[0]), str(images[0])
+
+    assert said("serve", "-r", *twice, "-e", "a", "-e", "b", "--run", "true") == (0, "", "")
+
+
 def test_without_run_every_exports_uri_is_printed(images: list[Path], tmp_path: Path) -> None:
     socket = tmp_path / "s"
     with Daemon("serve", *map(str, images), "--socket", str(socket)) as daemon:
@@ -128,6 +134,13 @@ def test_without_run_every_exports_uri_is_printed(images: list[Path], tmp_path: 
          "--vdev names one disk; several are xvda, xvdb and so on"),
         ([f"null:{n}M" for n in range(1, 18)],
          "17 images; 16 are the most that one guest is given here"),
+        (["/a.img", "raw:/../a.img", "-e", "a", "-e", "b"],
+         "raw:/../a.img is named twice, and one disk at a time may write to it; name it once, as "
+         "any number of clients may share a disk, or serve all of them read-only: -r"),
+        (["null:1M", "--tcp", "99999"],
+         "'99999': there is no port 99999; ports go from 0 to 65535"),
+        (["null:1M", "--tcp", "localhost:http"],
+         "'localhost:http' is no address; write HOST:PORT, or PORT for loopback"),
         (["null:1M", "--tls-creds", "x"], "--tls-creds is for TCP; say where: --tcp PORT"),
         (["null:1M", "--tcp", "0", "--tls-verify-peer"],
          "--tls-verify-peer needs --tls-creds DIR"),

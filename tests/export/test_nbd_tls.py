@@ -3,15 +3,17 @@
 
 import asyncio
 import contextlib
+import shutil
 import ssl
 import struct
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from tls_files import make_credentials
+from tls_files import make_credentials, make_dated
 
 from xvd.embed import EmulatedHost
+from xvd.errors import ConfigError
 from xvd.export.nbd import NbdServer
 from xvd.export.tls import server_context
 
@@ -173,6 +175,42 @@ def test_a_client_that_trusts_nobody_leaves(credentials: Path) -> None:
                 await asyncio.sleep(0)
 
     run(work)
+
+
+@pytest.mark.parametrize(
+    ("name", "years", "said"),
+    [
+        ("server", (2020, 2021), r"server-cert\.pem: it has expired, so that no client would"
+         " believe it; make a new one"),
+        ("server", (2999, 3000), r"server-cert\.pem: it is not valid yet, so that no client would"),
+        ("ca", (2020, 2021), r"ca-cert\.pem: it has expired \(Jan  1 .* 2021 GMT\), so that no"
+         " client would be let in; make a new one"),
+    ],
+)  # fmt: skip
+def test_certificates_of_another_time_are_refused(
+    credentials: Path,
+    tmp_path: Path,
+    requires_tool: Callable[[str], str],
+    name: str,
+    years: tuple[int, int],
+    said: str,
+) -> None:
+    copy = tmp_path / "tls"
+    shutil.copytree(credentials, copy)
+    make_dated(requires_tool("openssl"), copy, name, *years)
+
+    with pytest.raises(ConfigError, match=said):
+        server_context(copy, verify_peer=True)
+
+
+def test_an_expired_authority_is_nothing_where_no_client_is_asked(
+    credentials: Path, tmp_path: Path, requires_tool: Callable[[str], str]
+) -> None:
+    copy = tmp_path / "tls"
+    shutil.copytree(credentials, copy)
+    make_dated(requires_tool("openssl"), copy, "ca", 2020, 2021)
+
+    server_context(copy, verify_peer=False)
 
 
 def test_the_least_is_tls_1_2(credentials: Path) -> None:

@@ -2,6 +2,7 @@
 """A backend with a process for each guest: real processes, killed."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -139,6 +140,18 @@ def test_each_guest_has_a_process(two: Host) -> None:
     assert {name: [disk["disk"] for disk in disks] for name, disks in figures.items()} == {
         "backend-0": [], "backend-0-1": ["1/xvda"], "backend-0-2": ["2/xvda"],
     }  # fmt: skip
+
+
+def test_what_a_guests_process_says_is_in_the_daemons_log(tmp_path: Path) -> None:
+    async def work(host: Host) -> None:
+        async with host.disk(1) as disk:
+            await disk.read(0, 512)
+
+    with Host(tmp_path, "-v") as host:
+        host.attach(1)
+        run(work(host), 60)
+        host.backend.stop()
+        assert "xvd: INFO: 1/xvda: connected (x86_64-abi" in host.log.read_text()
 
 
 def test_the_list_of_disks_asks_each_guests_process(two: Host) -> None:
@@ -306,6 +319,14 @@ def test_a_number_that_passes_to_another_guest_is_served_by_that_ones_process(
         run(work(host), 60)
 
 
+def granted(host: Host, guest: int) -> Any:
+    """What is kept of the images that an administrator has named."""
+    file = host.directory / f"state/backend-0/granted-{guest}"
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(file.read_bytes())
+    return None
+
+
 def test_a_confined_worker_opens_what_an_administrator_names(two: Host) -> None:
     other = two.image("other.img")
 
@@ -317,6 +338,9 @@ def test_a_confined_worker_opens_what_an_administrator_names(two: Host) -> None:
             assert worker["confined"]
             os.kill(worker["pid"], signal.SIGKILL)
             assert await disk.read(0, 512) == b"swapped".ljust(512, b".")
+            assert granted(two, 1) == {"1/51712": [str(other)]}
+            await asyncio.to_thread(two.run, "swap", "1", "xvda", str(two.place / "1.img"))
+            assert granted(two, 1) == {"1/51712": [str(two.place / "1.img")]}
 
     run(work(), 60)
     assert other.read_bytes()[:7] == b"swapped"
@@ -324,7 +348,6 @@ def test_a_confined_worker_opens_what_an_administrator_names(two: Host) -> None:
 
 def test_what_was_named_is_known_after_a_restart_and_forgotten_with_the_disk(two: Host) -> None:
     other = two.image("other.img")
-    granted = two.directory / "state/backend-0/granted-1"
 
     async def work() -> None:
         async with two.disk(1) as disk:
@@ -334,9 +357,9 @@ def test_what_was_named_is_known_after_a_restart_and_forgotten_with_the_disk(two
             await disk.write(0, b"again".ljust(512, b"."))
 
     run(work(), 60)
-    assert json.loads(granted.read_bytes()) == [str(other)]
+    assert granted(two, 1) == {"1/51712": [str(other)]}
     two.run("detach", "1", "xvda")
-    run(until(lambda: not granted.exists()), 30)
+    run(until(lambda: granted(two, 1) is None), 30)
     assert other.read_bytes()[:5] == b"again"
 
 
@@ -385,7 +408,13 @@ def test_a_disk_is_mirrored_to_an_image_that_is_made_for_it(two: Host) -> None:
         async with two.disk(1) as disk:
             await disk.write(0, b"mirrored".ljust(512, b"."))
             await asyncio.to_thread(two.run, "mirror", "1", "xvda", str(target))
-            assert (await two.told(1))["confined"]
+            assert granted(two, 1) is None
+            await asyncio.to_thread(two.run, "mirror", "1", "xvda", "--pivot")
+            assert granted(two, 1) == {"1/51712": [str(target)]}
+            worker = await two.told(1)
+            assert worker["confined"]
+            os.kill(worker["pid"], signal.SIGKILL)
+            await disk.write(0, b"mirrored and moved".ljust(512, b"."))
 
     run(work(), 60)
-    assert target.read_bytes()[:8] == b"mirrored"
+    assert target.read_bytes()[:18] == b"mirrored and moved"

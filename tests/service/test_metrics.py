@@ -112,7 +112,7 @@ def test_latencies_are_a_cumulative_histogram_in_seconds() -> None:
     counts = [0] * 40
     counts[3], counts[20], counts[39] = 7, 2, 1
 
-    found = shown(daemon(told(latency={"read": counts})))
+    found = shown(daemon(told(latency={"read": counts}, latency_ns={"read": 2_500_000_000})))
 
     def below(bound: str) -> float | None:
         return value(found, "xvd_disk_request_duration_seconds_bucket", le=bound, op="read")
@@ -123,7 +123,17 @@ def test_latencies_are_a_cumulative_histogram_in_seconds() -> None:
     assert below("17.179869184") == 9
     assert below("+Inf") == 10
     [family] = [it for it in found if it.name == "xvd_disk_request_duration_seconds"]
-    assert len(family.samples) == 4 * (len(BUCKETS) + 1)
+    assert len(family.samples) == 4 * (len(BUCKETS) + 3)
+    assert value(found, "xvd_disk_request_duration_seconds_sum", op="read") == 2.5
+    assert value(found, "xvd_disk_request_duration_seconds_count", op="read") == 10
+    assert value(found, "xvd_disk_request_duration_seconds_sum", op="write") == 0
+
+
+def test_a_daemon_of_a_version_without_sums_has_none() -> None:
+    found = shown(daemon(told(latency={"read": [1] + [0] * 39})))
+
+    assert value(found, "xvd_disk_request_duration_seconds_bucket", le="+Inf", op="read") == 1
+    assert value(found, "xvd_disk_request_duration_seconds_sum", op="read") is None
 
 
 def test_refusals_have_every_reason_from_the_beginning() -> None:

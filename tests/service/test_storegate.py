@@ -46,6 +46,8 @@ LIST, WATCH, MKDIR = MessageType.DIRECTORY, MessageType.WATCH, MessageType.MKDIR
         (WRITE, "backend/vbd/1/51712/params", False),
         (WRITE, "backend/vbd/1/51712/params/x", False),
         (WRITE, "backend/vbd/1/51712/mode", False),
+        (WRITE, "backend/vbd/1/51712/sm-data/xvd-storage", False),
+        (RM, "backend/vbd/1/51712/sm-data", False),
         (WRITE, "backend/vbd/1/51712/frontend", False),
         (WRITE, "/local/domain/1/device/vbd/51712/state", False),
         (WRITE, "error/backend/vbd/1/51712/error", True),

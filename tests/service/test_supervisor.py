@@ -81,6 +81,31 @@ def test_the_end_comes_at_once_while_a_worker_is_waited_for(
     run(work(), 20)
 
 
+def test_an_order_of_any_size_is_whole() -> None:
+    """As with settings of a thousand disks: messages between processes end at some size."""
+    order = {"changes": [[f"{domain}/51712", ["max_queues=1"]] for domain in range(200_000)]}
+    template = Template(send_back)
+
+    async def work() -> None:
+        worker = await template.spawn(order)
+        reader, writer = await asyncio.open_connection(sock=worker.channel)
+        told = int(await reader.readline())
+        await worker.ended
+        writer.close()
+        assert told == len(order["changes"])
+
+    try:
+        run(work(), 20)
+    finally:
+        template.close()
+
+
+def send_back(order: dict[str, list[object]], channel: socket.socket) -> int:
+    """Be a worker that says how much it was told."""
+    channel.sendall(b"%d\n" % len(order["changes"]))
+    return 0
+
+
 def end_soon(_order: object, _channel: socket.socket) -> int:
     """Be a worker that ends, and not before it is known."""
     time.sleep(0.05)

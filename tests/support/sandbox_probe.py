@@ -7,9 +7,11 @@ worker's, 2 another. Takes a directory.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import json
+import logging
 import mmap
 import os
 import signal
@@ -27,6 +29,7 @@ from xvd.machine.emulated.service import EmulatedHost, connect
 from xvd.service.sandbox.equipment import Place, equip, take
 from xvd.service.sandbox.images import Images
 from xvd.service.template import Template
+from xvd.service.workerlog import Allowance
 from xvd.toolstack.vbd import add, create_guest
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import DOM0, Domid, Port
@@ -34,6 +37,10 @@ from xvd.types import DOM0, Domid, Port
 LIBC = ctypes.CDLL(None, use_errno=True)
 PLACE = Path(sys.argv[1])
 OUT = os.pipe()
+FLOOD = 5000
+STANDARD = {number: os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)}
+OVER, IS_OVER = os.pipe(), os.pipe()
+"""The worker says that the call that names an image is over, and hears that it is."""
 OURS = os.getpid()
 SIZE = 1 << 20
 DISKS = {
@@ -87,13 +94,18 @@ def journal(domain: int) -> None:
     path.unlink()
 
 
+def descriptors() -> dict[int, str]:
+    """What each of its descriptors is, but for the one by which they are listed."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
 def own_journal() -> None:
     """The same by the descriptor that it was given."""
-    fd = next(
-        int(name)
-        for name in os.listdir("/proc/self/fd")
-        if os.readlink(f"/proc/self/fd/{name}").endswith("/states/1")
-    )
+    fd = next(number for number, path in descriptors().items() if path.endswith("/states/1"))
     os.close(os.open("probe", os.O_RDWR | os.O_CREAT | os.O_EXCL, dir_fd=fd))
     os.unlink("probe", dir_fd=fd)
 
@@ -148,9 +160,55 @@ def socket_by_io_uring() -> None:
     by_io_uring(struct.pack("=BBHiQQII", 45, 0, 0, socket.AF_INET, socket.SOCK_STREAM, 0, 0, 0))
 
 
+def after_the_call() -> None:
+    """Open an image that a call had named, and that was opened while it lasted."""
+    os.write(OVER[1], b"x")
+    os.read(IS_OVER[0], 1)
+    opened(PLACE / "named.img", os.O_RDWR)
+
+
+def flood() -> None:
+    """Say so much that the log would be full of it, by all that it has, and in others' names."""
+    lie = json.dumps([50, "xvd.backend", "2/xvda: FLOOD", "2", "xvda", "failed"])
+    for fd in (1, 2):
+        os.set_blocking(fd, True)
+        for _ in range(FLOOD // 2):
+            os.write(fd, b"FLOOD\n\x1e" + lie.encode() + b"\n")
+
+
+def said_to_the_host() -> None:
+    """Say something on a socket that was left to it."""
+    for number in descriptors():
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as sock:
+            if sock.type == socket.SOCK_DGRAM:
+                sock.sendto(b"MESSAGE=FLOOD", str(PLACE / "journal"))
+                return
+    raise OSError(errno.EBADF, "no such socket")
+
+
+def said_by_a_socket_of_its_own() -> None:
+    """Say something on a socket that needs no name and no right to be made."""
+    with socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0] as sock:
+        sock.sendto(b"MESSAGE=FLOOD", str(PLACE / "journal"))
+
+
+def same_output() -> None:
+    """Have a file as its output that is its supervisor's too."""
+    for number in (1, 2):
+        if descriptors()[number] == STANDARD[number]:
+            return
+    raise OSError(errno.EBADF, "no such descriptor")
+
+
 SYSTEM: dict[str, Callable[[], object]] = {
     "use its own image": read_image,
     "use its own state directory": own_journal,
+    "use what an administrator's call names": lambda: opened(PLACE / "named.img", os.O_RDWR),
+    "use it when the call is over": after_the_call,
+    "say more than a guest may": flood,
+    "say something on a socket of its supervisor's": said_to_the_host,
+    "say something on a socket of its own": said_by_a_socket_of_its_own,
+    "have its supervisor's output": same_output,
     "read what everybody may of the system": lambda: opened("/proc/meminfo"),
     "have a ring": ring_of_liburing,
     "have a ring that a thread of the kernel polls": lambda: ring_with(1 << 1),
@@ -294,20 +352,48 @@ async def main(template: Template) -> None:
         (states / "2").mkdir(parents=True)
         place = Place(machine, PLACE / "host", states, ["vbd"], Path("/dev/shm"))
         images = Images(store, ["vbd"], [], states, "granted-1")
+        (PLACE / "named.img").write_bytes(bytes(SIZE))
+        named = images.begin("1/51712", str(PLACE / "named.img"), moves=False)
+        journal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        journal.bind(str(PLACE / "journal"))
+        (PLACE / "journal").chmod(0o666)
         worker = await template.spawn(None)
         take_back = await equip(
             worker, [1], place, confined=True, images=lambda: images.find([1]),
-            limit=LogLimit(Domid(1)),
+            withdrawals=images.withdrawals, limit=LogLimit(Domid(1)), allowance=Allowance(),
         )  # fmt: skip
+        await asyncio.to_thread(os.read, OVER[0], 1)
+        images.end(named, done=True)
+        os.write(IS_OVER[1], b"x")
         await worker.ended
         await take_back()
+        journal.close()
         free = await asyncio.to_thread(lambda: {n: outcome_of(SYSTEM[n]) for n in HARMLESS})
         await store.close()
         machine.close()
-    sys.stdout.write(os.read(OUT[0], 1 << 16).decode() + json.dumps(free) + "\n")
+    tried = os.read(OUT[0], 1 << 16).decode()
+    sys.stdout.write(tried + json.dumps(free) + "\n" + json.dumps(LOG) + "\n")
+
+
+LOG: list[tuple[str, str]] = []
+"""What was logged: its text, and which domain it is about."""
+
+
+class Log(logging.Handler):
+    """Notes what is logged, and is left to workers with the socket of a journal."""
+
+    socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        LOG.append((record.getMessage(), getattr(record, "xvd_domain", "")))
+
+    def close(self) -> None:
+        self.socket.close()
+        super().close()
 
 
 if __name__ == "__main__":
+    logging.basicConfig(handlers=[Log()])
     one = Template(work)
     asyncio.run(main(one))
     one.close()

@@ -35,6 +35,15 @@ def test_the_xml_and_the_line_are_the_same_disk() -> None:
         assert getattr(xml, name) == getattr(line, name), name
 
 
+def test_the_page_makes_the_links_that_the_package_has() -> None:
+    links = (ROOT / "debian" / "xvd.links").read_text().splitlines()
+    [loop] = re.findall(r"for call in (\S+) Datapath\.\{(.*)\}; do", PAGE)
+
+    made = {loop[0], *(f"Datapath.{name}" for name in loop[1].split(","))}
+
+    assert made == {Path(line.split()[1]).name for line in links}
+
+
 def test_the_line_is_what_the_test_on_real_xen_attaches() -> None:
     test = (ROOT / "tests" / "xen" / "test_xen_driver_domain.py").read_text()
 

@@ -100,7 +100,7 @@ class Server:
         self._machine = machine
         self._store = store
         self._open_storage = SharedStorage(open_storage, store)
-        self._kinds = kinds
+        self.kinds = kinds
         self._guests = guests
         self._settings = settings or Settings()
         self._budget = budget or Budget()
@@ -132,7 +132,7 @@ class Server:
 
     async def serve_guest(self, guest: int | None) -> None:
         """Serve the disks of this domain too; None: of every domain."""
-        for kind in self._kinds:
+        for kind in self.kinds:
             watch = await self._store.watch(
                 f"backend/{kind}" + ("" if guest is None else f"/{guest}")
             )

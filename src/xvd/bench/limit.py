@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Beside what cannot be beaten, and beside what one could use instead."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,10 +190,10 @@ def nbd(run: Run) -> Report:
 
 
 def _image(directory: Path, name: str = "nbd") -> Path:
-    """An image with something in it."""
-    path = directory / f"xvd-bench-{name}.img"
+    """Make an image with something in it, of a name that nobody else's measurement has."""
+    number, path = tempfile.mkstemp(prefix=f"xvd-bench-{name}-", suffix=".img", dir=directory)
     piece = bytes(range(256)) * 4096
-    with path.open("wb") as file:
+    with open(number, "wb") as file:
         for _ in range(IMAGE_SIZE // len(piece)):
             file.write(piece)
-    return path
+    return Path(path)

@@ -14,11 +14,15 @@ from xvd.blkif.nodes import Side, read_number, read_text, shown
 from xvd.errors import ConfigError
 from xvd.types import Domid
 
+STORAGE: Final = "sm-data/xvd-storage"
+"""What xvd is to open, of a disk that xapi attaches (toolstack/datapath.py): xenopsd puts into
+``params`` what dom0 itself can open, which is a path or nothing."""
+
 TOOLSTACK_NODES: Final = frozenset(
     {
         *("frontend", "frontend-id", "params", "script", "online", "removable", "bootable", "dev"),
         *("type", "mode", "device-type", "discard-enable", "direct-io-safe", "specification"),
-        "physical-device-path",
+        *("physical-device-path", "sm-data", STORAGE),
     }
 )
 """In a backend's directory: what a backend reads there and has no reason to write."""
@@ -96,7 +100,8 @@ def parse_backend_assignment(nodes: Mapping[str, str]) -> BackendAssignment:
             f"backend node frontend holds {shown(frontend)}:"
             f" it must lie below /local/domain/{domid}/, the domain of frontend-id"
         )
-    params, state = read_text(nodes, "params"), read_text(nodes, "state")
+    params = read_text(nodes, STORAGE) or read_text(nodes, "params")
+    state = read_text(nodes, "state")
     image_format, image = parse_xl_params(params)
     cdrom = read_text(nodes, "device-type") == "cdrom"
     return BackendAssignment(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handshake's tables for people: as Markdown, and as a diagram."""
+"""The handshake's tables for people: as Markdown, and as a graph for Graphviz."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from xvd.blkif.handshake import BackendState, FrontendState, Step
 
@@ -53,11 +53,41 @@ def render_table(table: Mapping[Any, Step[Any, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_ASIDE: Final = frozenset({"REMOVE", "REMOVE_ALONE"})
+"""Events that nearly every state knows: words in the state instead of an arrow."""
+
+_STYLE: Final = """\
+    rankdir=TB; nodesep=0.2; ranksep=0.35; bgcolor=white;
+    node [shape=box, style="rounded,filled", fillcolor="#eceff1", color="#455a64", height=0.3,
+          margin="0.1,0.04", fontname="sans-serif", fontsize=12];
+    edge [color="#607d8b", fontcolor="#263238", fontname="sans-serif", fontsize=9, arrowsize=0.6];
+"""
+
+
 def render_diagram(table: Mapping[Any, Step[Any, Any]]) -> str:
-    """`BACKEND` or `FRONTEND` as a Mermaid state diagram, without rows that stay in their state,
-    and without what leads from any state to the same."""
-    lines = ["stateDiagram-v2"]
+    """`BACKEND` or `FRONTEND` as a graph for Graphviz's ``dot``, without rows that stay in their
+    state, and without what leads from any state to the same."""
+    arrows: dict[tuple[str, str], list[str]] = {}
+    aside: dict[str, list[str]] = {}
+    states: dict[str, None] = {}
     for state, events, step in _rows(table):
-        if step.state is not state:
-            lines.append(f"    {state.name} --> {step.state.name}: {' / '.join(events)}")
-    return "\n".join(lines) + "\n"
+        here, there = state.name, step.state.name
+        if here == there:
+            continue
+        states |= {here: None, there: None}
+        seen = [event for event in events if event not in _ASIDE]
+        if seen:
+            arrows.setdefault((here, there), []).extend(seen)
+        if rest := [event for event in events if event in _ASIDE]:
+            aside.setdefault(here, []).append(f"{' / '.join(rest)} &#8594; {there}")
+    lines = ["digraph {", _STYLE.rstrip()]
+    for name in states:
+        words = "".join(
+            f'<BR/><FONT POINT-SIZE="9" COLOR="#455a64">{text}</FONT>'
+            for text in aside.get(name, ())
+        )
+        lines.append(f"    {name} [label=<<B>{name}</B>{words}>];")
+    for (here, there), events in arrows.items():
+        label = "\\n".join(events)
+        lines.append(f'    {here} -> {there} [label="{label}"];')
+    return "\n".join([*lines, "}"]) + "\n"

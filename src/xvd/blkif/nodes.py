@@ -24,6 +24,7 @@ from xvd.errors import PeerProtocolError
 from xvd.types import DOMID_FIRST_RESERVED, RING_SECTOR_SIZE, Gref, Port
 
 __all__ = [
+    "DIRECTORIES",
     "MAX_RING_PAGE_ORDER",
     "MAX_SECTORS",
     "NODES",
@@ -94,6 +95,8 @@ _B: Final = (
     _backend("mode", "toolstack", "writable if it contains a w", "r"),
     _backend("device-type", "toolstack", "disk or cdrom", "disk"),
     _backend("params", "toolstack", "where the data is: path or format:path", ""),
+    _backend("sm-data", "toolstack", "a directory: what xapi's storage says (xenopsd)", ""),
+    _backend("sm-data/xvd-storage", "toolstack", "where the data is, before params", ""),
     _backend("direct-io-safe", "toolstack", "1: O_DIRECT on files is safe", 0, high=1),
     _backend("discard-enable", "toolstack", "0: do not offer discard", 1, high=1),
     _backend("physical-device", "hotplug", "major:minor in hex (Linux)", ""),
@@ -142,6 +145,9 @@ _F: Final = (
 
 NODES: Final[Mapping[tuple[Side, str], Node]] = {(node.side, node.name): node for node in _B + _F}
 """Every node that xvd reads or writes, by side and name."""
+
+DIRECTORIES: Final = ("queue-", "sm-data")
+"""How the names of those nodes begin that have nodes of their own."""
 
 _NUMBER: Final = re.compile(r"([0-9]{1,20})[ \t\r\n\0]{0,8}", re.ASCII)
 _SHOWN: Final = 40

@@ -136,6 +136,8 @@ def stderr() -> "Console":
     return Console(stderr=True, quiet=not sys.stderr.isatty())
 
 
+PORT_MAX: Final = 65535
+
 NBD_DANGER: Final = "NBD is unauthenticated and unencrypted: whoever reaches the port owns the disk"
 
 
@@ -148,8 +150,10 @@ def parse_tcp(text: str, *, allow_remote: bool, danger: str = NBD_DANGER) -> tup
     if not text:
         return None
     host, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
+    if not (port.isascii() and port.isdigit()):
         raise ConfigError(f"{text!r} is no address; write HOST:PORT, or PORT for loopback")
+    if int(port) > PORT_MAX:
+        raise ConfigError(f"{text!r}: there is no port {port}; ports go from 0 to {PORT_MAX}")
     host = host.strip("[]") or "127.0.0.1"
     if danger and not _is_loopback(host):
         if not allow_remote:

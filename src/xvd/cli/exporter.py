@@ -74,11 +74,26 @@ def exporter(
     if textfile is not None:
         if textfile.suffix != TEXTFILE_SUFFIX:
             raise ConfigError(f"{textfile}: node_exporter reads no such file; name it NAME.prom")
+        _check_host(host)
         return running.run(_write(registry, textfile, interval))
     if interval:
         raise ConfigError("--interval is for --textfile; Prometheus has its own scrape_interval")
     with _listening(listen, allow_remote) as (listener, address), serving(registry, listener):
         return running.run(_until_stopped(address))
+
+
+def _check_host(host: Path) -> None:
+    """Raise `ConfigError` for a directory where no daemon has ever been.
+
+    A file without any disk would look like a host without any.
+    """
+    if not host.is_dir():
+        raise ConfigError(f"{host}: there is no such directory; name the host's: --host DIR")
+    if not (host / FIGURES).is_dir():
+        raise ConfigError(
+            f"{host}: no daemon has ever been there, as {host / FIGURES} is missing; name the "
+            "host's directory (--host DIR), or start a backend first"
+        )
 
 
 async def _until_stopped(address: str) -> int:

@@ -108,7 +108,7 @@ class Told:
 
     def __init__(self, wanted: Wanted, kinds: Sequence[str]) -> None:
         self._wanted = wanted
-        self._kinds = list(kinds)
+        self.kinds = list(kinds)
         self._replaced: tuple[list[str], dict[str, list[str]]] | None = None
         self._texts: dict[str, dict[str, str]] = {"": {}}
 
@@ -141,7 +141,7 @@ class Told:
         """Make the order of a worker; `obey` is the other side."""
         changes = [(list(texts.values()), disk) for disk, texts in self._texts.items() if texts]
         return {
-            "domains": list(domains), "kinds": self._kinds, "replaced": self._replaced,
+            "domains": list(domains), "kinds": self.kinds, "replaced": self._replaced,
             "changes": changes,
         }  # fmt: skip
 
@@ -225,6 +225,7 @@ def _supervisor_methods(
         return {}
 
     return {
+        "kinds": lambda: told.kinds,
         "stats": lambda: [],
         "set": told.change,
         "group": group,

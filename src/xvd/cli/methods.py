@@ -20,6 +20,7 @@ def control_methods(server: Server) -> dict[str, Callable[..., object]]:
         return device.disk.resize(size, shrink=shrink)
 
     return {
+        "kinds": lambda: list(server.kinds),
         "stats": lambda: [
             disk_figures(device) | {"guest_name": server.guest_name(path)}
             for path, device in server.devices.items()

@@ -24,6 +24,14 @@ CONTROL: Final = b"c"
 """A client that may call everything; see `Relay` and `follow_clients`."""
 READING: Final = b"r"
 
+Over = Callable[[bool | None], None]
+"""Is told that a call is over: whether it was done, or None where nobody knows."""
+Hear = Callable[[str, str, str], Over]
+"""Hears of a call before its worker does: its method, its disk, and the image that it names."""
+
+_HEARD: Final = (b'"image"', b'"pivot"')
+"""What is in every call that somebody has to hear of."""
+
 _WAIT_S: Final = 30.0
 """How long a client waits for a worker to be there."""
 _ANSWER_MAX: Final = 1 << 24
@@ -34,15 +42,14 @@ _FAILED: Final = -32000
 class Relay:
     """The sockets of one guest. For the event loop's thread.
 
-    worker: returns the guest's worker, once it has one. allow: is told of each storage that a call
-    names, before the worker is; it may raise `XvdError` or OSError, which is the call's answer.
+    worker: returns the guest's worker, once it has one. hear: is told of each call that names
+    storage, or may move a disk to some that was named before; it may raise `XvdError` or OSError,
+    which is the call's answer.
     """
 
-    def __init__(
-        self, worker: Callable[[], Awaitable[Worker]], allow: Callable[[str], Awaitable[None]]
-    ) -> None:
+    def __init__(self, worker: Callable[[], Awaitable[Worker]], hear: Hear) -> None:
         self._worker = worker
-        self._allow = allow
+        self._hear = hear
         self._listening: Listening = []
         self._clients: set[asyncio.Task[None]] = set()
 
@@ -78,42 +85,59 @@ class Relay:
         theirs: tuple[Worker, asyncio.StreamReader, asyncio.StreamWriter] | None = None
         try:
             while line := await reader.readline():
-                if refusal := await self._look(kind, line):
-                    writer.write(refusal)
+                try:
+                    over = self._over(kind, line)
+                except (XvdError, OSError) as error:
+                    writer.write(_refusal(line, error))
                     await writer.drain()
                     continue
-                async with asyncio.timeout(_WAIT_S):
-                    worker = await self._worker()
-                if theirs is None or theirs[0] is not worker:
-                    if theirs is not None:
-                        theirs[2].close()
-                    theirs = worker, *await _client_of(worker, kind)
-                theirs[2].write(line)
-                answer = await theirs[1].readline()
-                if not answer:
-                    return  # the worker has ended: what it was asked for may be done, or not
+                done = None
+                try:
+                    async with asyncio.timeout(_WAIT_S):
+                        worker = await self._worker()
+                    if theirs is None or theirs[0] is not worker:
+                        if theirs is not None:
+                            theirs[2].close()
+                        theirs = worker, *await _client_of(worker, kind)
+                    theirs[2].write(line)
+                    answer = await theirs[1].readline()
+                    if not answer:
+                        return  # the worker has ended: what it was asked for may be done, or not
+                    done = over and _is_done(answer)
+                finally:
+                    if over:
+                        over(done)
                 writer.write(answer)
                 await writer.drain()
         finally:
             if theirs is not None:
                 theirs[2].close()
 
-    async def _look(self, kind: bytes, line: bytes) -> bytes:
-        """Hear what a call names; the answer of one that is refused."""
-        if kind != CONTROL or b'"image"' not in line:
-            return b""
+    def _over(self, kind: bytes, line: bytes) -> Over | None:
+        """Let a call be heard of; None where nobody has to. Raises as `Hear` does."""
+        if kind != CONTROL or not any(word in line for word in _HEARD):
+            return None
         call = json.loads(line)
         params = call.get("params") if isinstance(call, dict) else None
-        image = params.get("image") if isinstance(params, dict) else None
-        if not isinstance(image, str):
-            return b""
-        try:
-            await self._allow(image)
-        except (XvdError, OSError) as error:
-            problem = {"code": _FAILED, "message": describe(error)}
-            answer = {"jsonrpc": "2.0", "id": call.get("id"), "error": problem}
-            return json.dumps(answer).encode() + b"\n"
-        return b""
+        if not isinstance(params, dict):
+            return None
+        words = call.get("method"), params.get("disk", ""), params.get("image", "")
+        return self._hear(*map(str, words)) if all(isinstance(it, str) for it in words) else None
+
+
+def _refusal(line: bytes, error: BaseException) -> bytes:
+    problem = {"code": _FAILED, "message": describe(error)}
+    answer = {"jsonrpc": "2.0", "id": json.loads(line).get("id"), "error": problem}
+    return json.dumps(answer).encode() + b"\n"
+
+
+def _is_done(answer: bytes) -> bool | None:
+    """Whether a worker says that it has done what it was asked for."""
+    with contextlib.suppress(ValueError):
+        told = json.loads(answer)
+        if isinstance(told, dict):
+            return "error" not in told
+    return None
 
 
 async def _client_of(

@@ -4,12 +4,12 @@
 import contextlib
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from xvd.cli.relay import Relay
+from xvd.cli.relay import Over, Relay
 from xvd.cli.wanted import Wanted
 from xvd.engines.uri import named_files
 from xvd.errors import PeerClosed
@@ -19,20 +19,30 @@ from xvd.service.sandbox.equipment import Place, equip
 from xvd.service.sandbox.images import Images
 from xvd.service.supervisor import Supervisor
 from xvd.service.template import Worker
+from xvd.service.workerlog import Allowance
 from xvd.types import DOM0
 from xvd.xenbus.directory import remove_if_empty
 
+_MOVING: Final = ("swap", "pivot")
+"""Calls after which a disk is on the image that they name, or that its mirror was begun with."""
 _NO_NAME: Final = re.compile(r"[^0-9A-Za-z-]+")
 
 
 @dataclass(slots=True)
 class _Guest:
-    """A guest: what it may open, its sockets, and whether its worker is confined."""
+    """A guest: what it may open, its sockets, and whether its worker is confined. targets: of each
+    disk, the image of its last mirror. allowance: what it may say in the log."""
 
     images: Images
     relay: Relay
     name: str
     confined: bool = False
+    targets: dict[str, str] = field(default_factory=dict)
+    allowance: Allowance = field(default_factory=Allowance)
+
+
+def _nothing(_: bool | None) -> None:
+    """End a call that names nothing."""
 
 
 class GuestRights:
@@ -60,7 +70,8 @@ class GuestRights:
         found.confined = fenced and await found.images.confinable(domains)
         return await equip(
             worker, domains, self._place,
-            confined=found.confined, images=partial(found.images.find, domains), limit=limit,
+            confined=found.confined, images=partial(found.images.find, domains),
+            withdrawals=found.images.withdrawals, limit=limit, allowance=found.allowance,
         )  # fmt: skip
 
     async def _known(self, guest: str, domains: Sequence[int]) -> _Guest:
@@ -82,21 +93,34 @@ class GuestRights:
         return found
 
     def _relay(self, guest: str) -> Relay:
-        return Relay(partial(self.supervisor.worker_of, guest), partial(self._allow, guest))
+        return Relay(partial(self.supervisor.worker_of, guest), partial(self._hear, guest))
 
-    async def _allow(self, guest: str, image: str) -> None:
-        """Let a guest's worker open storage that an administrator has named."""
+    def _hear(self, guest: str, method: str, disk: str, image: str) -> Over:
+        """Let a guest's worker open what a call names for as long as the call takes, and if its
+        disk has moved there, from then on. See `Relay`."""
         found = self._guests.get(guest)
         if found is None:
             raise PeerClosed("the guest has no disk any more")
-        found.images.grant(image)
-        if found.confined and named_files(image) is None:
+        if method == "pivot":
+            image = found.targets.get(disk, "")
+        if not image:
+            return _nothing
+        takes_programs = named_files(image) is None
+        named = found.images.begin(disk, image, moves=method in _MOVING)
+        if found.confined and takes_programs:
             self.supervisor.renew(guest)
+
+        def over(done: bool | None) -> None:
+            if method == "mirror" and done:
+                found.targets[disk] = image
+            found.images.end(named, done)
+
+        return over
 
     async def suits(self, guest: str, domains: Sequence[int]) -> bool:
         """See `Rights.suits`."""
         found = self._guests.get(guest)
-        return found is None or not found.confined or await found.images.confinable(domains)
+        return found is None or await found.images.confinable(domains) or not found.confined
 
     async def gone(self, guest: str, domains: Sequence[int]) -> None:
         """See `Rights.gone`."""

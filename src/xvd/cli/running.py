@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Final
 
 from xvd.cli import signals
 from xvd.errors import describe
+from xvd.files import remove_scratch, scratch_directory
 
 logger = logging.getLogger(__name__)
 
@@ -167,9 +167,11 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def private_directory() -> Iterator[Path]:
-    """A directory for sockets that only this user may enter, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="xvd-") as path, signals.removed_at_once(Path(path)):
-        yield Path(path)
+    """A directory for sockets that only this user may enter, gone afterwards; and those are gone
+    that killed processes have left."""
+    remove_scratch()
+    with scratch_directory() as path, signals.removed_at_once(path):
+        yield path
 
 
 def _has_terminal() -> bool:

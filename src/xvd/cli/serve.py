@@ -2,6 +2,7 @@
 """``xvd serve``: a whole emulated host in one process, from an image to an NBD export."""
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from xvd.cli.serving import Places
 from xvd.cli.storage import Images, Layers
 from xvd.engines.interface import Engine
 from xvd.engines.text import in_format
-from xvd.engines.uri import open_engine
+from xvd.engines.uri import named_files, open_engine, split_layers
 from xvd.errors import ConfigError
 from xvd.export.nbd import NbdServer
 from xvd.frontend.settings import Settings as FrontSettings
@@ -87,6 +88,8 @@ def serve(
     if exit_with_parent:
         running.end_with_parent()
     images = [in_format(it, image_format) if image_format else it for it in image]
+    if not read_only:
+        check_once(images)
     names, vdevs = serving.name_exports(image, export_name), serving.vdevs(len(images), vdev)
     vdev_number(vdevs[0])
     back, front = split_ends(setting)
@@ -107,6 +110,22 @@ def serve(
         return running.run(
             _serve(_Job(disks, names, directory, places, settings, front_settings, report))
         )
+
+
+def check_once(images: Sequence[str]) -> None:
+    """Raise `ConfigError` for an image that two disks would write to."""
+    seen: set[str] = set()
+    for image in images:
+        layers, uri = split_layers(image)
+        files = [os.path.realpath(path) for path in named_files(uri) or ()]
+        if layers or len(files) != 1:
+            continue
+        if files[0] in seen:
+            raise ConfigError(
+                f"{image} is named twice, and one disk at a time may write to it; name it once, as "
+                "any number of clients may share a disk, or serve all of them read-only: -r"
+            )
+        seen.add(files[0])
 
 
 def split_ends(settings: Sequence[str]) -> tuple[list[str], list[str]]:

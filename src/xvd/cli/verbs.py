@@ -46,6 +46,8 @@ VERBS: Final = {
               "is a load of your own."),
     "sim": ("sim.sim", "Run the shipped queues, or both ends whole, in a simulated world, with "
             "faults."),
+    "datapath": ("datapath.datapath", "Answer a call of xapi's storage interface (SMAPIv3) about "
+                 "storage that xvd backend serves."),
     "doctor": ("doctor.doctor", "Check what this machine can do. Fails if the emulated machine "
                "cannot run on it."),
 }  # fmt: skip

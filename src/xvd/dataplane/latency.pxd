@@ -2,7 +2,7 @@
 # Inline header of dataplane/, for dataplane/back/ and dataplane/front/.
 """What is counted of requests by kind: how many, how much data, and how long they took.
 
-Latencies are histograms of powers of two, one addition for each request.
+Latencies are histograms of powers of two and sums, two additions for each request.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -18,6 +18,7 @@ cdef enum:
                                  # more
 
 cdef struct latencies:
+    uint64_t sum_ns[BLKIF_NR_KINDS]
     uint64_t count[BLKIF_NR_KINDS][LATENCY_BUCKETS]
 
 cdef struct kind_counts:
@@ -28,6 +29,7 @@ cdef struct kind_counts:
 cdef inline void count_latency(latencies *counts, uint32_t kind, uint64_t ns) noexcept nogil:
     cdef uint32_t bucket = 63 - __builtin_clzll(ns | 1)
     counts.count[kind][min(bucket, <uint32_t>LATENCY_BUCKETS - 1)] += 1
+    counts.sum_ns[kind] += ns
 
 
 cdef inline void count_kind(kind_counts *counts, uint32_t kind, uint64_t sectors) noexcept nogil:
@@ -45,3 +47,6 @@ cdef dict kind_figures(const kind_counts *counts)
 
 
 cdef dict latency_lists(const latencies *counts)
+
+
+cdef dict latency_sums(const latencies *counts)

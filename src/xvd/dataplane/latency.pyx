@@ -19,9 +19,17 @@ cdef dict kind_figures(const kind_counts *counts):
     }
 
 
+_KINDS = ("read", "write", "flush", "discard")
+
+
 cdef dict latency_lists(const latencies *counts):
     """The histograms by name, as lists of LATENCY_BUCKETS counts."""
     return {
         name: [counts.count[kind][i] for i in range(<int>LATENCY_BUCKETS)]
-        for kind, name in enumerate(("read", "write", "flush", "discard"))
+        for kind, name in enumerate(_KINDS)
     }
+
+
+cdef dict latency_sums(const latencies *counts):
+    """By name, the nanoseconds of all that the histograms count."""
+    return {name: counts.sum_ns[kind] for kind, name in enumerate(_KINDS)}

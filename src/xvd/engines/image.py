@@ -53,6 +53,51 @@ def _open(path: str, flags: int) -> int:
         raise EngineError(e.errno or errno.EIO, remedy, path) from None
 
 
+def _check_kind(fd: int, path: str) -> None:
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISDIR(mode):
+        raise EngineError(
+            errno.EISDIR, "it is a directory; give an image file or a block device", path
+        )
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise EngineError(errno.EINVAL, _NOT_STORAGE, path)
+
+
+def _check_format(fd: int, path: str) -> None:
+    """Refuse what looks like a container of another format, unless the user says it is raw."""
+    name = formats.known_format(fd)
+    if name:
+        raise EngineError(
+            errno.EINVAL,
+            f"it begins or ends as a {name} image does, and would be served as it lies, not as "
+            f"the disk in it: {formats.remedy(name, path)}; if it is raw all the same, "
+            f"say so: format=raw, or raw:{path}",
+            path,
+        )
+
+
+def path_of(rest: str) -> str:
+    """Return the path in what stands behind ``file:`` or ``raw:``, without its options."""
+    match = _ZEROES_OPTION.fullmatch(rest)
+    return match[1] if match and not os.path.lexists(rest) else rest
+
+
+def examine(path: str, *, read_only: bool, raw: bool) -> bool:
+    """Return whether an image is a block device, if it can be opened; takes no lock, waits for
+    nobody, and leaves nothing open.
+
+    raw: whatever its bytes look like. Raises `EngineError` as `FileEngine` does.
+    """
+    fd = _open(path, os.O_RDONLY if read_only else os.O_RDWR)
+    try:
+        _check_kind(fd, path)
+        if not raw:
+            _check_format(fd, path)
+        return stat.S_ISBLK(os.fstat(fd).st_mode)
+    finally:
+        os.close(fd)
+
+
 class FileEngine(Engine):
     """``file:PATH``: a raw image, or a block device.
 
@@ -93,9 +138,9 @@ class FileEngine(Engine):
         flags = os.O_RDONLY if read_only else os.O_RDWR
         self._cached_fd = _open(path, flags)
         try:
-            self._check_kind()
+            _check_kind(self._cached_fd, path)
             if not raw:
-                self._check_format()
+                _check_format(self._cached_fd, path)
             taken = locks.Locks(
                 path,
                 read_only=read_only,
@@ -111,27 +156,6 @@ class FileEngine(Engine):
         except BaseException:
             self.close()
             raise
-
-    def _check_kind(self) -> None:
-        mode = os.fstat(self._cached_fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise EngineError(
-                errno.EISDIR, "it is a directory; give an image file or a block device", self.path
-            )
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise EngineError(errno.EINVAL, _NOT_STORAGE, self.path)
-
-    def _check_format(self) -> None:
-        """Refuse what looks like a container of another format, unless the user says it is raw."""
-        name = formats.known_format(self._cached_fd)
-        if name:
-            raise EngineError(
-                errno.EINVAL,
-                f"it begins or ends as a {name} image does, and would be served as it lies, not as "
-                f"the disk in it: {formats.remedy(name, self.path)}; if it is raw all the same, "
-                f"say so: format=raw, or raw:{self.path}",
-                self.path,
-            )
 
     def _lock(self, taken: locks.Locks, flags: int, direct: bool, patience_s: float) -> None:
         """Keep everybody else away: the host itself, QEMU, and others of us."""

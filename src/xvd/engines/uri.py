@@ -8,7 +8,7 @@ URI, too: ``LAYER|LAYER|URI``.
 """
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from xvd.blkif.assignment import BackendAssignment
 from xvd.engines import image, memory, null
@@ -28,6 +28,8 @@ PATH_SCHEMES: Final = frozenset(
     name for name, scheme in SCHEMES.items() if scheme.form == f"{name}:PATH"
 )
 """The schemes behind which a path stands, which may be a relative one."""
+
+_RAW: Final = ("file", "raw")
 
 LAYERS: Final[dict[str, LayerKind]] = {
     module.LAYER.name: module.LAYER for module in (cow, delay, rate, error, readonly, stats, log)
@@ -70,6 +72,21 @@ def add_layer(lower: Engine, text: str) -> Engine:
     return layer.make(lower, options)
 
 
+def scheme_of(uri: str) -> tuple[Scheme, str]:
+    """Return the scheme of a URI without layers, and what stands behind it; a bare path is a file.
+
+    Raises `ConfigError` for a URI that is no storage.
+    """
+    name, rest = split_scheme(uri)
+    name = name or "file"
+    if name not in SCHEMES:
+        known = ", ".join(f"{known}:" for known in sorted(SCHEMES))
+        raise ConfigError(f"unknown storage {uri!r}; there are {known} and a bare path is a file")
+    if not rest:
+        raise ConfigError(f"{uri!r} names no storage; write a path or a size after {name}:")
+    return SCHEMES[name], rest
+
+
 def open_engine(
     uri: str,
     *,
@@ -85,15 +102,9 @@ def open_engine(
     """
     own, uri = split_layers(uri)
     layers = (*layers, *own)
-    scheme, rest = split_scheme(uri)
-    scheme = scheme or "file"
-    if scheme not in SCHEMES:
-        known = ", ".join(f"{name}:" for name in sorted(SCHEMES))
-        raise ConfigError(f"unknown storage {uri!r}; there are {known} and a bare path is a file")
-    if not rest:
-        raise ConfigError(f"{uri!r} names no storage; write a path or a size after {scheme}:")
+    scheme, rest = scheme_of(uri)
     only_reads = read_only or any(_kind(text).only_reads for text in layers)
-    engine = SCHEMES[scheme].open(rest, Opening(only_reads, patience_s, user, device_model))
+    engine = scheme.open(rest, Opening(only_reads, patience_s, user, device_model))
     return with_layers(engine, layers, read_only=read_only)
 
 
@@ -131,6 +142,35 @@ def named_files(uri: str, layers: Sequence[str] = ()) -> dict[str, bool] | None:
         layer, options = parse_layer(text)
         files |= dict.fromkeys(layer.files(options), True)
     return files
+
+
+class Look(NamedTuple):
+    """What was seen of storage: the path at which the disk lies as its guest sees it, if there is
+    one, and whether that is a block device."""
+
+    path: str
+    is_device: bool
+
+
+def examine(uri: str, *, read_only: bool = False) -> Look:
+    """Look at the storage that `uri` names without opening it for good: no lock is taken.
+
+    read_only: it need not be writable. Raises `ConfigError` for a URI that is no storage and for a
+    relative path, and `EngineError` for a file that is not there or may not be opened so. Of
+    storage behind a program or a network only the URI is looked at.
+    """
+    layers, uri = split_layers(uri)
+    kinds = [parse_layer(text)[0] for text in layers]
+    read_only = read_only or any(kind.only_reads for kind in kinds)
+    scheme, rest = scheme_of(uri)
+    if scheme.name not in PATH_SCHEMES:
+        return Look("", False)
+    is_raw = scheme.name in _RAW
+    path = image.path_of(rest) if is_raw else rest
+    if not path.startswith("/"):
+        raise ConfigError(f"{uri!r} is a relative path; write it from the root")
+    is_device = image.examine(path, read_only=read_only, raw=scheme.name != "file")
+    return Look(path if is_raw and not layers else "", is_device)
 
 
 def storage_uri(assignment: BackendAssignment) -> str:

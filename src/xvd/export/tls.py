@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import time
 from pathlib import Path
 from typing import Final
 
@@ -24,7 +25,8 @@ def server_context(directory: Path, *, verify_peer: bool) -> ssl.SSLContext:
     """Make what `NbdServer.listen_tcp` demands of clients, from the files in `directory`.
 
     verify_peer: a client has to show a certificate that `CA` has signed; without it anybody may
-    come. TLS 1.2 is the least. Raises `ConfigError` for a file that is missing or no good.
+    come. TLS 1.2 is the least. Raises `ConfigError` for a file that is missing or no good, and for
+    a certificate whose time has passed or is to come: no client would believe it.
     """
     wanted = (CERTIFICATE, KEY, *([CA] if verify_peer else []))
     for name in wanted:
@@ -40,7 +42,46 @@ def server_context(directory: Path, *, verify_peer: bool) -> ssl.SSLContext:
             context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"{directory}: no credentials for TLS: {describe(error)}") from None
+    for authority in context.get_ca_certs():
+        if ssl.cert_time_to_seconds(str(authority["notAfter"])) < time.time():
+            raise ConfigError(
+                f"{directory / CA}: it has expired ({authority['notAfter']}), so that no client "
+                "would be let in; make a new one, and sign the clients' certificates by that"
+            )
+    _check_time(context, directory / CERTIFICATE)
     return context
+
+
+_NOT_YET: Final = 9
+_EXPIRED: Final = 10
+"""X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED of OpenSSL's x509_vfy.h."""
+_TIMES: Final = {_NOT_YET: "is not valid yet", _EXPIRED: "has expired"}
+
+
+def _check_time(context: ssl.SSLContext, certificate: Path) -> None:
+    """Have a client of our own look at the certificate, within this process.
+
+    It believes the certificate itself, so whatever it finds is the certificate's own fault.
+    """
+    believing = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    believing.check_hostname = False
+    believing.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    believing.load_verify_locations(certificate)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = believing.wrap_bio(to_client, to_server)
+    server = context.wrap_bio(to_server, to_client, server_side=True)
+    try:
+        for side in (client, server, client):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        if why := _TIMES.get(error.verify_code):
+            raise ConfigError(
+                f"{certificate}: it {why}, so that no client would believe it; make a new one, or "
+                "set this machine's clock"
+            ) from None
+    except ssl.SSLError:
+        return  # what else a client may say of it is the client's affair
 
 
 async def relay(

@@ -44,6 +44,7 @@ class Statistics:
             "frontend": together.numbers(),
             "frontend_queues": [one.numbers() for one in self.queues],
             "frontend_latency": together.latency,
+            "frontend_latency_ns": together.latency_ns,
         }
 
     def closed(self) -> "Statistics":

@@ -8,7 +8,7 @@ No label has an image's name, as it may hold a password and anybody on this mach
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -133,8 +133,14 @@ def disks_of(daemons: Iterable[Daemon]) -> tuple[list[Disk], int]:
 
 Values = tuple[str, ...]
 """The values of a metric's own labels."""
-Histogram = list[tuple[str, float]]
-"""Pairs of (upper bound in seconds, how many were below)."""
+
+
+class Histogram(NamedTuple):
+    """Pairs of (upper bound in seconds, how many were below), and the sum of all in seconds; None
+    where the daemon's version does not count that."""
+
+    buckets: list[tuple[str, float]]
+    sum: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +201,9 @@ def _latency(disk: Disk) -> Iterator[tuple[Values, Histogram]]:
     for op in ("read", "write", "flush", "discard"):
         counts = disk.counters.latency.get(op, [])
         below = [(repr(2.0 ** (i + 1) / 1e9), float(sum(counts[: i + 1]))) for i in BUCKETS]
-        yield (op,), [*below, ("+Inf", float(sum(counts)))]
+        total_ns = disk.counters.latency_ns.get(op, None if counts else 0)
+        seconds = None if total_ns is None else total_ns / 1e9
+        yield (op,), Histogram([*below, ("+Inf", float(sum(counts)))], seconds)
 
 
 def _refusals(disk: Disk) -> Iterator[tuple[Values, int]]:
@@ -234,8 +242,8 @@ DISK_METRICS: Final = (
     _figure(COUNTER, "xvd_disk_discarded_bytes_total", "Bytes discarded.", "ds_sect",
             RING_SECTOR_SIZE),
     Metric("xvd_disk_request_duration_seconds", HISTOGRAM,
-           "Time from taking a request off the ring to answering it. There is no sum.",
-           "`latency`", _latency, ("op",)),
+           "Time from taking a request off the ring to answering it.",
+           "`latency`, `latency_ns`", _latency, ("op",)),
     _figure(GAUGE, "xvd_disk_requests_in_flight", "Requests without an answer yet.", "in_flight"),
     _figure(COUNTER, "xvd_disk_failed_requests_total",
             "Requests answered with a failure, refused ones included.", "errors"),
@@ -342,8 +350,8 @@ def families(scrape: Scrape, disks: Iterable[Disk]) -> Iterator[Family]:
 
 def _filled(metric: Metric, common: Values, things: Sequence[tuple[Values, object]]) -> Family:
     family: Any = metric.family(common)
-    more = (None,) if metric.kind == HISTOGRAM else ()  # without a sum, which no queue counts
     for labels, thing in things:
         for values, value in metric.samples(thing):
-            family.add_metric((*labels, *values), value, *more)
+            parts = value if metric.kind == HISTOGRAM else (value,)
+            family.add_metric((*labels, *values), *parts)
     return cast(Family, family)

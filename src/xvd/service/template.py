@@ -14,8 +14,8 @@ import os
 import signal
 import socket
 import traceback
-from collections.abc import Callable
-from typing import Any, Final, NoReturn
+from collections.abc import Callable, Iterator
+from typing import IO, Any, Final, NoReturn
 
 import msgspec
 
@@ -24,8 +24,9 @@ from xvd.service.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
 
-ORDER_MAX: Final = 1 << 16
-"""Bytes of an order."""
+_FORK: Final = b"f"
+"""What the template hears for each order, beside the worker's channel and a file with the order:
+settings of a thousand disks have more bytes than a message takes."""
 
 Work = Callable[[Any, socket.socket], int]
 """What a worker does: gets its order and its end of a stream to whoever ordered it, and returns the
@@ -91,7 +92,8 @@ class Template:
         with its:
             try:
                 async with self._turn:
-                    socket.send_fds(self._socket, [msgspec.json.encode(order)], [its.fileno()])
+                    with _file_of(order) as file:
+                        socket.send_fds(self._socket, [_FORK], [its.fileno(), file])
                     await _readable(loop, self._socket)
                     answer, fds, _, _ = socket.recv_fds(self._socket, 16, 1)
                 if not answer:
@@ -121,6 +123,19 @@ class Template:
             os.waitpid(self.pid, 0)
 
 
+@contextlib.contextmanager
+def _file_of(order: Any) -> Iterator[int]:
+    """A file in memory that has an order; raises OSError."""
+    fd = os.memfd_create("xvd-order", os.MFD_CLOEXEC)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(msgspec.json.encode(order))
+        os.lseek(fd, 0, os.SEEK_SET)
+        yield fd
+    finally:
+        os.close(fd)
+
+
 async def _readable(loop: asyncio.AbstractEventLoop, one: socket.socket | int) -> None:
     ready = asyncio.Event()
     loop.add_reader(one, ready.set)
@@ -141,16 +156,16 @@ def _serve(orders: socket.socket, work: Work) -> NoReturn:
     gc.freeze()  # a collection would write to every page, and give each worker its own
     with contextlib.suppress(OSError):
         while True:
-            order, fds, _, _ = socket.recv_fds(orders, ORDER_MAX, 1)
-            if not order or not fds:
+            word, fds, _, _ = socket.recv_fds(orders, len(_FORK), 2)
+            if not word or len(fds) < 2:
                 break
-            _fork(orders, order, socket.socket(fileno=fds[0]), work)
+            _fork(orders, fds[1], socket.socket(fileno=fds[0]), work)
     os._exit(0)
 
 
-def _fork(orders: socket.socket, order: bytes, channel: socket.socket, work: Work) -> None:
+def _fork(orders: socket.socket, order: int, channel: socket.socket, work: Work) -> None:
     us = os.getpid()
-    with channel:
+    with channel, open(order, "rb") as file:
         try:
             pid = os.fork()
         except OSError as error:
@@ -158,7 +173,7 @@ def _fork(orders: socket.socket, order: bytes, channel: socket.socket, work: Wor
             return
         if pid == 0:
             orders.close()
-            _become_worker(us, order, channel, work)
+            _become_worker(us, file, channel, work)
     try:
         pidfd = os.pidfd_open(pid)
     except OSError as error:  # it has ended already, or there are no more descriptors
@@ -170,13 +185,15 @@ def _fork(orders: socket.socket, order: bytes, channel: socket.socket, work: Wor
     os.close(pidfd)
 
 
-def _become_worker(template: int, order: bytes, channel: socket.socket, work: Work) -> NoReturn:
+def _become_worker(template: int, file: IO[bytes], channel: socket.socket, work: Work) -> NoReturn:
     status = 1
     try:
         end_with_parent(template)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
-        status = work(msgspec.json.decode(order), channel)
+        with file:
+            order = msgspec.json.decode(file.read())
+        status = work(order, channel)
     except (XvdError, OSError) as error:
         logger.error("a worker cannot go on: %s", describe(error))
     except BaseException:  # the end of this process, whatever it is: it has no caller

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
+from xvd.blkif.nodes import DIRECTORIES
 from xvd.errors import XenstoreError
 from xvd.machine.xs import requests
 from xvd.machine.xs.client import Transaction, XenstoreClient
@@ -21,7 +22,8 @@ async def read_directory(
 ) -> dict[str, str]:
     """The nodes below `path`, two levels deep, by relative path; empty if it is not there.
 
-    `wanted` is asked for each name: what it does not want is not read, nor what is below it. A
+    `wanted` is asked for each name, of a second level by its whole path unless it is a queue's:
+    what it does not want is not read, nor what is below it. A
     value that is no text is read as an empty one, which every parser takes as absent. Raises
     `XenstoreError` E2BIG for a directory of more than `READS_MAX` wanted nodes, or of more names
     than one message holds: somebody filled it to keep us busy.
@@ -29,10 +31,10 @@ async def read_directory(
     found: dict[str, str] = {}
     names = [name for name in await _children(store, path) if wanted(name)]
     paths = [*names]
-    for queue in names:
-        if queue.startswith("queue-"):
-            children = await _children(store, f"{path}/{queue}")
-            paths += [f"{queue}/{child}" for child in children if wanted(child)]
+    for name in names:
+        if name.startswith(DIRECTORIES):
+            children = await _children(store, f"{path}/{name}")
+            paths += [f"{name}/{child}" for child in children if wanted(_kind_of(name, child))]
         if len(paths) > READS_MAX:
             raise XenstoreError("E2BIG", f"{path} holds more than {READS_MAX} nodes")
     values = await store.ask_each([requests.read(f"{path}/{name}") for name in paths])
@@ -42,6 +44,11 @@ async def read_directory(
         elif value.code not in _ABSENT:
             raise value
     return found
+
+
+def _kind_of(name: str, child: str) -> str:
+    """Return by which name a node of the second level is known: each queue has the same."""
+    return child if name.startswith("queue-") else f"{name}/{child}"
 
 
 async def _children(store: XenstoreClient | Transaction, path: str) -> list[str]:

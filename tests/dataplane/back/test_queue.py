@@ -180,10 +180,11 @@ def test_latencies_are_counted_by_kind_in_powers_of_two(
         world.queue.set_time(5000 + ns)
         engine.channel.take()[0].complete()
         world.settle()
-        latency = world.queue.counters()["latency"]
+        counters = world.queue.counters()
         expected = {name: [0] * 40 for name in ("read", "write", "flush", "discard")}
         expected[kind][bucket] = 1
-        assert latency == expected
+        assert counters["latency"] == expected
+        assert counters["latency_ns"] == dict.fromkeys(expected, 0) | {kind: ns}
 
 
 def test_what_takes_very_long_is_in_the_last_bucket() -> None:

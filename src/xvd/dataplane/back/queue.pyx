@@ -37,7 +37,7 @@ from xvd.dataplane.back.taking cimport admit, forget_limits, recover, take
 from xvd.dataplane.back.throttle cimport Throttle
 from xvd.dataplane.c cimport (
     monotonic_ns, xvd_clear_bits, xvd_load_acquire, xvd_store64, xvd_store_release)
-from xvd.dataplane.latency cimport kind_figures, latency_lists
+from xvd.dataplane.latency cimport kind_figures, latency_lists, latency_sums
 from xvd.dataplane.ports cimport (
     engine_io, engine_of, event_ports, events_of, grant_copy, grant_mapping, grants_of, wrap)
 from xvd.dataplane.ring.ring cimport (
@@ -515,11 +515,13 @@ cdef class BackendQueue:
 
         ``latency``: for each kind of request a list of 40 counts; count i is of those answered
         after 2**i nanoseconds and before twice that, from when they were taken off the ring.
+        ``latency_ns``: the nanoseconds of all of them together.
         """
         counts = kind_figures(&self.q.kinds) | dict(self.q.count)
         refusals = counts.pop("refusals")
         counts["in_flight"] = self.q.in_flight
         counts["latency"] = latency_lists(&self.q.latency)
+        counts["latency_ns"] = latency_sums(&self.q.latency)
         counts["buffer_pages"] = self.q.idle_pages
         counts["persistent_grants"] = self.q.kept.count
         counts["refusals"] = {

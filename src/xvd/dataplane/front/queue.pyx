@@ -25,7 +25,7 @@ from xvd.dataplane.front.answer cimport end_parts, take_responses
 from xvd.dataplane.front.issue cimport indirect_pages, issue, pages_of_unit
 from xvd.dataplane.front.place cimport in_place_most
 from xvd.dataplane.front.pool cimport close_pool, end_idle_grants, open_pool
-from xvd.dataplane.latency cimport kind_figures, latency_lists
+from xvd.dataplane.latency cimport kind_figures, latency_lists, latency_sums
 from xvd.dataplane.ports cimport events_of, front_io, granter_of, wrap
 from xvd.dataplane.ring.ring cimport (
     check_ring, front_final_check, front_has_news, front_push, gap_of)
@@ -357,6 +357,7 @@ cdef class FrontQueue:
         counts["reused"] = self.q.pool.reused
         counts["placed"] = self.q.pool.in_place
         counts["in_flight"] = self.q.in_flight
+        counts["latency_ns"] = latency_sums(&self.q.latency)
         return counts
 
     def latency(self):

@@ -23,6 +23,7 @@ from qemu.qmp import QMPClient, QMPError
 from xvd.engines.qemu.nodes import NODE, Nodes
 from xvd.engines.qemu.vhost_user import BlkConfig, Session
 from xvd.errors import EngineError
+from xvd.files import scratch_directory
 
 QUEUES: Final = 64
 """Virtqueues of an export: those that nobody uses cost nothing."""
@@ -36,7 +37,7 @@ _PREFIX: Final = re.compile(rf"^{_PROGRAM}: (--\w+ \{{.*\}}: )?")
 def _vhost_sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
     """A socket that listens and one that has connected to it; its name is gone afterwards."""
     listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-    with listener, tempfile.TemporaryDirectory(prefix="xvd-") as place:
+    with listener, scratch_directory() as place:
         listener.bind(f"{place}/vhost")
         listener.listen(1)
         client.connect(f"{place}/vhost")

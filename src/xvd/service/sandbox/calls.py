@@ -9,7 +9,7 @@ import socket
 import termios
 from typing import Final
 
-from xvd.service.sandbox.seccomp import Argument, Comparison
+from xvd.service.sandbox.seccomp import Argument, Comparison, Rule
 
 _CLONE_THREAD: Final = 0x00010000
 _PR_SET_NAME: Final = 15
@@ -52,24 +52,34 @@ _DRIVERS: Final = (0x12, ord("E"), ord("G"))
 _LOOP_GET_STATUS64: Final = 0x4C05
 _FIONBIO, _FIOCLEX, _FIONCLEX = 0x5421, 0x5451, 0x5450
 
-_SOME: Final[dict[str, tuple[Argument, ...]]] = {
-    "clone": (Argument(0, Comparison.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD),),
-    "socketpair": (Argument(0, Comparison.EQ, socket.AF_UNIX),),
-    "prctl": (Argument(0, Comparison.EQ, _PR_SET_NAME),),
-    "prlimit64": (Argument(2, Comparison.EQ, 0),),
+_TYPE_MASK: Final = 0xF
+"""Of a socket's type; above it are flags (linux/net.h: SOCK_TYPE_MASK)."""
+
+_SOME: Final[dict[str, tuple[Rule, ...]]] = {
+    "clone": ((Argument(0, Comparison.MASKED_EQ, _CLONE_THREAD, _CLONE_THREAD),),),
+    # Of streams only: by a socket for datagrams it could write to any socket with a name, and so to
+    # the host's log.
+    "socketpair": (
+        (
+            Argument(0, Comparison.EQ, socket.AF_UNIX),
+            Argument(1, Comparison.MASKED_EQ, _TYPE_MASK, socket.SOCK_STREAM),
+        ),
+    ),
+    "prctl": ((Argument(0, Comparison.EQ, _PR_SET_NAME),),),
+    "prlimit64": ((Argument(2, Comparison.EQ, 0),),),
     "ioctl": (
-        *(Argument(1, Comparison.MASKED_EQ, 0xFF00, kind << 8) for kind in _DRIVERS),
+        *((Argument(1, Comparison.MASKED_EQ, 0xFF00, kind << 8),) for kind in _DRIVERS),
         *(
-            Argument(1, Comparison.EQ, number)
+            (Argument(1, Comparison.EQ, number),)
             for number in (_LOOP_GET_STATUS64, _FIONBIO, _FIOCLEX, _FIONCLEX, termios.TCGETS)
         ),
     ),
 }
 
-ALLOWED: Final[dict[str, tuple[Argument, ...]]] = {
+ALLOWED: Final[dict[str, tuple[Rule, ...]]] = {
     name: () for names in _ANY.values() for name in names.split()
 } | _SOME
-"""Each call, and what one of its arguments must be, any of it; none: whatever they are."""
+"""Each call, and the rules of which one must hold; none: whatever its arguments are."""
 
 NOTIFIED: Final = ("openat", "io_uring_setup")
 """Calls that the supervisor does, or lets be done, or refuses (opener.py)."""

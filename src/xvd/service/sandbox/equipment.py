@@ -37,6 +37,7 @@ from xvd.service.sandbox.opener import Opener
 from xvd.service.sandbox.reach import Image
 from xvd.service.sandbox.storegate import Rules, StoreGate
 from xvd.service.template import Worker
+from xvd.service.workerlog import Allowance, WorkerLog, log_to
 from xvd.types import Domid
 
 _MESSAGE_MAX: Final = 1 << 16
@@ -52,7 +53,7 @@ class Given(msgspec.Struct):
 
     domid: the domain that it runs in. session: of the emulated host; None: on real Xen. confined:
     whether it is to be. user: whom it is to become. directories: those that it may keep files in,
-    each with a descriptor, behind the store's and the session's.
+    each with a descriptor, behind the log's, the store's and the session's.
     """
 
     domid: int
@@ -85,11 +86,14 @@ async def equip(
     *,
     confined: bool,
     images: Images,
+    withdrawals: Callable[[], int],
     limit: LogLimit,
+    allowance: Allowance,
 ) -> Callable[[], Awaitable[None]]:
     """Give a new worker what it is to have; what is returned takes all back, once it has ended.
 
-    images: asked for each file that it wants to open, what its guest has. Raises OSError, and
+    images: asked for each file that it wants to open, what its guest has. withdrawals: how often
+    there was less of that than before. allowance: what its guest may say. Raises OSError, and
     `PeerClosed` if the host is gone or the worker does not confine itself.
     """
     user = own_user(domains[0]) if confined else None
@@ -113,16 +117,20 @@ async def equip(
         for path in kept:
             fds.append(give(path, owner, 0o755 if path == pages else 0o750))
             given.callback(os.close, fds[-1])
-        fds.insert(0, given.enter_context(gate.theirs).fileno())
+        log = WorkerLog(domains, allowance)
+        given.callback(os.close, log.its)
+        stack.callback(log.close)
+        fds[:0] = [log.its, given.enter_context(gate.theirs).fileno()]
         told = Given(place.machine.domid, session, confined, user, [str(path) for path in kept])
         socket.send_fds(worker.channel, [msgspec.json.encode(told)], fds)
         given.close()
         if confined:
+            withdrawn = withdrawals()
             has, listener = await asyncio.gather(images(), _listener_of(worker))
             own = frozenset(map(os.path.realpath, kept))
             opener = Opener(
                 listener, pid=worker.pid, domains=tuple(domains), own=own, has=has, images=images,
-                limit=limit,
+                withdrawals=withdrawals, withdrawn=withdrawn, limit=limit,
             )  # fmt: skip
             stack.callback(opener.close)
         return stack.pop_all().aclose
@@ -184,6 +192,7 @@ def take(channel: socket.socket) -> tuple[Given, Machine]:
     for fd in fds:
         os.set_inheritable(fd, False)
     given = msgspec.json.decode(data, type=Given)
+    log_to(fds.pop(0))
     store = socket.socket(fileno=fds.pop(0))
     link = None if given.session is None else socket.socket(fileno=fds.pop(0))
     paths = [Path(path) for path in given.directories]

@@ -52,7 +52,8 @@ class Opener:
 
     To be made and closed in the event loop's thread. listener: from `confine`, ours from now on.
     pid: the worker's. domains: its guest's. own: its directories. has: its guest's images, as they
-    were found before. images: asked again for a name that is nothing else.
+    were found before, and `withdrawals` then returned `withdrawn`. images: asked again for a name
+    that is nothing else, and where that number is another one by now.
     """
 
     def __init__(
@@ -64,6 +65,8 @@ class Opener:
         own: frozenset[str],
         has: Mapping[str, Image],
         images: Callable[[], Awaitable[Mapping[str, Image]]],
+        withdrawals: Callable[[], int],
+        withdrawn: int,
         limit: LogLimit,
     ) -> None:
         self._calls = Calls(listener)
@@ -72,6 +75,8 @@ class Opener:
         self._own = own
         self._has = has
         self._images = images
+        self._withdrawals = withdrawals
+        self._withdrawn = withdrawn
         self._limit = limit
         self._loop = asyncio.get_running_loop()
         threading.Thread(target=self._run, name="xvd-opener", daemon=True).start()
@@ -118,7 +123,9 @@ class Opener:
     def _decide(self, call: Call, path: str) -> None:
         flags = call.arguments[2] & 0xFFFFFFFF
         decision = self._decided(path, flags)
-        if decision.way is Way.REFUSE:
+        old = path in self._has and self._withdrawn != self._withdrawals()
+        if old or decision.way is Way.REFUSE:
+            self._withdrawn = self._withdrawals()
             self._has = asyncio.run_coroutine_threadsafe(self._ask(), self._loop).result()
             decision = self._decided(path, flags)
         if decision.way is Way.LEAVE:

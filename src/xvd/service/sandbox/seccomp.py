@@ -30,13 +30,17 @@ class Comparison(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """A call is allowed if its argument of this number compares so. For `MASKED_EQ` a is the mask
+    """The argument of this number compares so. For `MASKED_EQ` a is the mask
     and b what is left of the argument."""
 
     number: int
     comparison: Comparison
     a: int
     b: int = 0
+
+
+Rule = tuple[Argument, ...]
+"""What a call's arguments must be, all of it."""
 
 
 class _Compare(ctypes.Structure):
@@ -59,11 +63,11 @@ def library() -> ctypes.CDLL:
 
 
 def compile_filter(
-    allowed: Mapping[str, Sequence[Argument]], notified: Iterable[str], missing: Iterable[str]
+    allowed: Mapping[str, Sequence[Rule]], notified: Iterable[str], missing: Iterable[str]
 ) -> bytes:
     """Return the program of a filter, for `install`: it takes milliseconds to make.
 
-    allowed: each call, and what one of its arguments must be, any of it; none: whatever they are. A
+    allowed: each call, and rules of which one must hold; none: whatever its arguments are. A
     name that this architecture has not is left out. missing: calls that fail with ENOSYS, for
     callers that know another way. Raises `ConfigError` without libseccomp, and OSError.
     """
@@ -71,18 +75,16 @@ def compile_filter(
     context = ctypes.c_void_p(seccomp.seccomp_init(_ERRNO | errno.EPERM))
     program = os.memfd_create("xvd-seccomp", os.MFD_CLOEXEC)
     try:
-        rules: list[tuple[int, str, Argument | None]] = [
-            (_ALLOW, name, one)
-            for name, arguments in allowed.items()
-            for one in arguments or (None,)
+        rules: list[tuple[int, str, Rule]] = [
+            (_ALLOW, name, rule) for name, each in allowed.items() for rule in each or ((),)
         ]
-        rules += [(_NOTIFY, name, None) for name in notified]
-        rules += [(_ERRNO | errno.ENOSYS, name, None) for name in missing]
-        for action, name, one in rules:
+        rules += [(_NOTIFY, name, ()) for name in notified]
+        rules += [(_ERRNO | errno.ENOSYS, name, ()) for name in missing]
+        for action, name, rule in rules:
             number = seccomp.seccomp_syscall_resolve_name(name.encode())
             if number < 0:
                 continue
-            compared = [] if one is None else [_Compare(one.number, one.comparison, one.a, one.b)]
+            compared = [_Compare(one.number, one.comparison, one.a, one.b) for one in rule]
             array = (_Compare * len(compared))(*compared)
             _check(
                 seccomp.seccomp_rule_add_array(
