@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xvd_process import as_by_the_unit
 
 from xvd.cli.asking import ask
 
@@ -167,7 +168,8 @@ def report(title: str, rows: dict[str, tuple[str, str]]) -> None:
 
 
 class Backend:
-    """``xvd backend``, restarted at will. program: another than the rig's."""
+    """``xvd backend``, restarted at will, with the powers of root's that its unit has. program:
+    another than the rig's."""
 
     def __init__(self, directory: Path, program: str = "xvd") -> None:
         self._program = program
@@ -182,7 +184,7 @@ class Backend:
 
     def start(self, *options: str) -> None:
         with self._log.open("ab") as log, self._out.open("wb") as out:
-            command = [self._program, "backend", "-vv", *options]
+            command = [*as_by_the_unit(), self._program, "backend", "-vv", *options]
             self._process = subprocess.Popen(command, stdout=out, stderr=log)
         end = time.monotonic() + 60
         while self._out.read_bytes() != b"ready\n":

@@ -35,7 +35,8 @@ def as_by_the_unit() -> list[str]:
         return []
     [line] = [it for it in UNIT.read_text().splitlines() if it.startswith("CapabilityBoundingSet=")]
     powers = [it.removeprefix("CAP_").lower() for it in line.partition("=")[2].split()]
-    return ["setpriv", "--bounding-set", ",".join(["-all", *(f"+{power}" for power in powers)])]
+    left = ",".join(["-all", *(f"+{power}" for power in powers)])
+    return ["setpriv", "--no-new-privs", "--bounding-set", left]
 
 
 class Daemon:
