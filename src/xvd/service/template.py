@@ -20,6 +20,7 @@ from typing import IO, Any, Final, NoReturn
 import msgspec
 
 from xvd.errors import PeerClosed, XvdError, describe
+from xvd.service.immortal import make_immortal
 from xvd.service.parent import end_with_parent
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,9 @@ def _serve(orders: socket.socket, work: Work) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # whoever ordered us ends us
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # and sees for itself who of them has ended
-    gc.freeze()  # a collection would write to every page, and give each worker its own
+    # Whoever counts a reference, or collects, writes to a page, which is the worker's own then.
+    make_immortal()
+    gc.freeze()
     with contextlib.suppress(OSError):
         while True:
             word, fds, _, _ = socket.recv_fds(orders, len(_FORK), 2)
