@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Final
 
 from xvd.engines.changes import GRANULE, ChangeMap, map_size
-from xvd.engines.file import all_zero
 from xvd.engines.interface import Channel, Engine
 from xvd.engines.layers.base import Asked, Layer
 from xvd.engines.live.tracked import CHANGING
 from xvd.engines.mirror import MirrorChannel, Twins
+from xvd.engines.zeroes import all_zero
 from xvd.errors import EngineError
 
 _RUN: Final = 16
