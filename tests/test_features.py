@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAST = {"F": 3, "B": 41, "P": 45}
+LAST = {"F": 3, "B": 41, "P": 46}
 IDS = [f"{kind}{number}" for kind, last in LAST.items() for number in range(1, last + 1)]
 ON_XEN = ("xen", "hostile", "dataplane", "backend", "frontend")
 """The folders whose tests xen-rig/test runs on real Xen."""

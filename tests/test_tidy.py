@@ -166,6 +166,7 @@ def test_only_the_list_names_engines_and_layers() -> None:
     assert {"engines.image", "engines.layers.delay"} <= importers.keys()
     listed = {module: {"engines.uri"} for module in named}
     listed["engines.image"].add("engines.layers.cow")  # which keeps what is written in one
+    listed["engines.layers.zeroes"].add("engines.image")  # a file has it as an option, too
     assert importers == listed
 
 

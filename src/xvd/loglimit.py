@@ -60,7 +60,7 @@ class LogLimit:
         now = self._clock()
         found = self._texts.setdefault(text, _Text(now))
         if now - found.since >= PERIOD_S:
-            self._tell(logger, level, text)
+            self.tell(logger, level, text)
             found.since, found.lines = now, 0
         if found.lines < burst:
             found.lines += 1
@@ -80,9 +80,10 @@ class LogLimit:
             events = asyncio.get_running_loop()
         except RuntimeError:
             return  # no loop: told before the next line
-        events.call_later(PERIOD_S, self._tell, logger, level, text)
+        events.call_later(PERIOD_S, self.tell, logger, level, text)
 
-    def _tell(self, logger: logging.Logger, level: int, text: str) -> None:
+    def tell(self, logger: logging.Logger, level: int, text: str) -> None:
+        """Log how many lines of this text were left out, if any were."""
         found = self._texts[text]
         if found.left_out:
             count, found.left_out = found.left_out, 0

@@ -6,6 +6,7 @@ import errno
 import random
 import struct
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import pytest
 from rig_disk import World, disk_world, opener, run, until
 from rig_engines import PythonEngine
 
-from xvd.backend import tracking
+from xvd.backend import copies, tracking
 from xvd.backend.copies import Phase
 from xvd.backend.device import Device
+from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Channel, Engine
 from xvd.engines.memory import MemoryEngine
+from xvd.engines.uri import storage_uri
 from xvd.errors import ConfigError, EngineError
 from xvd.frontend.disk import Disk
 from xvd.frontend.settings import Settings as FrontSettings
@@ -128,21 +131,21 @@ def test_a_mirror_is_given_up_and_the_disk_keeps_its_storage(tmp_path: Path) -> 
 
     async def work() -> None:
         async with disk_world() as world, await world.disk(str(one)) as disk:
-            copies = device(world).copies
-            await copies.mirror(str(other))
+            its = device(world).copies
+            await its.mirror(str(other))
             with pytest.raises(ConfigError, match="is being copied to"):
                 await device(world).life.swap(str(other), 10)
             with pytest.raises(ConfigError, match="is being copied to"):
-                await copies.backup(str(tmp_path / "c"))
-            await copies.cancel()
-            assert copies.job is not None
-            assert copies.job.phase is Phase.CANCELLED
+                await its.backup(str(tmp_path / "c"))
+            await its.cancel()
+            assert its.job is not None
+            assert its.job.phase is Phase.CANCELLED
             await disk.write(0, b"n" * 512)
             await disk.flush()
             with pytest.raises(ConfigError, match="no copy of it is being made"):
-                await copies.cancel()
+                await its.cancel()
             with pytest.raises(ConfigError, match="it has no mirror"):
-                await copies.pivot()
+                await its.pivot()
 
     run(work())
 
@@ -199,8 +202,8 @@ def test_a_target_that_fails_is_nothing_to_the_guest(
                 return target
 
             device(world).life.open = open_target
-            copies = device(world).copies
-            await copies.mirror("memory:8M")
+            its = device(world).copies
+            await its.mirror("memory:8M")
             if not fails_at_once:
                 await phase(world, Phase.READY)
                 target.fails = True
@@ -214,6 +217,59 @@ def test_a_target_that_fails_is_nothing_to_the_guest(
     run(work())
 
     assert one.read_bytes()[:1024] == b"n" * 512 + b"m" * 512
+
+
+class Waits(MemoryEngine):
+    """Storage that goes on when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(SIZE)
+        self.waiting, self.go = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.waiting.set()
+        self.go.wait(20)
+
+
+class FlushWaits(Waits):
+    def flush(self) -> None:
+        self.wait()
+
+
+class WritesWait(Waits):
+    def write(self, buffer: memoryview, offset: int) -> None:
+        self.wait()
+        super().write(buffer, offset)
+
+    def open_channel(self) -> Channel:
+        return Engine.open_channel(self)
+
+
+def test_a_copy_that_cannot_be_given_up_now_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "PATIENCE_S", 0.05)
+    storage = WritesWait()
+
+    async def open_storage(assignment: BackendAssignment) -> Engine:
+        return storage if storage_uri(assignment) == "memory:8M" else await opener()(assignment)
+
+    async def work() -> None:
+        async with disk_world(open_storage=open_storage) as world, await world.disk() as disk:
+            await device(world).copies.mirror("memory:8192K")
+            await phase(world, Phase.READY)
+            writing = asyncio.ensure_future(disk.write(0, b"n" * 512))
+            await until(storage.waiting.is_set)
+            with pytest.raises(ConfigError, match="1 requests are still with the storage"):
+                await device(world).copies.cancel()
+            job = device(world).copies.job
+            assert job is not None
+            assert job.task is not None
+            assert not job.task.done()
+            storage.go.set()
+            await writing
+            await device(world).copies.cancel()
+            assert job.phase is Phase.CANCELLED
+
+    run(work())
 
 
 def test_a_disk_that_goes_while_it_is_copied_leaves_nothing(tmp_path: Path) -> None:
@@ -287,8 +343,52 @@ def test_backups_under_load_have_the_state_of_one_moment_each(
     assert [incremental for incremental, _ in sizes] == [False, True, True, True]
 
 
+def test_a_guest_that_connects_while_a_backup_ends_has_its_changes_noted(tmp_path: Path) -> None:
+    one, target = image(tmp_path / "a"), FlushWaits()
+
+    async def work() -> None:
+        async with disk_world() as world:
+            vbd = await world.attach(str(one))
+
+            async def open_target(_: str) -> Engine:
+                return target
+
+            device(world).life.open = open_target
+            await device(world).copies.backup("memory:8M", "nightly")
+            await until(target.waiting.is_set)
+            disk = await world.open(vbd)
+            target.go.set()
+            await phase(world, Phase.DONE)
+            await disk.write(0, b"n" * 512)
+            assert changed_since(world) == 1 << 16
+            await disk.close()
+
+    run(work())
+
+
 def changed_since(world: World) -> object:
     return device(world).tracking.names["nightly"]["changed"]
+
+
+def test_what_is_written_just_before_a_backup_begins_is_in_it(tmp_path: Path) -> None:
+    one, copy = image(tmp_path / "a"), tmp_path / "copy"
+
+    async def work() -> None:
+        async with disk_world() as world, await world.disk(str(one)) as disk:
+            its = device(world).copies
+            await its.backup(str(copy), "nightly")
+            await phase(world, Phase.DONE)
+            async with device(world).life.turn:
+                beginning = asyncio.ensure_future(its.backup(str(copy), "nightly"))
+                await until(lambda: bool(device(world).life.turn._waiters))
+                await disk.write(0, b"n" * 512)
+            await beginning
+            await phase(world, Phase.DONE)
+
+    run(work())
+
+    assert copy.read_bytes() == one.read_bytes()
+    assert copy.read_bytes()[:512] == b"n" * 512
 
 
 def test_what_has_changed_is_known_to_the_next_backend(tmp_path: Path) -> None:

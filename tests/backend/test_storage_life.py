@@ -111,6 +111,24 @@ def test_the_next_backend_has_the_storage_that_the_last_one_had(tmp_path: Path) 
     run(work())
 
 
+def test_a_predecessors_guest_has_what_it_is_exchanged_for_before_it_is_back(
+    tmp_path: Path,
+) -> None:
+    """The guest is not connected to this backend yet, and to the one after it."""
+    one, other = image(tmp_path / "a", b"a"), image(tmp_path / "b", b"b")
+
+    async def work() -> None:
+        async with disk_world() as world:
+            await world.attach(str(one))
+            assert device(world).disk.engine is not None
+            kept = DiskState(Path(world.journals.name), "backend/vbd/1/51712")
+            kept.remember(device(world).disk.storage.engine.identity)
+            await device(world).life.swap(str(other), 10)
+            kept.check_identity(device(world).disk.storage.engine.identity)
+
+    run(work())
+
+
 def test_a_disk_of_the_same_name_that_is_attached_later_has_its_own_storage(tmp_path: Path) -> None:
     async def work() -> None:
         one, other = image(tmp_path / "a", b"a"), image(tmp_path / "b", b"b")

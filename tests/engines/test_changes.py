@@ -177,3 +177,76 @@ def test_a_mirror_whose_target_has_failed_is_none_any_more() -> None:
     mirror.write(memoryview(b"w" * 512), 0)
 
     assert bytes(disk.view[:513]) == b"w" * 512 + b"d"
+
+
+class Slow(MemoryEngine):
+    """Does something before each write."""
+
+    def write(self, buffer: memoryview, offset: int) -> None:
+        self.meanwhile()
+        super().write(buffer, offset)
+
+    def meanwhile(self) -> None:
+        raise NotImplementedError
+
+
+def test_one_copies_at_a_time_whoever_still_waits_for_it() -> None:
+    lower, target = MemoryEngine(3 * GRANULE), Slow(3 * GRANULE)
+    lower.view[:] = b"d" * (3 * GRANULE)
+    mirror = Mirror(lower, target)
+    found: list[object] = []
+
+    def meanwhile() -> None:
+        found.append(mirror.copies)
+        found.append(mirror.copy(GRANULE))
+        with pytest.raises(EngineError, match="still being copied"):
+            mirror.finish()
+
+    target.meanwhile = meanwhile  # type: ignore[method-assign]
+
+    mirror.finish()
+
+    assert found == [True, 0]
+    assert (mirror.copies, target.view == lower.view) == (False, True)
+
+
+def test_what_nobody_waits_for_is_stopped_and_can_be_begun_again() -> None:
+    lower, target = MemoryEngine(40 * GRANULE), Slow(40 * GRANULE)
+    lower.view[:] = b"d" * (40 * GRANULE)
+    mirror = Mirror(lower, target)
+    target.meanwhile = mirror.stop  # type: ignore[method-assign]
+
+    with pytest.raises(EngineError, match="took too long"):
+        mirror.finish()
+    left = mirror.left
+    target.meanwhile = lambda: None  # type: ignore[method-assign]
+    mirror.finish()
+
+    assert left == 24 * GRANULE
+    assert target.view == lower.view
+
+
+def test_all_of_a_disk_has_changed_that_had_another_size_meanwhile() -> None:
+    class Resized(MemoryEngine):
+        size = SIZE
+
+        def measure(self) -> int:
+            return self.size
+
+        def resize(self, size: int) -> None:
+            self.size = size
+
+    changed = a_map()
+    storage = Resized(SIZE)
+    tracked = Tracked(storage, [changed])
+
+    tracked.measure()
+    before = changed.marked
+    tracked.resize(SIZE // 2)
+    tracked.resize(SIZE)
+    by_us = changed.marked
+    changed.clear()
+    storage.size = SIZE // 2
+    tracked.measure()
+
+    assert (before, by_us, changed.marked) == (0, 101, 101)

@@ -237,6 +237,28 @@ def test_what_was_not_flushed_is_there_after_the_daemons_death(
     engine.close()
 
 
+def test_zeros_that_were_not_flushed_are_there_after_the_daemons_death(
+    qcow2: Path, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("storage daemon|not flushed")
+    engine = open_engine(f"qcow2:{qcow2}")
+    assert isinstance(engine, Checked)
+    assert isinstance(engine.lower, QemuEngine)
+    engine.write(memoryview(b"d" * (256 << 10)), 0)
+    engine.write_zeroes(BLOCK, 128 << 10, unmap=True)
+    engine.write(memoryview(b"e" * BLOCK), 2 * BLOCK)
+
+    kill(engine.lower)
+    found = bytearray(256 << 10)
+    engine.read(memoryview(found), 0)
+    engine.close()
+
+    wanted = bytearray(b"d" * (256 << 10))
+    wanted[BLOCK : BLOCK + (128 << 10)] = bytes(128 << 10)
+    wanted[2 * BLOCK : 3 * BLOCK] = b"e" * BLOCK
+    assert found == wanted
+
+
 @pytest.mark.slow
 def test_a_daemon_that_is_killed_under_load_costs_a_guest_time(
     qcow2: Path, img: Callable[..., str], expect_log: Callable[[str], None]

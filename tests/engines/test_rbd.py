@@ -2,6 +2,7 @@
 """Images of a Ceph cluster, by a real one."""
 
 import asyncio
+import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,27 @@ def test_what_a_guest_wrote_is_in_the_image(cluster: Cluster, tmp_path: Path) ->
 
     cluster.run("rbd", "export", f"{POOL}/written", str(copy))
     assert copy.read_bytes() == content
+
+
+@pytest.mark.parametrize(("layer", "objects"), [("", 16), ("detect-zeroes|", 0)])
+def test_zeros_take_no_space(cluster: Cluster, layer: str, objects: int) -> None:
+    name, size = f"zeros-{objects}", 1 << 20
+    uri = cluster.image(name, size, "--object-size", "64K")
+    engine = open_engine(uri)
+    engine.write(memoryview(b"d" * size), 0)
+    engine.close()
+
+    async def work() -> None:
+        async with disk_world() as world, await world.disk(layer + uri) as disk:
+            await disk.write(0, bytes(size))
+            await disk.flush()
+            assert await disk.read(0, size) == bytes(size)
+
+    run(work())
+
+    image = json.loads(cluster.run("rbd", "info", "--format=json", f"{POOL}/{name}"))
+    found = cluster.run("rados", "-p", POOL, "ls").split()
+    assert sum(one.startswith(image["block_name_prefix"] + ".") for one in found) == objects
 
 
 def test_a_cluster_that_is_away_is_a_delay(cluster: Cluster) -> None:

@@ -73,7 +73,8 @@ def test_the_first_layer_is_nearest_to_the_guest() -> None:
     [
         (
             "sheep",
-            "there is no layer 'sheep'; there are cow, delay, error, log, rate, readonly, stats",
+            "there is no layer 'sheep'; there are cow, delay, detect-zeroes, error, log, rate, "
+            "readonly, stats",
         ),
         ("delay:read", "layer options are key=value, separated by commas, not 'read'"),
         ("delay:read=1h", "'1h' is no time"),

@@ -8,10 +8,12 @@ from mmap import mmap
 import pytest
 
 from xvd.backend.device import Device
+from xvd.backend.life import StorageLife
 from xvd.backend.state import DiskState, Journal
 from xvd.blkif.handshake import BACKEND, BackendState
 from xvd.blkif.handshake import BackendEvent as B
 from xvd.engines.bridge import Operation
+from xvd.engines.live.tracked import Tracked
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.xenstore import XenstoreStore
 from xvd.machine.xs.client import Transaction
@@ -19,6 +21,7 @@ from xvd.sim.checkers import CheckFailed
 from xvd.sim.clock import Clock
 from xvd.sim.device_faults import DeviceFaults
 from xvd.sim.device_world import DeviceOptions, DeviceWorld
+from xvd.sim.engine import SimEngine
 from xvd.sim.process import Process
 from xvd.sim.storage import SimStorage
 from xvd.sim.tool_process import VBD
@@ -232,6 +235,61 @@ def forget_one(memory: bytearray | mmap) -> None:
             entry.pack_into(memory, at, 0)
             header.pack_into(memory, 0, magic, entries, req_cons, rsp_prod + 1)
             return
+
+
+# ---- Copies ----
+
+
+def copied(seed: int, **faults: int) -> DeviceOptions:
+    """A run in which mirrors and backups come and go, and the backend dies now and then."""
+    return calm(seed, **{"steps": 3000, "copy": 40, "back_death": 600, "spared": 20, **faults})
+
+
+def run_until_found(**faults: int) -> None:
+    for seed in range(60):
+        DeviceWorld(copied(seed, **faults)).run()
+
+
+@pytest.mark.slow
+def test_a_disk_is_copied_while_both_its_storages_fail_and_everybody_dies() -> None:
+    summaries = [
+        DeviceWorld(copied(seed, front_death=1200, storage_error=300, hang=600, tool=600)).run()
+        for seed in range(10)
+    ]
+
+    assert sum(summary.pivots for summary in summaries) > 1
+    assert sum(summary.backups for summary in summaries) > 5
+
+
+@pytest.mark.slow
+def test_canary_a_copy_that_is_not_flushed_is_lost_with_the_power(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(SimEngine, "flush", lambda engine: None)
+
+    with pytest.raises(CheckFailed, match=r"not any more what it was|possible were"):
+        run_until_found(power_loss=600)
+
+
+@pytest.mark.slow
+def test_canary_a_successor_that_does_not_know_of_a_pivot_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def note_nothing(life: StorageLife, image: str, engine: object, undo: object) -> None:
+        life._kept.remember("sim 1", "sim 2", "sim 3", *(f"sim {n}" for n in range(4, 100)))
+
+    monkeypatch.setattr(StorageLife, "_note", note_nothing)
+
+    with pytest.raises(CheckFailed, match=r"which took .* place, is|not within"):
+        run_until_found()
+
+
+@pytest.mark.slow
+def test_canary_a_change_that_is_not_marked_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tracked, "open_channel", lambda layer: layer.lower.open_channel())
+
+    with pytest.raises(CheckFailed, match=r"not everything is marked|differs from sector"):
+        run_until_found()
 
 
 def test_what_waits_in_its_own_end_is_unwound_with_its_process() -> None:

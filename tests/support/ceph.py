@@ -100,9 +100,9 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def image(self, name: str, size: int) -> str:
-        """Make an image of `size` bytes; its URI."""
-        self.run("rbd", "create", "--size", f"{size}B", f"{POOL}/{name}")
+    def image(self, name: str, size: int, *words: str) -> str:
+        """Make an image of `size` bytes, with more words for `rbd create`; its URI."""
+        self.run("rbd", "create", "--size", f"{size}B", *words, f"{POOL}/{name}")
         return f"rbd:{POOL}/{name},conf={self.conf}"
 
     @property

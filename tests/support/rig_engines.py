@@ -12,6 +12,7 @@ from xvd.engines.layers.error import Error
 from xvd.engines.layers.log import Log
 from xvd.engines.layers.rate import Rate
 from xvd.engines.layers.stats import Stats
+from xvd.engines.layers.zeroes import DetectZeroes
 from xvd.engines.live.mirror import Mirror
 from xvd.engines.live.tracked import ChangeMap, Tracked, map_size
 from xvd.engines.memory import MemoryEngine
@@ -92,6 +93,9 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {
     "cow in a file": lambda where: add_layer(
         FileEngine(str(image(where))), f"cow:file={where}/over"
     ),
+    "detect-zeroes": lambda where: DetectZeroes(MemoryEngine(SIZE)),
+    "detect-zeroes of an image": lambda where: DetectZeroes(FileEngine(str(image(where)))),
+    "detect-zeroes of an engine in Python": lambda where: DetectZeroes(PythonEngine(SIZE)),
     "tracked": lambda where: Tracked(
         MemoryEngine(SIZE), [ChangeMap(bytearray(map_size(SIZE)), SIZE)]
     ),

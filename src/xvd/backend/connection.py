@@ -237,6 +237,11 @@ class Connection(Links[BackLink]):
             if all(link.queue.quiet for link in self.links):
                 return  # and not of an earlier pause, which was given up
 
+    @property
+    def rests(self) -> bool:
+        """Whether `pause` has come to its end, and it was not resumed since."""
+        return self._rest is not None and all(link.queue.quiet for link in self.links)
+
     def _resting(self) -> Rest:
         if self._rest is None:
             self._rest = Rest(len(self.links))

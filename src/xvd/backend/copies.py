@@ -22,9 +22,10 @@ from xvd.backend.tracking import Tracking
 from xvd.engines.interface import Engine
 from xvd.engines.live.images import create_image
 from xvd.engines.live.mirror import Mirror
+from xvd.engines.live.tracked import ChangeMap
 from xvd.errors import ConfigError, XvdError, describe
 from xvd.xenbus.log import DeviceLog
-from xvd.xenbus.runner import Runtime
+from xvd.xenbus.runner import Runtime, leave_alone
 
 STEP: Final = 8 << 20
 """Bytes from one look at what goes on to the next."""
@@ -168,9 +169,10 @@ class Copies:
             target, made = await self._open(image, size, "" if last is None else last.image)
             try:
                 self._life.check_fits(image, _lacks(target, size))
+                self._check_still(engine, size)
                 mirror = Mirror(engine, target, changed)
                 job = Job(Kind.BACKUP, image, mirror, size, name, changed is not None, made)
-                await self._begin(job)
+                await self._begin(job, changed)
             except BaseException:
                 await self._close(target, made)
                 raise
@@ -190,14 +192,15 @@ class Copies:
             await asyncio.shield(asyncio.ensure_future(self._pivot(job, timeout_s)))
 
     async def cancel(self) -> None:
-        """Give up the copy that is made; the disk keeps its storage. `ConfigError` if none is."""
+        """Give up the copy that is made; the disk keeps its storage. Raises `ConfigError` if none
+        is, or the disk does not come to rest; then the copy goes on."""
         async with self._lock:
             job = self._active
             if job is None:
                 raise ConfigError(f"{self._log.disk}: no copy of it is being made")
             await self._halt(job)
             if job.phase not in _OVER:
-                await asyncio.shield(asyncio.ensure_future(self._drop(job, Phase.CANCELLED)))
+                await asyncio.shield(asyncio.ensure_future(self._give_up(job)))
 
     async def forget(self, name: str) -> None:
         """Note no more what has changed since a backup of this name. Raises `ConfigError`."""
@@ -234,11 +237,19 @@ class Copies:
             _remove(made)
             raise
 
-    async def _begin(self, job: Job) -> None:
-        async with self._life.turn:
-            if self._life.storage.engine is not job.mirror.lower:
-                raise ConfigError(f"{self._log.disk}: its storage was exchanged just now; again")
+    def _check_still(self, engine: Engine, size: int) -> None:
+        """Raise `ConfigError` where the disk has not this storage any more, or not of this size."""
+        if self._life.storage.engine is not engine or engine.info.size != size:
+            raise ConfigError(f"{self._log.disk}: its storage was changed just now; again")
+
+    async def _begin(self, job: Job, changed: ChangeMap | None = None) -> None:
+        if self._disk.sizing.locked():  # by storage that hangs, perhaps: not to be waited for
+            raise ConfigError(f"{self._log.disk}: it is being resized; again")
+        async with self._disk.sizing, self._life.turn:
             async with self._life.at_rest(PATIENCE_S):
+                self._check_still(job.mirror.lower, job.size)
+                if changed is not None:
+                    job.mirror.lacks(changed)  # what was written before it came to rest, too
                 await self._life.exchange(job.mirror)
             self._life.held_by = (
                 f"it is being copied to {job.image}; wait for that, or give it up: "
@@ -267,11 +278,12 @@ class Copies:
         while not job.stop.is_set():
             copied = await self._runtime.call(job.mirror.copy, STEP)
             job.copied += copied
-            if job.phase is Phase.COPYING and copied < STEP and job.mirror.left <= NEAR:
-                job.phase = Phase.READY
+            if copied < STEP and job.mirror.left <= NEAR:
+                was, job.phase = job.phase, Phase.READY
                 if job.kind is Kind.BACKUP:
                     return
-                self._log.info("%s is the same by now", job.image, event="copy-same")
+                if was is not Phase.READY:
+                    self._log.info("%s is the same by now", job.image, event="copy-same")
             if not copied:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(IDLE_S):
@@ -288,8 +300,7 @@ class Copies:
     async def _complete(self, job: Job) -> None:
         """A backup: the state of the disk while nothing is in flight."""
         async with self._life.turn, self._life.at_rest(PATIENCE_S):
-            async with asyncio.timeout(PATIENCE_S):
-                await self._runtime.call(job.mirror.finish)
+            await self._finish(job, PATIENCE_S)
             engine = job.mirror.lower
             if job.tracked:
                 engine = self._tracking.begin(job.tracked, engine, job.image)
@@ -305,18 +316,37 @@ class Copies:
         mirror = job.mirror
         try:
             async with self._life.turn, self._life.at_rest(timeout_s):
-                async with asyncio.timeout(timeout_s):
-                    await self._runtime.call(mirror.finish)
+                await self._finish(job, timeout_s)
                 target = self._tracking.moved(mirror.lower, mirror.target)
                 await self._life.exchange(target, job.image)
                 self._over(job, Phase.DONE)
         except BaseException:
-            job.stop.clear()
-            job.task = asyncio.create_task(self._drive(job))
+            self._go_on(job)
             raise
         self._log.info("its storage is %s now", job.image, event="pivoted")
         await self._life.close_old(lambda: self._runtime.call(mirror.lower.close))
         await self._disk.follow_size()
+
+    async def _finish(self, job: Job, timeout_s: float) -> None:
+        """Have all of it copied, at rest. Raises as `Mirror.finish` does, or `TimeoutError`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._runtime.call(job.mirror.finish)
+        except BaseException:
+            job.mirror.stop()  # it may still be at it, in a thread of its own
+            raise
+
+    async def _give_up(self, job: Job) -> None:
+        try:
+            await self._drop(job, Phase.CANCELLED)
+        except BaseException:
+            self._go_on(job)
+            raise
+
+    def _go_on(self, job: Job) -> None:
+        """Make a copy that was halted after all."""
+        job.stop.clear()
+        job.task = asyncio.create_task(self._drive(job))
 
     async def _drop_at_last(self, job: Job) -> None:
         """Let the disk go on without the copy, as soon as it can."""
@@ -339,8 +369,16 @@ class Copies:
         async with self._life.turn, self._life.at_rest(PATIENCE_S):
             await self._life.exchange(job.mirror.lower)
         self._over(job, phase)
-        await self._close(job.mirror.target, job.made)
+        if job.mirror.copies:  # somebody was not waited for
+            leave_alone(self._close_later(job))
+        else:
+            await self._close(job.mirror.target, job.made)
         self._log.info("is not being copied any more", event="copy-given-up")
+
+    async def _close_later(self, job: Job) -> None:
+        while job.mirror.copies:  # noqa: ASYNC110
+            await asyncio.sleep(IDLE_S)
+        await self._close(job.mirror.target, job.made)
 
     def _over(self, job: Job, phase: Phase) -> None:
         job.phase = phase

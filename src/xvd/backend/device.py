@@ -297,14 +297,15 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self._connecting = asyncio.ensure_future(self._connect(resume=True))
 
     async def _connect(self, *, resume: bool) -> None:
-        storage, assignment = self.disk.storage, self._assigned
+        disk, assignment = self.disk, self._assigned
         try:
-            await storage.measure()
+            await disk.storage.measure()
             agreed = await negotiate(
-                self._store, self.path, assignment.frontend, storage.features, self.disk.settings,
+                self._store, self.path, assignment.frontend, disk.storage.features, disk.settings,
                 resume=resume,
             )  # fmt: skip
-            storage.agreed(agreed.features, resumed=resume)
+            # That which it has now: it may have been exchanged while nodes were read.
+            disk.storage.agreed(agreed.features, resumed=resume)
             name = f"xvd-{assignment.frontend_domid}-{assignment.name}"
             connection = Connection(self._plan(agreed, resume), name)
             if self.disk.paused:

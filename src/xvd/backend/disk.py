@@ -2,6 +2,7 @@
 """What is served as a disk: its storage and its connection while there are such, and what may be
 done with them while they are in use."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Final
 
@@ -44,6 +45,8 @@ class ServedDisk:
         self.opened: Opened | None = None
         self.connection: Connection | None = None
         """The connected frontend's, while there is one."""
+        self.sizing = asyncio.Lock()
+        """Whoever resizes the storage has it, or lets nobody do so."""
         self.paused = False
         """Whether it takes no requests, by somebody's wish."""
         self.totals = BackCounters()
@@ -133,9 +136,14 @@ class ServedDisk:
         The guest is told while it runs. shrink: also if storage that is followed is smaller than
         the disk. Raises `EngineError`, or `ConfigError` where the storage is not open, or smaller.
         """
-        if self.opened is None:
-            raise ConfigError(f"{self.log.disk}: its storage is not open")
-        return await self.opened.resize(size, shrink=shrink)
+        # Who goes away leaves the call, which may still change the size.
+        return await asyncio.shield(asyncio.ensure_future(self._resize(size, shrink=shrink)))
+
+    async def _resize(self, size: int | None, *, shrink: bool) -> int:
+        async with self.sizing:
+            if self.opened is None:
+                raise ConfigError(f"{self.log.disk}: its storage is not open")
+            return await self.opened.resize(size, shrink=shrink)
 
     def has_another_size(self) -> bool:
         """Whether a connected disk has not the size of its storage. In any thread: it may hang."""

@@ -217,6 +217,10 @@ class StorageLife:
     async def exchange(self, engine: Engine, image: str = "") -> None:
         """Go on with another engine, at rest. image: what it is, if that is other storage and not
         only another way to the same."""
+        # A frontend that has connected meanwhile begins paused, and has not come to rest yet.
+        while (connection := self._disk.connection) is not None and not connection.rests:
+            with contextlib.suppress(PeerClosed):
+                await connection.pause()
         await self._exchange(engine, image)
 
     async def _exchange(
@@ -238,6 +242,7 @@ class StorageLife:
                 gone = await connection.leave(engine, channels)
             else:
                 await connection.exchange(engine, channels)
+        if image and self._kept.remembered():
             self._kept.remember(engine.identity)
         self._disk.has_opened(engine, before.features)
         if image:
@@ -254,11 +259,11 @@ class StorageLife:
             )
 
     def _note(self, image: str, engine: Engine, undo: contextlib.ExitStack) -> None:
-        was, identity = self._kept.decision(), self._disk.storage.engine.identity
-        if self._disk.connection is not None:
+        was, known = self._kept.decision(), self._kept.remembered()
+        if known:  # by a guest that is connected, or was when a predecessor ended
             # Both, as long as it may be either that a successor opens.
-            undo.callback(self._kept.remember, identity)
-            self._kept.remember(identity, engine.identity)
+            undo.callback(self._kept.remember, *known)
+            self._kept.remember(*known, engine.identity)
         undo.callback(self._kept.decide, was)
         self._kept.decide(replace(was, image=image))
 

@@ -104,7 +104,7 @@ class DiskState:
 
     def check_identity(self, identity: str) -> None:
         """`EngineError` if the connected guest had other storage than this; "": not to be told."""
-        before = self._remembered()
+        before = self.remembered()
         if before and identity and identity not in before:
             was = " or ".join(before)
             raise EngineError(
@@ -117,11 +117,12 @@ class DiskState:
         """A guest is connected to this storage, or to one of these while they are exchanged. Raises
         `BudgetError` where there is no room for that, or `ConfigError`."""
         told = [identity for identity in identities if identity]
-        if self._directory is None or not told or self._remembered() == told:
+        if self._directory is None or not told or self.remembered() == told:
             return
         self._replace(self._identity_name, "\n".join(told).encode(), "the storage's identity")
 
-    def _remembered(self) -> list[str]:
+    def remembered(self) -> list[str]:
+        """Tell which storage a guest is connected to, or to which of some; nothing: to none."""
         with self._look() as directory, contextlib.suppress(ConfigError):
             fd = None if directory is None else open_own(directory, self._identity_name)
             if fd is not None:

@@ -22,6 +22,7 @@ cdef extern from "atomics.h" nogil:
     uint64_t xvd_add64(void *p, uint64_t v)
     void xvd_pause()
     void xvd_copy_slot(void *private_copy, const void *shared, uint32_t size)
+    bint xvd_is_zero(const void *shared, size_t size)
     uint16_t xvd_get16(const void *p)
     uint32_t xvd_get32(const void *p)
     uint64_t xvd_get64(const void *p)

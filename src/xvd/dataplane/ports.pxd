@@ -91,8 +91,9 @@ cdef struct completion:
 
 cdef enum engine_flag:
     ENGINE_SECURE = 1            # a discard after which nobody can read what was there
-    ENGINE_ZEROING = 2           # the engine's: a write of zeros, on its way without its data
-    ENGINE_DATA = 4              # the engine's: to be written as it is, also if it is zeros
+    ENGINE_ZEROES = 2            # a write of zeros: they need not be kept as data, which is there
+                                 # all the same. An engine may take this off
+    ENGINE_UNMAP = 4             # of such a write: nor need any space be kept for them
 
 cdef struct engine_io:
     completion told              # the engine's; first: its address is the operation's
@@ -102,8 +103,9 @@ cdef struct engine_io:
     int32_t result               # out: 0 or -errno; -EOPNOTSUPP: never ask for this kind again
     uint64_t offset              # bytes
     uint64_t length              # bytes; for reads and writes the sum of iov
-    iovec *iov                   # the caller's, untouched until the operation is reaped; the engine
-                                 # may advance it to resume a short transfer
+    iovec *iov                   # the caller's, untouched until the operation is reaped; whoever
+                                 # has it meanwhile may advance it to resume a short transfer, and
+                                 # have it point to the same data elsewhere
     void *owner                  # the submitter's
     engine_io *next              # the engine's while it has the operation
 

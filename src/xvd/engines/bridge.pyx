@@ -14,7 +14,8 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from posix.unistd cimport close, dup, read, write
 
 from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE
-from xvd.dataplane.ports cimport ENGINE_SECURE, engine_io, engine_ports, wrap
+from xvd.dataplane.ports cimport (
+    ENGINE_SECURE, ENGINE_UNMAP, ENGINE_ZEROES, engine_io, engine_ports, wrap)
 from xvd.engines.channel cimport (
     done_list, finish, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock, reap_list)
@@ -66,15 +67,17 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
 cdef class Operation:
     """One operation for a Python engine: its kind, its range, and its memory.
 
-    kind: "read", "write", "flush" or "discard"; `secure` for a discard that erases. The buffers are
-    the guest's own pages when the backend maps: valid until `complete` and not a moment longer.
+    kind: "read", "write", "flush" or "discard"; `secure` for a discard that erases; `zeroes` for a
+    write that is known to be of zeros, and `unmap` for one that need not keep their space. The
+    buffers are the guest's own pages when the backend maps: valid until `complete` and not a moment
+    longer.
     """
 
     cdef engine_io *io
     cdef BridgeChannel channel
     cdef readonly str kind
     cdef readonly uint64_t offset, length
-    cdef readonly bint secure
+    cdef readonly bint secure, zeroes, unmap
 
     def buffers(self):
         """The parts of the transfer in order, as writable memoryviews of bytes."""
@@ -150,6 +153,8 @@ cdef class BridgeChannel:
             operation.kind = KINDS[io.op]
             operation.offset, operation.length = io.offset, io.length
             operation.secure = io.flags & ENGINE_SECURE
+            operation.zeroes = io.op == ENGINE_WRITE and io.flags & ENGINE_ZEROES
+            operation.unmap = operation.zeroes and io.flags & ENGINE_UNMAP
             taken.append(operation)
             io = io.next
         return taken
@@ -164,6 +169,17 @@ cdef class BridgeChannel:
         """Nothing runs here."""
 
 
+def made_zero(engine, operation):
+    """Whether an engine has let zeros do without data; they are written then if not."""
+    if not operation.zeroes:
+        return False
+    try:
+        engine.write_zeroes(operation.offset, operation.length, unmap=operation.unmap)
+    except OSError:
+        return False
+    return True
+
+
 def perform(engine, operation):
     """Do one operation on a Python engine and complete it; an engine's mistake is an I/O error."""
     try:
@@ -173,7 +189,7 @@ def perform(engine, operation):
         elif operation.kind == "discard":
             erase = engine.secure_discard if operation.secure else engine.discard
             erase(at, operation.length)
-        else:
+        elif not made_zero(engine, operation):
             call = engine.read if operation.kind == "read" else engine.write
             for buffer in operation.buffers():
                 call(buffer, at)

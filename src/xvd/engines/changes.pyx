@@ -142,7 +142,7 @@ cdef class TrackedChannel:
 
     cdef tracked t
     cdef engine_ports table
-    cdef object lower
+    cdef readonly object lower   # the channel behind
     cdef list maps
 
     def __init__(self, lower, maps):

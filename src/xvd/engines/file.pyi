@@ -1,8 +1,4 @@
-from typing import Final
-
 from typing_extensions import disjoint_base
-
-ZEROES: Final[dict[str, int]]
 
 @disjoint_base
 class Health:
@@ -21,7 +17,6 @@ class FileChannel:
         *,
         memory_align: int,
         offset_align: int,
-        zeroes: int = 0,
         discards: object = None,
     ) -> None: ...
     @property
@@ -31,6 +26,5 @@ class FileChannel:
     def close(self) -> None: ...
 
 def direct_alignment(fd: int) -> tuple[int, int]: ...
-def all_zero(data: bytes | bytearray | memoryview) -> bool: ...
-def make_zero(fd: int, zeroes: int, offset: int, length: int) -> None: ...
+def make_zero(fd: int, unmap: bool, offset: int, length: int) -> None: ...
 def probe_io_uring() -> str: ...

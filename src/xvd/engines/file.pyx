@@ -4,7 +4,7 @@
 
 Two open descriptions of the same file: one with O_DIRECT, if the file allows it, for what is
 aligned, and one through the page cache for the rest; the kernel keeps the two coherent. A discard
-punches a hole, and so can a write of zeros (`zeroes`).
+punches a hole, and so does a write that is known to be of zeros (`ENGINE_ZEROES`).
 
 A flush is fdatasync. Linux tells each open description once that data could not be written back,
 and has forgotten the data then: the next fdatasync succeeds and means nothing. So each channel
@@ -21,7 +21,7 @@ overtaken by a write of its predecessor.
 
 from libc.errno cimport EAGAIN, EINTR, EIO, EOPNOTSUPP, errno
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memset, strerror
+from libc.string cimport strerror
 from posix.uio cimport iovec
 
 from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE
@@ -32,7 +32,7 @@ from xvd.dataplane.liburing cimport (
     io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe,
     io_uring_sqe_set_data64, io_uring_submit)
 from xvd.dataplane.ports cimport (
-    ENGINE_DATA, ENGINE_ZEROING, completion, engine_io, engine_of, engine_ports, wrap)
+    ENGINE_UNMAP, ENGINE_ZEROES, completion, engine_io, engine_of, engine_ports, wrap)
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 cdef extern from "<sys/uio.h>" nogil:
@@ -64,13 +64,6 @@ cdef enum:
     IOV_MAX = 1024               # UIO_MAXIOV: the kernel refuses more parts in one operation
     SUBMITTED_AT_ONCE = 8        # the device begins with the first while the rest is prepared
     TRIES = 64                   # of an operation that the kernel puts off, and then it fails
-    LOOKED_AT = 16               # bytes; most data is seen to be none of zeros by its first ones
-
-# What becomes of a write of zeros, as QEMU's detect-zeroes names it.
-cdef enum:
-    ZEROES_ARE_DATA = 0          # off
-    ZEROES_KEEP_SPACE = 1        # on
-    ZEROES_ARE_HOLES = 2         # unmap
 
 
 cdef struct file_state:
@@ -78,7 +71,7 @@ cdef struct file_state:
     int cached_fd
     int flush_fd                 # its own description: told of every failure
     uint32_t *flush_error        # the engine's: the errno of the first flush that failed, or 0
-    uint32_t zeroes
+    uint32_t refused             # of zeros without data, what the file system has not: modes' bits
     uint64_t memory_mask         # of addresses and lengths for O_DIRECT
     uint64_t offset_mask
     io_uring *ring
@@ -98,31 +91,18 @@ cdef bint aligned(const file_state *f, const engine_io *io) noexcept nogil:
     return True
 
 
-cdef bint is_zero(const uint8_t *data, size_t size) noexcept nogil:
-    """Whether there is nothing but zeros: bytes are compared with those LOOKED_AT before them."""
-    cdef size_t i
-    for i in range(min(size, <size_t>LOOKED_AT)):
-        if data[i]:
-            return False
-    return size <= LOOKED_AT or memcmp(data, data + LOOKED_AT, size - LOOKED_AT) == 0
-
-
-cdef bint is_zeroing(const file_state *f, const engine_io *io) noexcept nogil:
+cdef bint is_zeroing(const engine_io *io) noexcept nogil:
     """Whether it is a write of zeros, and no data need be written for it."""
-    cdef uint32_t i
-    if f.zeroes == ZEROES_ARE_DATA or io.op != ENGINE_WRITE or io.flags & ENGINE_DATA:
-        return False
-    for i in range(io.iovcnt):
-        if not is_zero(<const uint8_t *>io.iov[i].iov_base, io.iov[i].iov_len):
-            return False
-    return io.length > 0
+    return io.op == ENGINE_WRITE and io.flags & ENGINE_ZEROES
 
 
-cdef int zeroing_mode(uint32_t zeroes) noexcept nogil:
+cdef int zeroing_mode(bint unmap) noexcept nogil:
     """fallocate's mode."""
-    if zeroes == ZEROES_ARE_HOLES:
-        return FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    return FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+    return FALLOC_FL_KEEP_SIZE | (FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE)
+
+
+cdef int mode_of(const engine_io *io) noexcept nogil:
+    return zeroing_mode(io.flags & ENGINE_UNMAP)
 
 
 cdef void put_transfer(io_uring_sqe *sqe, int fd, engine_io *io) noexcept nogil:
@@ -152,11 +132,10 @@ cdef void prepare(file_state *f, engine_io *io) noexcept nogil:
         return
     if io.op == ENGINE_FLUSH:
         io_uring_prep_fsync(sqe, f.flush_fd, IORING_FSYNC_DATASYNC)
-    elif io.flags & ENGINE_ZEROING:
-        io_uring_prep_fallocate(sqe, fd, zeroing_mode(f.zeroes), io.offset, io.length)
+    elif is_zeroing(io):
+        io_uring_prep_fallocate(sqe, fd, mode_of(io), io.offset, io.length)
     elif io.op == ENGINE_DISCARD:
-        io_uring_prep_fallocate(sqe, fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, io.offset,
-                                io.length)
+        io_uring_prep_fallocate(sqe, fd, zeroing_mode(True), io.offset, io.length)
     else:
         if aligned(f, io):
             fd = f.direct_fd
@@ -189,10 +168,10 @@ cdef void begin(file_state *f, engine_io *io) noexcept nogil:
     """One operation, or what is left of it."""
     if io.op == ENGINE_FLUSH and xvd_load_acquire(f.flush_error):
         finish(&f.done, io, -<int32_t>xvd_load_acquire(f.flush_error))
-    elif is_zeroing(f, io):
-        io.flags |= ENGINE_ZEROING
-        prepare(f, io)
-    elif f.in_memory and (io.op == ENGINE_READ or io.op == ENGINE_WRITE):
+        return
+    if is_zeroing(io) and f.refused & mode_of(io):
+        io.flags &= ~<uint8_t>ENGINE_ZEROES
+    if f.in_memory and (io.op == ENGINE_READ or io.op == ENGINE_WRITE) and not is_zeroing(io):
         transfer(f, io)
     else:
         prepare(f, io)
@@ -247,13 +226,12 @@ cdef int32_t flushed(file_state *f, int32_t res) noexcept nogil:
 
 cdef void zeroed(file_state *f, engine_io *io, int32_t res) noexcept nogil:
     """Zeros without data; where that cannot be had, they are data after all."""
-    io.flags &= ~<uint8_t>ENGINE_ZEROING
     if res == 0:
         finish(&f.done, io, 0)
         return
     if res == -EOPNOTSUPP:
-        f.zeroes = ZEROES_ARE_DATA
-    io.flags |= ENGINE_DATA
+        f.refused |= mode_of(io) & ~FALLOC_FL_KEEP_SIZE
+    io.flags &= ~<uint8_t>ENGINE_ZEROES
     begin(f, io)
 
 
@@ -267,7 +245,7 @@ cdef void complete(file_state *f, engine_io *io, int32_t res) noexcept nogil:
     if (res == -EINTR or res == -EAGAIN) and io.result < TRIES:
         io.result += 1
         begin(f, io)
-    elif io.flags & ENGINE_ZEROING:
+    elif is_zeroing(io):
         zeroed(f, io, res)
     elif io.op == ENGINE_FLUSH:
         finish(&f.done, io, flushed(f, res))
@@ -306,8 +284,8 @@ cdef class Health:
 cdef class FileChannel:
     """`Channel` of `image.FileEngine`, which owns the first two descriptors and `health`.
 
-    flush_fd: for flushes, closed with this. zeroes: what a write of zeros becomes, `ZEROES`.
-    discards: a channel that performs them instead of io_uring, closed with this one, or None.
+    flush_fd: for flushes, closed with this. discards: a channel that performs them instead of
+    io_uring, closed with this one, or None.
     """
 
     cdef file_state f
@@ -316,8 +294,7 @@ cdef class FileChannel:
     cdef Health health
 
     def __init__(self, int direct_fd, int cached_fd, int flush_fd, Health health, *,
-                 uint32_t memory_align, uint32_t offset_align, uint32_t zeroes=ZEROES_ARE_DATA,
-                 discards=None):
+                 uint32_t memory_align, uint32_t offset_align, discards=None):
         self.worker = discards
         self.health = health
         self.f.discards = NULL if discards is None else engine_of(discards)
@@ -325,7 +302,6 @@ cdef class FileChannel:
         self.f.cached_fd = cached_fd
         self.f.flush_fd = flush_fd
         self.f.flush_error = &health.failed
-        self.f.zeroes = zeroes
         self.f.memory_mask = memory_align - 1
         self.f.offset_mask = offset_align - 1
         self.f.in_memory = is_in_memory(cached_fd)
@@ -403,19 +379,11 @@ def probe_io_uring():
     return ""
 
 
-ZEROES = {"off": ZEROES_ARE_DATA, "on": ZEROES_KEEP_SPACE, "unmap": ZEROES_ARE_HOLES}
-"""QEMU's words for what a write of zeros becomes: data, zeros that keep their space, or a hole."""
-
-
-def all_zero(const uint8_t[::1] data not None):
-    """Whether it holds nothing but zeros, and something."""
-    return data.shape[0] > 0 and is_zero(&data[0], data.shape[0])
-
-
-def make_zero(int fd, uint32_t zeroes, long long offset, long long length):
-    """Let a range read as zeros without writing data, by a value of `ZEROES`; raises OSError."""
+def make_zero(int fd, bint unmap, long long offset, long long length):
+    """Let a range read as zeros without writing data, and with `unmap` without space for them;
+    raises OSError."""
     cdef int rc
     with nogil:
-        rc = fallocate(fd, zeroing_mode(zeroes), offset, length)
+        rc = fallocate(fd, zeroing_mode(unmap), offset, length)
     if rc != 0:
         raise OSError(errno, f"cannot zero a range: {strerror(errno).decode()}")

@@ -13,7 +13,7 @@ from typing import Final
 
 from xvd.engines import block, formats, hostuse, locks
 from xvd.engines.bridge import ThreadedChannel
-from xvd.engines.file import ZEROES, FileChannel, Health, all_zero, direct_alignment, make_zero
+from xvd.engines.file import FileChannel, Health, direct_alignment, make_zero
 from xvd.engines.identity import identity_of
 from xvd.engines.interface import (
     Channel,
@@ -24,6 +24,7 @@ from xvd.engines.interface import (
     Scheme,
     ThreadModel,
 )
+from xvd.engines.layers.zeroes import DetectZeroes
 from xvd.errors import ConfigError, EngineError
 from xvd.types import PAGE_SIZE, RING_SECTOR_SIZE
 
@@ -102,11 +103,10 @@ class FileEngine(Engine):
     """``file:PATH``: a raw image, or a block device.
 
     direct: False keeps everything in the page cache. patience_s: how long to wait for a lock that
-    a dying predecessor still holds. raw: it is raw whatever its bytes look like. detect_zeroes:
-    what a write of zeros becomes, a word of `file.ZEROES`. user: whose it is, for others who want
-    it too. device_model: a QEMU of the same guest has the image open as well, by right. ioctl: how
-    a device is told to discard. call: how files are locked. Raises `EngineError` that names the
-    path and the remedy.
+    a dying predecessor still holds. raw: it is raw whatever its bytes look like. user: whose it is,
+    for others who want it too. device_model: a QEMU of the same guest has the image open as well,
+    by right. ioctl: how a device is told to discard. call: how files are locked. Raises
+    `EngineError` that names the path and the remedy.
     """
 
     def __init__(
@@ -117,18 +117,13 @@ class FileEngine(Engine):
         direct: bool = True,
         patience_s: float = 0.0,
         raw: bool = False,
-        detect_zeroes: str = "off",
         user: str = "",
         device_model: bool = False,
         ioctl: block.Ioctl = fcntl.ioctl,
         call: locks.Fcntl = fcntl.fcntl,
     ) -> None:
-        if detect_zeroes not in ZEROES:
-            known = ", ".join(ZEROES)
-            raise ConfigError(f"detect-zeroes is one of {known}, not {detect_zeroes!r}")
         self.path = path
         self._ioctl = ioctl
-        self._zeroes = ZEROES[detect_zeroes]
         self._direct_fd = self._claim_fd = -1
         self._align = (0, 0)
         self._entry: locks.Key | None = None
@@ -273,15 +268,9 @@ class FileEngine(Engine):
 
     def write(self, buffer: memoryview, offset: int) -> None:
         """Write it all."""
-        if self._zeroes and all_zero(buffer):
-            try:
-                return make_zero(self._cached_fd, self._zeroes, offset, len(buffer))
-            except OSError:
-                pass  # then they are data
         while len(buffer):
             size = os.pwritev(self._cached_fd, [buffer], offset)
             buffer, offset = buffer[size:], offset + size
-        return None
 
     def flush(self) -> None:
         """fdatasync; after one that failed there is none that succeeds."""
@@ -298,7 +287,7 @@ class FileEngine(Engine):
         if self._is_device:
             block.discard(self._cached_fd, block.BLKDISCARD, offset, length, self._ioctl)
         elif length:
-            make_zero(self._cached_fd, ZEROES["unmap"], offset, length)
+            make_zero(self._cached_fd, True, offset, length)
 
     def secure_discard(self, offset: int, length: int) -> None:
         """Let a device erase a range; a file cannot: what it held may lie anywhere."""
@@ -311,7 +300,7 @@ class FileEngine(Engine):
         if self._is_device:
             super().write_zeroes(offset, length, unmap=unmap)
         elif length:
-            make_zero(self._cached_fd, ZEROES["unmap" if unmap else "on"], offset, length)
+            make_zero(self._cached_fd, unmap, offset, length)
 
     def extents(self, offset: int, length: int, most: int) -> list[Extent]:
         """By SEEK_DATA and SEEK_HOLE; what was cut off is no hole, as it does not read as zeros."""
@@ -388,7 +377,6 @@ class FileEngine(Engine):
             self._health,
             memory_align=memory,
             offset_align=offset,
-            zeroes=self._zeroes,
             discards=discards,
         )
 
@@ -403,6 +391,8 @@ class FileEngine(Engine):
             return os.dup(self._cached_fd)
 
 
+_ZEROES = {"off": None, "on": False, "unmap": True}
+"""QEMU's words for what a write of zeros becomes: data, zeros that keep their space, or a hole."""
 _ZEROES_OPTION = re.compile(r"(.+),detect-zeroes=([^,=/]*)", re.DOTALL)
 
 
@@ -411,17 +401,18 @@ def _open_uri(rest: str, how: Opening, *, raw: bool = False) -> Engine:
     match = _ZEROES_OPTION.fullmatch(rest)
     if match and not os.path.lexists(rest):  # a file of that name is what is meant
         path, zeroes = match[1], match[2]
-        if zeroes not in ZEROES:
-            raise ConfigError(f"detect-zeroes takes {', '.join(ZEROES)}, not {zeroes!r}")
-    return FileEngine(
+        if zeroes not in _ZEROES:
+            raise ConfigError(f"detect-zeroes takes {', '.join(_ZEROES)}, not {zeroes!r}")
+    engine = FileEngine(
         path,
         read_only=how.read_only,
         patience_s=how.patience_s,
         raw=raw,
-        detect_zeroes=zeroes,
         user=how.user,
         device_model=how.device_model,
     )
+    unmap = _ZEROES[zeroes]
+    return engine if unmap is None else DetectZeroes(engine, unmap=unmap)
 
 
 def _files(rest: str) -> tuple[str, ...]:

@@ -99,3 +99,6 @@ class Performer(Protocol):
 
     def secure_discard(self, offset: int, length: int) -> None:
         """Destroy a range."""
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Let a range be zeros."""

@@ -10,7 +10,7 @@ from posix.mman cimport (MADV_DONTNEED, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, 
                          PROT_WRITE, madvise, mmap, munmap)
 
 from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_READ, ENGINE_WRITE
-from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
+from xvd.dataplane.ports cimport ENGINE_UNMAP, engine_io, engine_ports, wrap
 from xvd.engines.channel cimport done_list, finish, reap_list
 
 from xvd.errors import EngineError
@@ -57,10 +57,10 @@ cdef void submit(void *ctx, engine_io **ios, uint32_t n) noexcept nogil:
     cdef store *s = <store *>ctx
     cdef uint32_t i
     for i in range(n):
-        if ios[i].op == ENGINE_READ or ios[i].op == ENGINE_WRITE:
-            copy(s, ios[i])
-        elif ios[i].op == ENGINE_DISCARD:
+        if ios[i].op == ENGINE_DISCARD or ios[i].op == ENGINE_WRITE and ios[i].flags & ENGINE_UNMAP:
             forget(s.base, ios[i].offset, ios[i].length)
+        elif ios[i].op == ENGINE_READ or ios[i].op == ENGINE_WRITE:
+            copy(s, ios[i])
         finish(&s.done, ios[i], 0)
 
 

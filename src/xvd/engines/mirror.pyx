@@ -284,6 +284,7 @@ cdef bint follows(mirror *m, pair *p) noexcept nogil:
     memset(&p.copy, 0, sizeof(engine_io))
     memcpy(p.parts, io.iov, io.iovcnt * sizeof(iovec))
     p.copy.op, p.copy.iovcnt, p.copy.iov = io.op, io.iovcnt, p.parts
+    p.copy.flags = io.flags
     p.copy.offset, p.copy.length, p.copy.owner = io.offset, io.length, p
     return True
 

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from typing_extensions import disjoint_base
 
 CALLS: tuple[str, ...]
+ZEROES_CALL: str
 
 @disjoint_base
 class RbdChannel:

@@ -14,7 +14,7 @@ from posix.uio cimport iovec
 from posix.unistd cimport close, write
 
 from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_READ, ENGINE_WRITE
-from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
+from xvd.dataplane.ports cimport ENGINE_UNMAP, ENGINE_ZEROES, engine_io, engine_ports, wrap
 from xvd.engines.channel cimport (
     done_list, finish, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_t, pthread_mutex_unlock, reap_list)
@@ -28,6 +28,8 @@ ctypedef int (*vector_call)(void *image, const iovec *iov, int count, uint64_t o
                             void *completion) noexcept nogil
 ctypedef int (*range_call)(void *image, uint64_t offset, uint64_t length,
                            void *completion) noexcept nogil
+ctypedef int (*zeroes_call)(void *image, uint64_t offset, size_t length, void *completion,
+                            int zero_flags, int op_flags) noexcept nogil
 ctypedef int (*flush_call)(void *image, void *completion) noexcept nogil
 ctypedef ssize_t (*result_call)(void *completion) noexcept nogil
 ctypedef void (*release_call)(void *completion) noexcept nogil
@@ -36,6 +38,12 @@ CALLS = ("rbd_aio_create_completion", "rbd_aio_readv", "rbd_aio_writev", "rbd_ai
          "rbd_aio_flush", "rbd_aio_get_return_value", "rbd_aio_release")
 """What a channel calls, in the order of its addresses."""
 
+ZEROES_CALL = "rbd_aio_write_zeroes"
+"""What it calls as well where it is there, which is so from Ceph 16 on."""
+
+cdef enum:
+    THICK_PROVISION = 1          # RBD_WRITE_ZEROES_FLAG_THICK_PROVISION
+
 
 cdef struct rbd:
     void *image
@@ -43,6 +51,7 @@ cdef struct rbd:
     vector_call readv
     vector_call writev
     range_call discard
+    zeroes_call zeroes           # NULL: there is none
     flush_call flush
     result_call result
     release_call release
@@ -72,6 +81,9 @@ cdef void ended(void *completion, void *arg) noexcept nogil:
 cdef int begin(rbd *r, engine_io *io, void *completion) noexcept nogil:
     if io.op == ENGINE_READ:
         return r.readv(r.image, io.iov, io.iovcnt, io.offset, completion)
+    if io.op == ENGINE_WRITE and io.flags & ENGINE_ZEROES and r.zeroes != NULL:
+        return r.zeroes(r.image, io.offset, io.length, completion,
+                        0 if io.flags & ENGINE_UNMAP else THICK_PROVISION, 0)
     if io.op == ENGINE_WRITE:
         return r.writev(r.image, io.iov, io.iovcnt, io.offset, completion)
     if io.op == ENGINE_DISCARD:
@@ -109,17 +121,19 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
 
 
 cdef class RbdChannel:
-    """`Channel` to an image that is open and stays so. addresses: those of `CALLS`."""
+    """`Channel` to an image that is open and stays so. addresses: those of `CALLS`, and of
+    `ZEROES_CALL` or 0."""
 
     cdef rbd r
     cdef engine_ports table
 
     def __cinit__(self, uintptr_t image, addresses):
-        create, readv, writev, discard, flush, result, release = addresses
+        create, readv, writev, discard, flush, result, release, zeroes = addresses
         self.r.image = <void *>image
         self.r.create = <create_call><uintptr_t>create
         self.r.readv, self.r.writev = <vector_call><uintptr_t>readv, <vector_call><uintptr_t>writev
         self.r.discard = <range_call><uintptr_t>discard
+        self.r.zeroes = <zeroes_call><uintptr_t>zeroes
         self.r.flush = <flush_call><uintptr_t>flush
         self.r.result = <result_call><uintptr_t>result
         self.r.release = <release_call><uintptr_t>release

@@ -14,13 +14,15 @@ from libc.string cimport memcpy
 
 
 cdef enum:
+    KEPT_ZEROES = 16             # an `op` of a record, besides those of operations
     UNFLUSHED_BYTES = 16 << 20   # for all that a channel has written and not flushed
 
 cdef struct record:
     uint64_t order               # over all channels of the storage
     uint64_t offset
     uint64_t length
-    uint32_t op                  # ENGINE_WRITE, and then the data follows; or ENGINE_DISCARD
+    uint32_t op                  # ENGINE_WRITE, and then the data follows; ENGINE_DISCARD;
+                                 # KEPT_ZEROES, a write without data
 
 cdef struct unflushed:
     uint8_t *bytes

@@ -14,7 +14,7 @@ from xvd.blkif.assignment import BackendAssignment
 from xvd.engines import image, memory, null
 from xvd.engines.checked import Checked
 from xvd.engines.interface import Engine, Opening, Scheme
-from xvd.engines.layers import cow, delay, error, log, rate, readonly, stats
+from xvd.engines.layers import cow, delay, error, log, rate, readonly, stats, zeroes
 from xvd.engines.layers.base import LayerKind
 from xvd.engines.qemu import schemes as qemu
 from xvd.engines.rbd import schemes as rbd
@@ -32,7 +32,8 @@ PATH_SCHEMES: Final = frozenset(
 _RAW: Final = ("file", "raw")
 
 LAYERS: Final[dict[str, LayerKind]] = {
-    module.LAYER.name: module.LAYER for module in (cow, delay, rate, error, readonly, stats, log)
+    module.LAYER.name: module.LAYER
+    for module in (cow, zeroes, delay, rate, error, readonly, stats, log)
 }
 
 LOCK_PATIENCE_S: Final = 5.0

@@ -23,17 +23,18 @@ from posix.unistd cimport close, read, write
 from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_FLUSH, ENGINE_READ, ENGINE_WRITE
 from xvd.dataplane.c cimport (
     xvd_add64, xvd_cas64, xvd_fence, xvd_load16_acquire, xvd_load64, xvd_store16_release)
-from xvd.dataplane.ports cimport engine_io, engine_ports, wrap
+from xvd.dataplane.ports cimport ENGINE_UNMAP, ENGINE_ZEROES, engine_io, engine_ports, wrap
 from xvd.engines.channel cimport (
     finish, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
     pthread_mutex_unlock, reap_list)
 from xvd.engines.unflushed cimport (
-    UNFLUSHED_BYTES, get_bytes, has_room, is_half_full, keep, record, size_in_log)
+    KEPT_ZEROES, UNFLUSHED_BYTES, get_bytes, has_room, is_half_full, keep, record, size_in_log)
 from xvd.engines.vring cimport (
     AREA, AVAILABLE_AT, BLK_DISCARD, BLK_FLUSH, BLK_IN, BLK_OUT, DATA_AT, DESC_NEXT, DESC_WRITE,
     DESCRIPTORS_AT, EACH, HEADERS_AT, NO_ROOM, RING, SLOT_BYTES, SLOTS, STATUS_AT, STATUS_OK,
-    STATUS_UNSUPPORTED, UNANSWERED, USED_AT, blk_header, copy, data_of, descriptor, discard_part,
-    kick, publish, slot, take_slot, describe, unlink, used_entry, vhost, written)
+    STATUS_UNSUPPORTED, UNANSWERED, USED_AT, ZEROES_ASKED_FOR, ZEROES_WRITTEN, blk_header, copy,
+    data_of, describe, describe_range, describe_zeroes, descriptor, kick, publish, slot, take_slot,
+    unlink, used_entry, vhost, written)
 
 import os
 
@@ -65,15 +66,19 @@ cdef uint64_t part_of(const vhost *v, const engine_io *io) noexcept nogil:
     return v.discard_bytes if io.op == ENGINE_DISCARD else <uint64_t>SLOT_BYTES
 
 
+cdef bint has_data(const engine_io *io) noexcept nogil:
+    """Whether it writes something, and not zeros that it says to be such."""
+    return io.op == ENGINE_WRITE and not io.flags & ENGINE_ZEROES
+
+
 cdef bint begin_part(vhost *v, engine_io *io) noexcept nogil:
     """Begin a part of the first that waits; False if there is no room for it."""
     cdef uint64_t length = min(io.length - v.begun, part_of(v, io)), reserved = 0
     cdef uint16_t number
-    cdef discard_part *range_
     if v.nr_free == 0:
         return False
     if io.op != ENGINE_READ:
-        reserved = size_in_log(length if io.op == ENGINE_WRITE else 0)
+        reserved = size_in_log(length if has_data(io) else 0)
         if not has_room(&v.log, reserved):
             drop_flushed(v)
         if not has_room(&v.log, reserved):
@@ -83,11 +88,9 @@ cdef bint begin_part(vhost *v, engine_io *io) noexcept nogil:
     v.slots[number].reserved = reserved
     v.log.reserved += reserved
     if io.op == ENGINE_DISCARD:
-        range_ = <discard_part *>data_of(v, number)
-        range_.sector = (io.offset + v.begun) // 512
-        range_.num_sectors = length // 512
-        range_.flags = 0
-        describe(v, number, BLK_DISCARD, 0, sizeof(discard_part))
+        describe_range(v, number, BLK_DISCARD, io.offset + v.begun, length, 0)
+    elif io.op == ENGINE_WRITE and not has_data(io):
+        describe_zeroes(v, number, ZEROES_ASKED_FOR if v.can_zero else ZEROES_WRITTEN)
     else:
         if io.op == ENGINE_WRITE:
             copy(v, io, v.begun, data_of(v, number), length, True)
@@ -187,8 +190,8 @@ cdef void remember(vhost *v, uint16_t number) noexcept nogil:
     what.order = xvd_add64(&v.writes.answered, 1)
     what.offset = s.io.offset + s.at
     what.length = s.length
-    what.op = s.io.op
-    keep(&v.log, &what, data_of(v, number) if s.io.op == ENGINE_WRITE else NULL)
+    what.op = KEPT_ZEROES if s.zeroed else s.io.op
+    keep(&v.log, &what, data_of(v, number) if what.op == ENGINE_WRITE else NULL)
 
 
 cdef void part_ended(vhost *v, uint16_t number, int32_t result) noexcept nogil:
@@ -211,6 +214,11 @@ cdef void ended(vhost *v, uint16_t number) noexcept nogil:
     """The server has answered a slot's request."""
     cdef slot *s = &v.slots[number]
     cdef int32_t result = result_of(v.area[STATUS_AT + number])
+    if result and s.zeroed == ZEROES_ASKED_FOR:  # it may not be able to; it can write
+        v.can_zero = v.can_zero and result != -EOPNOTSUPP
+        describe_zeroes(v, number, ZEROES_WRITTEN)
+        publish(v, number)
+        return
     if s.covers and result == 0:
         has_flushed(v.writes, s.covers)
         drop_flushed(v)
@@ -296,8 +304,8 @@ cdef class VhostChannel:
 
     memory: what the server has too; the channel's `AREA_BYTES` of it begin at `offset`, and
     for the server at `address`. It is no memoryview: those are cleared under their
-    users when garbage is collected. discard_bytes: most that the server discards at once. It begins
-    halted.
+    users when garbage is collected. discard_bytes, zeroes_bytes: most that the server
+    discards at once, and lets be zeros without data. It begins halted.
     """
 
     cdef vhost v
@@ -313,7 +321,7 @@ cdef class VhostChannel:
         self.v.kick_fd = self.v.call_fd = -1
 
     def __init__(self, memory, uint64_t offset, uint64_t address, Writes writes, *,
-                 uint64_t discard_bytes):
+                 uint64_t discard_bytes, uint64_t zeroes_bytes):
         cdef vhost *v = &self.v
         cdef uint16_t i
         PyObject_GetBuffer(memory, &self.buffer, PyBUF_WRITABLE)
@@ -332,6 +340,7 @@ cdef class VhostChannel:
         v.used_entries = <used_entry *>(v.area + USED_AT + 4)
         v.kick_from = <uint16_t *>(v.area + USED_AT + 4 + 8 * RING)
         v.discard_bytes = max(discard_bytes, <uint64_t>512)
+        v.can_zero = zeroes_bytes >= SLOT_BYTES
         v.first = v.last = NO_ROOM
         for i in range(<uint16_t>SLOTS):
             self.lay_out(i, address)
@@ -382,20 +391,23 @@ cdef class VhostChannel:
         """The eventfd by which the server tells of answers."""
         return self.v.call_fd
 
-    def perform(self, uint8_t op, uint64_t offset, data, int dead_fd=-1):
+    def perform(self, uint8_t op, uint64_t offset, data, int dead_fd=-1, *, bint unmap=False):
         """Do one operation of a channel that no queue has, and wait for it; 0, or a positive errno.
 
-        data: the memory of a read or a write, in one piece, or how many bytes a discard has.
+        data: the memory of a read or a write, in one piece, or how many bytes a discard has, or a
+        write of zeros. unmap: whether those need no space.
         dead_fd: a pidfd of the server; ENOTCONN if it dies before, and the channel is of no more
         use.
         """
         cdef const uint8_t[::1] memory
         cdef engine_io *io = &self.own_io
         cdef engine_io *done = NULL
-        io.op, io.offset, io.length, io.iovcnt = op, offset, 0, 0
-        if op == ENGINE_DISCARD:
+        io.op, io.offset, io.length, io.iovcnt, io.flags = op, offset, 0, 0, 0
+        if isinstance(data, int):
             io.length = data
-        elif op != ENGINE_FLUSH and len(data):
+            if op == ENGINE_WRITE:
+                io.flags = ENGINE_ZEROES | (ENGINE_UNMAP if unmap else 0)
+        elif len(data):
             memory = data
             self.own_iov.iov_base, self.own_iov.iov_len = <void *>&memory[0], memory.shape[0]
             io.iov, io.iovcnt, io.length = &self.own_iov, 1, memory.shape[0]
@@ -441,7 +453,9 @@ cdef class VhostChannel:
             get_bytes(&self.v.log, at, &what, sizeof(record))
             at += sizeof(record)
             data = b""
-            if what.op == ENGINE_WRITE:
+            if what.op == KEPT_ZEROES:
+                what.op, data = ENGINE_WRITE, bytes(what.length)
+            elif what.op == ENGINE_WRITE:
                 data = bytes(what.length)
                 get_bytes(&self.v.log, at, <char *>data, what.length)
                 at += what.length

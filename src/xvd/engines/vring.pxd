@@ -8,11 +8,11 @@ of it: the server has that memory mapped once and for all, and never a guest's.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.unistd cimport write
 
 from xvd.dataplane.c cimport xvd_fence, xvd_load16_acquire, xvd_store16_release
-from xvd.dataplane.ports cimport engine_io
+from xvd.dataplane.ports cimport ENGINE_UNMAP, engine_io
 from xvd.engines.channel cimport done_list, pthread_mutex_t
 from xvd.engines.unflushed cimport unflushed
 
@@ -41,6 +41,8 @@ cdef enum:
     BLK_OUT = 1
     BLK_FLUSH = 4
     BLK_DISCARD = 11
+    BLK_WRITE_ZEROES = 13
+    RANGE_UNMAP = 1              # of zeros: they need no space
     STATUS_OK = 0
     STATUS_UNSUPPORTED = 2
     UNANSWERED = 0xFF
@@ -56,7 +58,13 @@ cdef struct blk_header:
     uint32_t ioprio
     uint64_t sector
 
-cdef struct discard_part:
+# What becomes of a write of zeros in its slot.
+cdef enum zeroes:
+    NO_ZEROES = 0
+    ZEROES_ASKED_FOR = 1         # as a range, without data
+    ZEROES_WRITTEN = 2           # as data: the server has nothing else, or has failed
+
+cdef struct range_part:
     uint64_t sector
     uint32_t num_sectors
     uint32_t flags
@@ -78,6 +86,7 @@ cdef struct slot:
     uint64_t length
     uint64_t reserved            # in the log
     uint64_t covers              # a flush: how many writes had been answered when it began
+    zeroes zeroed
     uint32_t busy                # 1: in flight
     uint16_t after               # in the list of those in flight, in order
     uint16_t before
@@ -101,6 +110,7 @@ cdef struct vhost:
     uint32_t flushing            # 1: a flush of our own is in flight
     uint32_t flush_failed        # 1: one has failed, and none of the guest's succeeds any more
     uint64_t discard_bytes       # most in one request
+    uint32_t can_zero            # 1: the server has zeros without data
     int kick_fd
     int call_fd
     engine_io *waiting           # not begun, or not all of it; oldest first
@@ -201,6 +211,29 @@ cdef inline void describe(vhost *v, uint16_t number, uint32_t kind, uint64_t off
     v.area[STATUS_AT + number] = UNANSWERED
 
 
+cdef inline void describe_range(vhost *v, uint16_t number, uint32_t kind, uint64_t offset,
+                                uint64_t length, uint32_t flags) noexcept nogil:
+    """Fill in a slot whose request is of a range and has no data."""
+    cdef range_part *range_ = <range_part *>data_of(v, number)
+    range_.sector = offset // 512
+    range_.num_sectors = <uint32_t>(length // 512)
+    range_.flags = flags
+    describe(v, number, kind, 0, sizeof(range_part))
+
+
+cdef inline void describe_zeroes(vhost *v, uint16_t number, zeroes how) noexcept nogil:
+    """Fill in a slot whose part of an operation is zeros."""
+    cdef slot *s = &v.slots[number]
+    cdef uint64_t offset = s.io.offset + s.at
+    s.zeroed = how
+    if how == ZEROES_ASKED_FOR:
+        describe_range(v, number, BLK_WRITE_ZEROES, offset, s.length,
+                       RANGE_UNMAP if s.io.flags & ENGINE_UNMAP else 0)
+    else:
+        memset(data_of(v, number), 0, s.length)
+        describe(v, number, BLK_OUT, offset, <uint32_t>s.length)
+
+
 cdef inline uint16_t take_slot(vhost *v, engine_io *io, uint64_t at,
                                uint64_t length) noexcept nogil:
     v.nr_free -= 1
@@ -210,6 +243,7 @@ cdef inline uint16_t take_slot(vhost *v, engine_io *io, uint64_t at,
     s.at = at
     s.length = length
     s.reserved = s.covers = 0
+    s.zeroed = NO_ZEROES
     s.busy = 1
     link(v, number)
     return number

@@ -121,6 +121,14 @@ class ModelDisk:
                     f"sector {sector} reads as write {tag}; possible were {sorted(possible)}"
                 )
 
+    def check_content(self, content: bytes, what: str) -> None:
+        """Check what a storage holds that the disk has, or has become the same as the disk."""
+        for sector in range(self.sectors):
+            tag = tag_of(content[sector * SECTOR : (sector + 1) * SECTOR], sector)
+            if tag not in self._possible[sector]:
+                possible = sorted(self._possible[sector])
+                raise CheckFailed(f"sector {sector} of {what} is {tag}; possible were {possible}")
+
     # ---- Flushes ----
 
     def begin_flush(self, key: int) -> None:

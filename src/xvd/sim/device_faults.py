@@ -4,8 +4,10 @@
 Beside what the queues suffer (faults.py): the store is slow, refuses a commit, or is lost to the
 backend; either process dies at any point of a handshake; a successor is set up in another way; a
 journal is lost or damaged; the toolstack attaches, detaches, resizes and changes settings at any
-moment, and pauses the disk and gives it other storage; the storage cannot be opened for a while, or
-hangs; the guest is destroyed; the power fails.
+moment, and pauses the disk and gives it other storage; mirrors, backups and incremental backups of
+it are begun, ended and given up, and what they are written to fails and hangs as the disk's own
+storage does; the storage cannot be opened for a while, or hangs; the guest is destroyed; the power
+fails, and with it the maps of what has changed are lost.
 """
 
 from dataclasses import dataclass, field
@@ -34,6 +36,7 @@ class DeviceFaults:
     no_storage: int = 0
     hang: int = 0
     guest_end: int = 0
+    copy: int = 0
     spared: int = 1
     delays_ms: tuple[int, ...] = field(default=(0,))
 
@@ -56,6 +59,7 @@ class DeviceFaults:
             hang=prng.maybe(100, 400),
             guest_end=prng.maybe(800, 2000),
             spared=prng.choose((1, 20, 20)),
+            copy=prng.maybe(40, 300),
         )
 
     def delay_ns(self, prng: Prng) -> int:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from xvd.backend.device import Device
 from xvd.dataplane.types import StepFlag
 from xvd.machine.emulated.host import Host
 from xvd.machine.emulated.limits import Limits
@@ -20,6 +21,7 @@ from xvd.machine.emulated.xenstore import XenstoreStore
 from xvd.sim.back_process import BackProcess
 from xvd.sim.checkers import CheckFailed, ModelDisk, check_balanced
 from xvd.sim.clock import Clock
+from xvd.sim.copy_checks import CopyChecks
 from xvd.sim.device_faults import DeviceFaults
 from xvd.sim.diskload import DiskLoad
 from xvd.sim.front_process import FrontProcess
@@ -27,6 +29,7 @@ from xvd.sim.guest import Guest, GuestState
 from xvd.sim.prng import Prng
 from xvd.sim.process import Process, SteppedRunner
 from xvd.sim.storage import MISSING, SimStorage
+from xvd.sim.storages import Maker, Storages
 from xvd.sim.tool_process import GUEST, ToolProcess
 from xvd.types import Domid
 
@@ -45,8 +48,14 @@ _WISHES = (
 )  # fmt: skip
 _FAULTS = (
     "back_death", "front_death", "power_loss", "store_loss", "journal", "tool", "no_storage",
-    "hang", "guest_end",
+    "hang", "guest_end", "copy",
 )  # fmt: skip
+_COPIES = (
+    "mirror", "mirror", "pivot", "pivot", "backup", "incremental", "incremental", "incremental",
+    "cancel", "forget",
+)  # fmt: skip
+_STEPS_IN_A_CALL = 60
+"""At most: what others do before a call of the backend's own reaches the storage."""
 
 
 @dataclass(slots=True)
@@ -97,6 +106,8 @@ class DeviceSummary:
     deaths: int
     guests: int
     actions: int
+    pivots: int
+    backups: int
     virtual_s: float
     digest: str
 
@@ -104,21 +115,21 @@ class DeviceSummary:
         return (
             f"{self.finished} operations, {self.failed} failed as they should, "
             f"{self.connections} connections, {self.deaths} deaths, {self.guests} guests "
-            f"destroyed, {self.actions} actions of the toolstack, {self.virtual_s:.3f} s of "
-            f"virtual time, digest {self.digest}"
+            f"destroyed, {self.actions} actions of the toolstack, {self.pivots} moves to a mirror, "
+            f"{self.backups} backups, {self.virtual_s:.3f} s of virtual time, digest {self.digest}"
         )
 
 
 class DeviceWorld:
     """One run. Any failed check is a `CheckFailed`.
 
-    make_storage: as `World`'s.
+    make_storage: as of `Storages`.
     """
 
     def __init__(
         self,
         options: DeviceOptions,
-        make_storage: Callable[[Prng, int, int], SimStorage] = SimStorage,
+        make_storage: Maker = SimStorage,
     ) -> None:
         self.options = options
         self.faults = options.faults
@@ -129,13 +140,15 @@ class DeviceWorld:
         self._host.create_domain(GUEST)
         self._store = XenstoreStore()
         self._model = ModelDisk(options.sectors, _SECTORS_MAX)
-        self._storage = make_storage(prng.fork(), options.sectors, _SECTORS_MAX)
+        self._storages = Storages(make_storage, prng.fork(), options.sectors, _SECTORS_MAX)
+        self._copies = CopyChecks(self._storages, self._model)
         self._load = DiskLoad(
             prng.fork(), self._model, depth=options.depth, sectors_max=options.sectors_max
         )
         self._directory = tempfile.TemporaryDirectory(prefix="xvd-sim-", dir=_memory())
         self._dead: list[Process] = []
         self._tool = ToolProcess(self._host, self._store, self._clock, BACK)
+        self._tool.image = self._storages.image
         self._guest = Guest(self._host, self._tool)
         self._back: BackProcess | None = None
         self._front: FrontProcess | None = None
@@ -146,8 +159,12 @@ class DeviceWorld:
         self._attaching = 0, 0, False
         """The last attach, the causes before it, and whether there was no storage for it."""
         self._digest = blake2b(digest_size=8)
+        self._sizes = [options.sectors]
         self._quiet = False
         self._closing = False
+        self._in_call = False
+        self._found: BaseException | None = None
+        """What went wrong while a call of the backend's own was under way."""
 
     # ---- Running ----
 
@@ -168,6 +185,8 @@ class DeviceWorld:
             self._deaths,
             self._ends,
             self._actions,
+            self._copies.pivots,
+            self._copies.backups,
             self._clock.now_ns / _SECOND_NS,
             self._digest.hexdigest(),
         )
@@ -175,10 +194,13 @@ class DeviceWorld:
     def _settle(self) -> None:
         """Let nothing go wrong any more: the disk has to be served, and everything answered."""
         self._quiet = True
-        self._storage.missing = False
+        self._storages.missing = False
         self._run_until(lambda: self._tool.idle and self._guest.state is GuestState.RUNNING)
-        self._tool.wish("ensure")
+        for _ in range(2):  # a backend that found no storage just before says so later
+            self._tool.wish("ensure")
+            self._run_until(lambda: self._tool.idle)
         self._run_until(self._is_served)
+        self._copies.check_all(self._device)
         self._check_errors()
 
     def _is_served(self) -> bool:
@@ -191,7 +213,12 @@ class DeviceWorld:
             and self._tool.states() == ("4", "4")
             and self._back is not None
             and not self._back.halted
+            and not self._back.copies
         )
+
+    @property
+    def _device(self) -> Device | None:
+        return None if self._back is None else self._back.device
 
     def _check_errors(self) -> None:
         texts = self._tool.errors()
@@ -250,11 +277,15 @@ class DeviceWorld:
         action = self._prng.weighted(self._possible())
         self._digest.update(action.encode())
         getattr(self, f"_do_{action}")()
+        self._copies.look(self._device)
+        self._tool.image = self._storages.image
         if not self._quiet:
             self._maybe_suffer()
         for process in self._processes():
             if process.loop.failures:
                 raise process.loop.failures[0]
+        if self._found is not None:
+            raise self._found
         self._check_refusal()
         if self._tool.removed:
             self._check_left(self._tool.left())
@@ -263,7 +294,7 @@ class DeviceWorld:
         """Check that a toolstack whose disk has no storage is told so, where nothing else failed
         since it asked."""
         if self._attaching[0] != self._tool.attaching:
-            self._attaching = self._tool.attaching, self._causes, self._storage.missing
+            self._attaching = self._tool.attaching, self._causes, self._storages.missing
         _, causes, missing = self._attaching
         refusal = self._tool.refusal
         if refusal and missing and causes == self._causes and MISSING not in refusal:
@@ -286,7 +317,7 @@ class DeviceWorld:
             "queue": 4 if any(runner.awake for runner in runners) else 0,
             "event": 3 if any(runner.has_event for runner in runners) else 0,
             "call": 3 if any(process.calls for process in processes) else 0,
-            "storage": 3 if self._back is not None and self._storage.held else 0,
+            "storage": 3 if self._back is not None and self._storages.busy else 0,
             "submit": 2 if self._may_submit() else 0,
         }
         if not any(weight for name, weight in actions.items() if name != "submit"):
@@ -336,9 +367,25 @@ class DeviceWorld:
         process = self._prng.choose([each for each in self._processes() if each.calls])
         process.calls.pop(self._prng.below(len(process.calls)))()
 
+    def _meanwhile(self) -> int:
+        """Let others go on while a call of the backend's own is under way; one in how many such
+        calls fails."""
+        if not self._in_call:
+            self._in_call = True
+            try:
+                for _ in range(self._prng.below(_STEPS_IN_A_CALL)):
+                    self._step()
+            except BaseException as error:
+                self._found = self._found or error
+                raise
+            finally:
+                self._in_call = False
+        return 0 if self._quiet else self.faults.storage_error
+
     def _do_storage(self) -> None:
         error = 0 if self._quiet else self.faults.storage_error
-        self._digest.update(self._storage.finish_one(error).encode())
+        storage = self._prng.choose(self._storages.busy)
+        self._digest.update(storage.finish_one(error).encode())
         for runner in self._back.runners if self._back is not None else ():
             runner.wake()
 
@@ -375,7 +422,7 @@ class DeviceWorld:
             self._retire(self._front)
             self._front = None
         if self._quiet:
-            self._storage.revive()
+            self._storages.revive()
         if self._quiet and self._back is not None:
             self._back.go_on()
         if self._closing:
@@ -385,7 +432,7 @@ class DeviceWorld:
         if self._back is None and (self._quiet or self._prng.chance(30)):
             settings = self.faults.draw_settings(self._prng, Path(self._directory.name))
             self._back = BackProcess(self._host, self._store, self._clock, BACK)
-            self._back.begin(self._storage, settings, self._resize_storage)
+            self._back.begin(self._storages, settings, self._resize_storage, self._meanwhile)
         if self._front is None and self._guest.exists and (self._quiet or self._prng.chance(30)):
             self._front = FrontProcess(self._host, self._store, self._clock, GUEST)
             self._front.begin(self.faults.draw_front_settings(self._prng))
@@ -396,9 +443,10 @@ class DeviceWorld:
             process.kill()
         self._dead.append(process)
 
-    def _resize_storage(self, sectors: int) -> None:
-        self._storage.resize(sectors)
-        self._model.resize(sectors)
+    def _resize_storage(self, storage: SimStorage, sectors: int) -> None:
+        storage.resize(sectors)
+        if storage is self._storages.disk:
+            self._model.resize(sectors)
 
     def _maybe_suffer(self) -> None:
         in_use = self._front is not None and self._front.connected
@@ -414,7 +462,7 @@ class DeviceWorld:
         if self._back is not None and self._back.alive:
             self._deaths += 1
             self._causes += 1
-            self._storage.backend_died()
+            self._storages.backend_died()
             self._back.die()
 
     def _suffer_front_death(self) -> None:
@@ -429,8 +477,11 @@ class DeviceWorld:
             return
         self._suffer_front_death()
         self._suffer_back_death()
-        self._storage.power_lost()
+        self._storages.power_lost()
         self._model.power_lost()
+        for path in Path(self._directory.name).rglob("*.changed"):
+            path.unlink()  # they count for one run of the host's kernel
+        self._copies.check_whole()
 
     def _suffer_store_loss(self) -> None:
         """Break the daemon's connection to the store; it ends, and another begins."""
@@ -461,22 +512,34 @@ class DeviceWorld:
             self._causes += wish == "force"
             self._tool.wish(wish)
         elif self._back is not None and self._back.alive:
-            self._back.change(wish, self._prng.between(_SECTORS_MIN, _SECTORS_MAX), self._prng)
+            self._back.change(wish, self._draw_size(), self._prng)
+
+    def _draw_size(self) -> int:
+        """Sectors: a new number, or one that was wished for before."""
+        if self._prng.chance(2):
+            self._sizes.append(self._prng.between(_SECTORS_MIN, _SECTORS_MAX))
+        return self._prng.choose(self._sizes[-2:])
 
     def _suffer_no_storage(self) -> None:
         """Let whoever opens the storage from now on find none, or find it again."""
-        self._storage.missing = not self._storage.missing
+        self._storages.missing = not self._storages.missing
         self._causes += 1
 
     def _suffer_hang(self) -> None:
         """Let the storage end nothing; then an administrator leaves it, or it goes on."""
         self._causes += 1
-        if not self._storage.hangs:
-            self._storage.hang()
+        if not self._storages.hangs:
+            self._storages.hang()
         elif self._back is not None and self._back.alive and not self._prng.chance(4):
             self._back.change("abandon", 0, self._prng)
         else:
-            self._storage.revive()
+            self._storages.revive()
+
+    def _suffer_copy(self) -> None:
+        """Have the disk copied, or not any more."""
+        if self._back is not None and self._back.alive:
+            self._causes += 1
+            self._back.change(self._prng.choose(_COPIES), 0, self._prng)
 
     def _suffer_guest_end(self) -> None:
         """Destroy the guest's domain, whatever the others do."""

@@ -6,15 +6,26 @@ from collections.abc import Callable
 from xvd.engines.info import Channel, EngineInfo
 from xvd.engines.interface import Engine
 from xvd.sim.checkers import SECTOR
-from xvd.sim.storage import SimStorage
+from xvd.sim.storage import Call, SimStorage
 
 
 class SimEngine(Engine):
-    """One opening of the storage. resized: called with the sectors that the storage has then."""
+    """One opening of the storage. name: of it. resized: called with the storage and the sectors
+    that it is to have. meanwhile: called before each call of our own, as of what copies a disk, for
+    others to go on; one in how many calls fails then.
+    """
 
-    def __init__(self, storage: SimStorage, resized: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        storage: SimStorage,
+        name: str,
+        resized: Callable[[SimStorage, int], None],
+        meanwhile: Callable[[], int],
+    ) -> None:
         self._storage = storage
+        self._name = name
         self._resized = resized
+        self._meanwhile = meanwhile
 
     @property
     def info(self) -> EngineInfo:
@@ -24,20 +35,32 @@ class SimEngine(Engine):
 
     @property
     def identity(self) -> str:
-        """There is one."""
-        return "sim"
+        """One for each storage."""
+        return f"sim {self._name}"
 
     def read(self, buffer: memoryview, offset: int) -> None:
-        """Not called: the queues have channels of their own."""
-        raise NotImplementedError
+        """See `Engine.read`."""
+        self._call(Call("read", offset, buffer.nbytes, buffer))
 
     def write(self, buffer: memoryview, offset: int) -> None:
-        """Not called: the queues have channels of their own."""
-        raise NotImplementedError
+        """See `Engine.write`."""
+        self._call(Call("write", offset, buffer.nbytes, buffer))
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """See `Engine.write_zeroes`."""
+        del unmap  # it keeps no space
+        self._call(Call("discard", offset, length))
+
+    def flush(self) -> None:
+        """See `Engine.flush`."""
+        self._call(Call("flush"))
+
+    def _call(self, work: Call) -> None:
+        self._storage.call(work, self._meanwhile())
 
     def resize(self, size: int) -> None:
         """See `Engine.resize`."""
-        self._resized(size // SECTOR)
+        self._resized(self._storage, size // SECTOR)
 
     def open_channel(self) -> Channel:
         """See `Engine.open_channel`."""

@@ -116,6 +116,8 @@ class Process:
         self.calls: list[Callable[[], None]] = []
         self.alive = True
         self._left: list[SteppedRunner] = []
+        self._dead: set[asyncio.Task[Any]] = set()
+        """Tasks that the collector may not unwind before `bury`: the dead change no file."""
         self.connections = 0
         self._store = store
         self._domid = domid
@@ -164,6 +166,7 @@ class Process:
         The queues are to be abandoned before.
         """
         self.alive = False
+        self._dead = asyncio.all_tasks(self.loop)
         for link in self.links:
             link.cut()
         self._left, self.runners = self.runners, []

@@ -6,7 +6,8 @@ by sector. The disk grows and shrinks; what is cut off is zero when it comes bac
 """
 
 import errno
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from xvd.engines.bridge import BridgeChannel, Operation
 from xvd.engines.info import Channel
@@ -17,6 +18,39 @@ from xvd.sim.prng import Prng
 
 MISSING = "the simulated storage is not there"
 """Why it cannot be opened."""
+
+
+class Work(Protocol):
+    """What is done to storage: a queue's operation, or a call. kind: as of an `Operation`."""
+
+    @property
+    def kind(self) -> str:
+        """Name what to do."""
+
+    @property
+    def offset(self) -> int:
+        """Return the first byte."""
+
+    @property
+    def length(self) -> int:
+        """Return how many bytes."""
+
+    def buffers(self) -> list[memoryview]:
+        """Return the data, in parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of an engine's own: what copies a disk makes them. data: None for what has none."""
+
+    kind: str
+    offset: int = 0
+    length: int = 0
+    data: memoryview | None = None
+
+    def buffers(self) -> list[memoryview]:
+        """Return the data, in one part."""
+        return [] if self.data is None else [self.data]
 
 
 class _Held(NamedTuple):
@@ -47,6 +81,28 @@ class SimStorage:
         """Raise `EngineError` if it cannot be opened."""
         if self.missing:
             raise EngineError(errno.ENOENT, MISSING)
+
+    def fill(self, byte: int) -> None:
+        """Let every byte of it be this."""
+        self._engine.view[:] = bytes([byte]) * len(self._engine.view)
+
+    def content(self, size: int) -> bytes:
+        """Return its first bytes, as whoever opens it would read them now."""
+        return bytes(self._engine.view[:size])
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a queue has a way in."""
+        return bool(self._channels)
+
+    def call(self, work: Call, error_one_in: int) -> None:
+        """Do it at once, or fail now and then and have done a part. Raises `EngineError`."""
+        if not self._inside(work):
+            raise EngineError(errno.EINVAL, f"{work.kind} behind the end")
+        if self._prng.chance(error_one_in):
+            self._apply(work, partly=True)
+            raise EngineError(errno.EIO, f"{work.kind} fails")
+        self.perform(work)
 
     def open_channel(self) -> BridgeChannel:
         """A queue's way in."""
@@ -79,7 +135,8 @@ class SimStorage:
     def leave(self, channel: Channel) -> None:
         """Let what came by this be another storage's from now on: it changes nothing here, and what
         is read is of no use to anybody."""
-        self._left.append(channel)
+        if channel in self._channels:
+            self._left.append(channel)
 
     def finish_one(self, error_one_in: int) -> str:
         """End one of the held operations; what was done, for the trace."""
@@ -99,7 +156,7 @@ class SimStorage:
         operation.complete()
         return f"{operation.kind} done"
 
-    def perform(self, operation: Operation) -> None:
+    def perform(self, operation: Work) -> None:
         """Do all of an operation."""
         self._apply(operation, partly=False)
         if operation.kind == "flush":
@@ -130,17 +187,17 @@ class SimStorage:
                 self._engine.write(memoryview(data), sector * SECTOR)
         self._on_medium.clear()
 
-    def _inside(self, operation: Operation) -> bool:
+    def _inside(self, operation: Work) -> bool:
         return operation.offset + operation.length <= self.sectors * SECTOR
 
-    def _remember(self, operation: Operation) -> None:
+    def _remember(self, operation: Work) -> None:
         first = operation.offset // SECTOR
         for sector in range(first, first + operation.length // SECTOR):
             if sector not in self._on_medium:
                 at = sector * SECTOR
                 self._on_medium[sector] = bytes(self._engine.view[at : at + SECTOR])
 
-    def _apply(self, operation: Operation, *, partly: bool) -> None:
+    def _apply(self, operation: Work, *, partly: bool) -> None:
         """Do an operation, or a part of it: whole sectors in any number."""
         if operation.kind == "flush":
             return

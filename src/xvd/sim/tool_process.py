@@ -39,6 +39,8 @@ class ToolProcess(Process):
         """How often it has begun to attach the disk."""
         self.refusal = ""
         """What it was told when a backend refused the last time."""
+        self.image = ""
+        """What the disk is attached with."""
         self.removed = False
         """Whether the disk was taken away, and no other was attached since."""
         self._client: XenstoreClient | None = None
@@ -74,7 +76,7 @@ class ToolProcess(Process):
         self.refusal = ""
         self.removed = False
         try:
-            disk = XlDisk(target="sim", vdev="xvda")
+            disk = XlDisk(target=self.image, vdev="xvda")
             await attach(self._client, GUEST, disk, timeout_s=_TIMEOUT_S)
         except PeerClosed as error:
             if "no backend has taken" not in str(error):

@@ -90,11 +90,19 @@ class QemuEngine(Engine):
         """Discard."""
         self._perform(EngineOp.DISCARD, offset, length)
 
-    def _perform(self, op: EngineOp, offset: int, data: memoryview | int) -> None:
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Let the daemon have zeros without data, if it can."""
+        if not self.keeper.config.zeroes_max:
+            super().write_zeroes(offset, length, unmap=unmap)
+        self._perform(EngineOp.WRITE, offset, length, unmap=unmap)
+
+    def _perform(
+        self, op: EngineOp, offset: int, data: memoryview | int, *, unmap: bool = False
+    ) -> None:
         with self._mutex:
             if self._own is None:
                 self._own = self.keeper.open_channel()
-            number = self._own.perform(op, offset, data)
+            number = self._own.perform(op, offset, data, unmap=unmap)
         if number:
             raise EngineError(number, "", self._nodes.path or None)
 

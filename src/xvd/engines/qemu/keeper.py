@@ -50,10 +50,17 @@ class _Memory:
         os.ftruncate(self.fd, self.size)
         self._map = mmap.mmap(self.fd, self.size)
 
-    def channel(self, index: int, writes: Writes, discard_max: int) -> VhostChannel:
+    def channel(self, index: int, writes: Writes, config: BlkConfig) -> VhostChannel:
         """Make a channel in the area of a virtqueue."""
         at = AREA_BYTES * index
-        return VhostChannel(self._map, at, _ADDRESS + at, writes, discard_bytes=discard_max)
+        return VhostChannel(
+            self._map,
+            at,
+            _ADDRESS + at,
+            writes,
+            discard_bytes=config.discard_max,
+            zeroes_bytes=config.zeroes_max,
+        )
 
     def close(self) -> None:
         """Give it back once no channel is left. Idempotent."""
@@ -261,7 +268,7 @@ class Keeper:
         records = sorted(record for channel in self._channels for record in channel.unflushed())
         if not records:
             return
-        replay = self._memory.channel(_REPLAY, Writes(), self.config.discard_max)
+        replay = self._memory.channel(_REPLAY, Writes(), self.config)
         fds = (replay.kick_fd, replay.call_fd)
         daemon.session.start_queue(_REPLAY, RING_ENTRIES, _ADDRESS, LAYOUT, fds)
         replay.go()
@@ -286,7 +293,7 @@ class Keeper:
         index = _REPLAY + 1 + len(self._channels)
         if index >= QUEUES:
             raise EngineError(errno.EMFILE, f"a disk has at most {QUEUES - 1} queues", self._name)
-        channel = self._memory.channel(index, self._writes, self.config.discard_max)
+        channel = self._memory.channel(index, self._writes, self.config)
         self._channels.append(channel)
         try:
             if self._daemon is not None:

@@ -61,6 +61,7 @@ class Feature(IntEnum):
     BLK_TOPOLOGY = 10
     BLK_MQ = 12
     BLK_DISCARD = 13
+    BLK_WRITE_ZEROES = 14
     EVENT_IDX = 29
     PROTOCOL = 30
     VERSION_1 = 32
@@ -78,7 +79,8 @@ _PROTOCOL: Final = 1 << _PROTOCOL_MQ | 1 << _PROTOCOL_REPLY | 1 << _PROTOCOL_CON
 class BlkConfig:
     """What a disk is, from its server's features and struct virtio_blk_config. All in bytes.
 
-    discard_max: in one request; 0 where it cannot discard.
+    discard_max: in one request; 0 where it cannot discard. zeroes_max: the same for zeros that are
+    no data.
     """
 
     size: int
@@ -87,13 +89,12 @@ class BlkConfig:
     read_only: bool
     discard_max: int
     discard_granularity: int
+    zeroes_max: int
 
     @classmethod
     def parse(cls, features: int, config: bytes) -> "BlkConfig":
         """Take the server's words apart."""
-        capacity, _, _, _, block, exponent, _, _, _, _, _, _, most, _, unit, *_ = _CONFIG.unpack(
-            config
-        )
+        capacity, _, _, _, block, exponent, *_, most, _, unit, zeroes, _, _ = _CONFIG.unpack(config)
         block_size = block if features >> Feature.BLK_SIZE & 1 else RING_SECTOR_SIZE
         topology = features >> Feature.BLK_TOPOLOGY & 1
         discards = features >> Feature.BLK_DISCARD & 1
@@ -104,6 +105,7 @@ class BlkConfig:
             read_only=bool(features >> Feature.BLK_RO & 1),
             discard_max=most * RING_SECTOR_SIZE if discards else 0,
             discard_granularity=unit * RING_SECTOR_SIZE if discards else 0,
+            zeroes_max=zeroes * RING_SECTOR_SIZE if features >> Feature.BLK_WRITE_ZEROES & 1 else 0,
         )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
-from xvd.engines.rbdio import CALLS
+from xvd.engines.rbdio import CALLS, ZEROES_CALL
 from xvd.errors import EngineError
 
 _TEXT_MAX: Final = 256
@@ -40,9 +40,11 @@ def librbd() -> ctypes.CDLL:
 
 
 def addresses() -> list[int]:
-    """The addresses of what a channel calls, in the order of `CALLS`."""
+    """The addresses of what a channel calls: those of `CALLS`, and of `ZEROES_CALL` or 0."""
     library = librbd()
-    return [ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in CALLS]
+    found = [getattr(library, name) for name in CALLS]
+    found.append(getattr(library, ZEROES_CALL, None))
+    return [ctypes.cast(call, ctypes.c_void_p).value or 0 for call in found]
 
 
 def check(result: int, what: str) -> int:
