@@ -131,7 +131,7 @@ ARGUMENTS = {
     "load": ["--operations", "9", "--engine", "null:1M", "--span", "1M"],
     "bench": ["instructions", "--tiny"], "group": ["gold", "total_iops_sec=9"],
     "sim": ["--steps", "9"], "mirror": ["1", "xvda"], "backup": ["1", "xvda"],
-    "disk": ["info", "1", "xvda"], "config": ["show"],
+    "disk": ["info", "1", "xvda"], "config": ["show"], "datapath": ["Plugin.Query", "<<<{}"],
 }  # fmt: skip
 SILENT = ("attach", "detach", "pause", "resume", "swap", "snapshot")
 LASTING = ("host", "backend", "nbd", "exporter")

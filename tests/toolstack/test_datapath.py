@@ -407,6 +407,10 @@ def test_xapis_scripts_lead_a_guest_to_a_daemon_and_leave_nothing(
         dom0.close()
         return written[4096:8192]
 
+    bad = scripts.run("Datapath.attach", "nonsense")
+    assert (bad.returncode, json.loads(bad.stdout)["code"]) == (1, "XVD_BAD_CALL")
+    assert bad.stderr.startswith("xvd: Datapath.attach: standard input is no JSON")
+
     with Daemon("host", str(host)), Daemon("backend", "--host", str(host)):
         assert scripts.call("Plugin.Query")["name"] == "xvd"
         assert scripts.call("Datapath.open", uri=use["uri"], persistent=True) is None
@@ -417,9 +421,6 @@ def test_xapis_scripts_lead_a_guest_to_a_daemon_and_leave_nothing(
         assert not (host / "datapath").exists()
         with pytest.raises(Failed, match="XVD_NOT_ATTACHED: "):
             scripts.call("Datapath.activate", **use)
-        done = scripts.run("Datapath.attach", "nonsense")
-    assert (done.returncode, json.loads(done.stdout)["code"]) == (1, "XVD_BAD_CALL")
-    assert done.stderr.startswith("xvd: Datapath.attach: standard input is no JSON")
 
 
 def test_without_the_program_the_script_says_so(tmp_path: Path) -> None:

@@ -60,18 +60,20 @@ def datapath(
     prints an object with code, params and backtrace, and the status is 1. See docs/toolstacks.md.
     """
     plugin = Plugin(host / "datapath", _Daemons(host), __version__)
+    answer: object = None
+
+    async def ask() -> int:
+        nonlocal answer
+        answer = await plugin.call(call, sys.stdin.read())
+        return 0
+
     try:
-        answer = running.run(_answer(plugin, call, sys.stdin.read()))
+        status = running.run(ask())
     except Exception as error:  # whatever it is: xapi shows what is printed
-        sys.stderr.write(f"xvd: {call}: {describe(error)}\n")
-        output.print_json(fault_of(error), indent=0)
-        return 1
-    return answer
-
-
-async def _answer(plugin: Plugin, call: str, text: str) -> int:
-    output.print_json(await plugin.call(call, text), indent=0)
-    return 0
+        common.complain(f"{call}: {describe(error)}")
+        answer, status = fault_of(error), 1
+    output.print_json(answer, indent=0)
+    return status
 
 
 def fault_of(error: Exception) -> dict[str, Any]:
