@@ -2,8 +2,8 @@
 # cython: language_level=3, auto_pickle=False, embedsignature=True, binding=True
 """Objects that last as long as their process, and are never written to for being used.
 
-Whoever uses an object counts a reference in it, and so writes to its page. After a fork that page is
-copied: what forks of a process share shrinks to half within their first second. Python 3.12 and
+Whoever uses an object counts a reference in it, and so writes to its page. After a fork that page
+is copied: what forks of a process share shrinks to half in their first second. Python 3.12 and
 later have objects whose count is never written (PEP 683), None for one; here, all that there are
 become such. Before 3.12 nothing happens, and without the interpreter's lock neither, as threads
 count there in another way.
