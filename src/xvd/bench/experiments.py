@@ -4,7 +4,18 @@
 from collections.abc import Callable
 from typing import Final
 
-from xvd.bench import cluster, disks, formats, limit, published, scale, steps, takeover, vhost
+from xvd.bench import (
+    cluster,
+    disks,
+    formats,
+    limit,
+    mirror,
+    published,
+    scale,
+    steps,
+    takeover,
+    vhost,
+)
 from xvd.bench.report import Report
 from xvd.bench.run import Run
 
@@ -16,6 +27,7 @@ EXPERIMENTS: Final[dict[str, Callable[[Run], Report]]] = {
     "vhost-user": vhost.vhost_user,
     "formats": formats.formats,
     "cluster": cluster.cluster,
+    "mirror": mirror.mirror,
     "scale": scale.scale,
     "disks": disks.disks,
     "takeover": takeover.takeover,

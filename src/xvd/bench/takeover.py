@@ -37,6 +37,9 @@ APART_S: Final = 0.3
 FRESH_S: Final = 0.02
 """Answers come again when the last one is no older than this, some time after the kill."""
 
+_DRAWN: Final = (10, 25, 50, 75, 90, 100)
+"""Per cent of the kills of which the plot has a point."""
+
 MODES: Final = {
     "a process for each guest": ("--isolation", "guest"),
     "one process, started anew": (),
@@ -56,7 +59,7 @@ def takeover(run: Run) -> Report:
         figures = [waits[int(part * (len(waits) - 1))] * 1e3 for part in picked.values()]
         typical[f"{mode}: median wait, ms"] = figures[0]
         rows.append((mode, *figures, waits[-1] * 1e3))
-        lines[mode] = [(100 * n / len(waits), wait * 1e3) for n, wait in enumerate(waits, 1)]
+        lines[mode] = [(part, waits[part * (len(waits) - 1) // 100] * 1e3) for part in _DRAWN]
     return Report(
         "takeover",
         "A backend that is killed",
