@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from qemu_img import run_qemu_img
+from rig_disk import disk_world, run
 from rig_engines import ByHand, PythonEngine, image
 from rig_queue import ALL, QueueWorld, rq
 
@@ -326,6 +327,24 @@ def test_zeros_over_an_image_that_stays_are_holes_in_what_is_over_it(
     assert found == bytes(32768) + b"d" * 32768
     assert over.stat().st_blocks == 0
     assert full.read_bytes() == b"d" * MIB
+
+
+def test_a_disk_is_attached_and_swapped_with_it(full: Path, tmp_path: Path) -> None:
+    other = _copy(full, tmp_path / "other.img")
+
+    async def work() -> None:
+        async with disk_world() as world, await world.disk(f"detect-zeroes|{full}") as disk:
+            await disk.write(0, bytes(32768))
+            assert world.server is not None
+            life = world.server.device("1/51712").life
+            await life.swap(f"detect-zeroes:unmap=off|{other}", 10)
+            await disk.write(0, bytes(32768))
+            await disk.flush()
+
+    run(work())
+
+    assert full.read_bytes() == other.read_bytes() == bytes(32768) + b"d" * (MIB - 32768)
+    assert (full.stat().st_blocks, other.stat().st_blocks) == (FULL - 64, FULL)
 
 
 # ---- By a storage daemon ----

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Ceph cluster of one monitor and one OSD in a directory, for tests; ready in some seconds."""
+"""A Ceph cluster of one monitor and one OSD in a directory, for tests; ready in some seconds.
+
+``python tests/support/ceph.py NEW-DIRECTORY COMMAND...`` runs a measurement beside one:
+``xvd bench cluster --out docs/benchmarks.md``.
+"""
 
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -128,3 +133,18 @@ def running_cluster(place: Path, requires_tool: Callable[[str], str]) -> Iterato
         yield cluster
     finally:
         cluster.stop()
+
+
+def main() -> int:
+    """Run a command beside a cluster that has two images, for `xvd bench cluster`."""
+    place, *command = sys.argv[1:]
+    with running_cluster(Path(place), lambda program: program) as cluster:
+        for name in ("read", "write"):
+            cluster.image(name, 64 << 20)
+        images = f"{POOL}/read,{POOL}/write"
+        variables = {"CEPH_CONF": str(cluster.conf), "XVD_BENCH_RBD": images}
+        return subprocess.run(command, check=False, env={**os.environ, **variables}).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,11 +2,13 @@
 """docs/benchmarks.md: the reports of one run as a page with pictures.
 
 What the pictures show is kept beside them, so that they can be drawn anew without a measurement.
+What a run has not measured stays as the page has it, with a line that says of which run it is.
 """
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -44,37 +46,71 @@ DATA: Final = "plots.json"
 """What the pictures of the folder show: each plot with its title, by the experiment's name."""
 
 
-def write(reports: Sequence[Report], path: Path, *, rounds: int) -> None:
+_SECTION: Final = re.compile(r"^## .*?(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+_EXPERIMENT: Final = re.compile(r"^`xvd bench ([\w-]+)`\.", re.MULTILINE)
+_FACT: Final = re.compile(r"^\| (\w+) \| (.+) \|$", re.MULTILINE)
+_EARLIER: Final = "*Of an earlier run"
+
+
+def write(reports: Sequence[Report], path: Path, *, rounds: int, order: Sequence[str] = ()) -> None:
     """Write the page, and each plot as an SVG into a folder of the page's name beside it.
 
     What the folder has to say of an experiment, in NAME.md, becomes its "Seen here"; the page ends
-    as `end` says.
+    as `end` says. order: the experiments' names, as their sections follow; those that the page has
+    already and that are not among the reports stay, as of an earlier run. Without it none does.
     """
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
+    measured = {report.name: _section(report, pictures) for report in reports}
     facts = machine()
+    before = _sections(path, _in_words(facts)) if order else {}
+    names = [name for name in (*order, *measured) if name in measured or name in before]
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    parts = [_HEAD.format(facts=table, rounds=rounds, cpus=facts["cpus"])]
+    head = _HEAD.format(facts=table, rounds=rounds, cpus=facts["cpus"])
+    sections = [measured.get(name) or before[name] for name in dict.fromkeys(names)]
+    path.write_text("\n".join([head, *sections]) + end(pictures))
+    _keep(reports, pictures / DATA, set(before), order)
+
+
+def _section(report: Report, pictures: Path) -> str:
+    picture = ""
+    if report.plot is not None:
+        draw(report, pictures / f"{report.name}.svg")
+        picture = f"{pictures.name}/{report.name}.svg"
+    remark = pictures / f"{report.name}.md"
+    seen = remark.read_text().strip() if remark.exists() else ""
+    return as_markdown(report, picture, seen)
+
+
+def _sections(path: Path, now: str) -> dict[str, str]:
+    """The sections of experiments that a page has, each with a line that says of which run it is,
+    unless that was as this one: now, in words."""
+    text = path.read_text() if path.exists() else ""
+    told = _in_words(dict(_FACT.findall(text.partition("\n## ")[0])))
+    found = {}
+    for section in _SECTION.findall(text):
+        if named := _EXPERIMENT.search(section):
+            heading, _, rest = (section.rstrip("\n") + "\n").partition("\n")
+            line = "" if _EARLIER in section or told == now else f"\n{_EARLIER}: {told}.*\n"
+            found[named[1]] = f"{heading}\n{line}{rest}"
+    return found
+
+
+def _in_words(facts: Mapping[str, object]) -> str:
+    """The run by its facts: when, on what, and of what."""
+    found = ", ".join(str(facts[name]) for name in ("date", "cpu", "kernel") if name in facts)
+    return f"{found}, commit {facts.get('commit', 'unknown')}"
+
+
+def _keep(reports: Sequence[Report], path: Path, before: set[str], order: Sequence[str]) -> None:
+    found = json.loads(path.read_text()) if path.exists() else {}
+    plots = {name: plot for name, plot in found.items() if name in before}
     for report in reports:
-        picture = ""
         if report.plot is not None:
-            draw(report, pictures / f"{report.name}.svg")
-            picture = f"{pictures.name}/{report.name}.svg"
-        remark = pictures / f"{report.name}.md"
-        seen = remark.read_text().strip() if remark.exists() else ""
-        parts.append(as_markdown(report, picture, seen))
-    path.write_text("\n".join(parts) + end(pictures))
-    _keep(reports, pictures / DATA)
-
-
-def _keep(reports: Sequence[Report], path: Path) -> None:
-    plots = [
-        f" {json.dumps(report.name)}: "
-        + json.dumps({"title": report.title, **dataclasses.asdict(report.plot)})
-        for report in reports
-        if report.plot is not None
-    ]
-    path.write_text("{\n" + ",\n".join(plots) + "\n}\n")
+            plots[report.name] = {"title": report.title, **dataclasses.asdict(report.plot)}
+    names = [name for name in dict.fromkeys((*order, *plots)) if name in plots]
+    lines = [f" {json.dumps(name)}: {json.dumps(plots[name])}" for name in names]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def kept(pictures: Path) -> list[Report]:

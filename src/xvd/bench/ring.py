@@ -13,7 +13,7 @@ from xvd.backend.settings import Settings as BackendSettings
 from xvd.bench.sample import Case, Sample
 from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Engine
-from xvd.engines.uri import open_engine
+from xvd.engines.uri import open_engine, storage_uri
 from xvd.frontend.load import Job, LoadResult, run_load
 from xvd.frontend.settings import Settings as FrontendSettings
 from xvd.machine.emulated.service import EmulatedHost
@@ -60,10 +60,11 @@ class Guest:
 @contextlib.asynccontextmanager
 async def guest(setup: Setup) -> AsyncIterator[Guest]:
     """A host of its own, with the disk attached."""
-    storage = open_engine(setup.engine, layers=setup.layers)
+    first = [open_engine(setup.engine, layers=setup.layers)]
 
-    async def opener(_: BackendAssignment) -> Engine:
-        return storage
+    async def opener(assignment: BackendAssignment) -> Engine:
+        """The disk's own, and after that what it is to be copied to."""
+        return first.pop() if first else open_engine(storage_uri(assignment))
 
     async with EmulatedHost() as host:
         back = host.machine(Domid(0))

@@ -28,6 +28,9 @@ APART_S: Final = 0.6
 FRESH_S: Final = 0.02
 """Answers come again when the last one is no older than this, some time after the kill."""
 
+_DRAWN: Final = (10, 25, 50, 75, 90, 100)
+"""Per cent of the kills of which the plot has a point."""
+
 MODES: Final = {
     "a process for each guest": ("--isolation", "guest"),
     "one process, started anew": (),
@@ -50,7 +53,7 @@ def takeover(run: Run) -> Report:
             label = f"{mode}: {name}"
             typical[f"{label}: median wait, ms"] = figures[0]
             rows.append((label, *figures, waits[-1]))
-            lines[label] = [(100 * n / len(waits), wait) for n, wait in enumerate(waits, 1)]
+            lines[label] = [(part, waits[part * (len(waits) - 1) // 100]) for part in _DRAWN]
     return Report(
         "takeover",
         "A backend that is killed",

@@ -34,7 +34,11 @@ def bench(
     runs: Annotated[int, typer.Option("--runs", min=1, help="Medians are of so many.")] = 5,
     tiny: Annotated[bool, typer.Option("--tiny", help="One short round of everything.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Write a page with plots: a file NAME.md.")
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Write a page with plots: a file NAME.md. What it has of other experiments stays.",
+        ),
     ] = None,
     disk: Annotated[
         Path, typer.Option("--disk", help="Directory on a real file system, for images.")
@@ -58,7 +62,7 @@ def bench(
         for report in _measure(wanted, run, show):
             reports.append(report)
             if out is not None:  # after each: a run that is cut short leaves what it has measured
-                page.write(reports, out, rounds=rounds)
+                page.write(reports, out, rounds=rounds, order=list(EXPERIMENTS))
     if json:
         output.print_json({"machine": machine(), "experiments": [as_json(r) for r in reports]})
     else:
