@@ -130,12 +130,26 @@ PLOTS = {
                     ("a mirror that is being made", 13_260.0)]
         },
     ),
+    "isolation": Plot(
+        "idle guests",
+        "memory, MiB",
+        {
+            "shared": [("1", 27.1), ("20", 34.4), ("200", 103.0)],
+            "guest": [("1", 46.1), ("20", 222.0), ("200", 1_900.0)],
+        },
+        True,
+    ),
     "takeover": Plot(
         "% of kills",
         "wait at most, ms",
         {
-            "a process for each guest": [(n, 20.0 + n / 4) for n in (10, 25, 50, 75, 90, 100)],
-            "one process, started anew": [(n, 500.0 + n) for n in (10, 25, 50, 75, 90, 100)],
+            name: [(n, least + n / 4) for n in (10, 25, 50, 75, 90, 100)]
+            for name, least in {
+                "a process for each guest: its guest": 20.0,
+                "a process for each guest: another guest": 8.0,
+                "a process for each guest: another, between": 7.0,
+                "one process, started anew: its guest": 500.0,
+            }.items()
         },
         True,
     ),
