@@ -50,10 +50,11 @@ def takeover(run: Run) -> Report:
         for name, unsorted in found.items():
             waits = [1e3 * wait for wait in sorted(unsorted)]
             figures = [waits[int(part * (len(waits) - 1))] for part in picked.values()]
-            label = f"{mode}: {name}"
+            label = f"{mode}: {name}" if name else mode
             typical[f"{label}: median wait, ms"] = figures[0]
             rows.append((label, *figures, waits[-1]))
-            lines[label] = [(part, waits[part * (len(waits) - 1) // 100]) for part in _DRAWN]
+            if not name:
+                lines[mode] = [(part, waits[part * (len(waits) - 1) // 100]) for part in _DRAWN]
     return Report(
         "takeover",
         "A backend that is killed",
@@ -80,7 +81,8 @@ def _kill(backend: Daemons) -> None:
 
 
 async def _waits(options: tuple[str, ...], kills: int, place: Path) -> dict[str, list[float]]:
-    """Seconds that the users of either guest waited for an answer, by name."""
+    """Seconds that users waited for an answer, of the guest whose process was killed (no name), and
+    of the other."""
     with daemons(*options, place=place) as backend:
         async with contextlib.AsyncExitStack() as stack:
             killed, other = [
@@ -130,16 +132,16 @@ class _Users:
 async def _kill_under_load(
     killed: _Users, other: _Users, backend: Daemons, kills: int
 ) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {"its guest": [], "another guest": [], "another, between": []}
+    found: dict[str, list[float]] = {"": [], "another guest": [], "another, between kills": []}
     for _ in range(kills):
         other.longest = 0.0
         await asyncio.wait([killed.all], timeout=APART_S)
-        found["another, between"].append(other.longest)
+        found["another, between kills"].append(other.longest)
         killed.longest = other.longest = 0.0
         await asyncio.to_thread(_kill, backend)
         await asyncio.wait([killed.all], timeout=APART_S / 3)
         while time.monotonic() - killed.answered > FRESH_S and not killed.all.done():
             await asyncio.wait([killed.all], timeout=FRESH_S / 4)
-        found["its guest"].append(killed.longest)
+        found[""].append(killed.longest)
         found["another guest"].append(other.longest)
-    return found if backend.options else {"its guest": found["its guest"]}
+    return found if backend.options else {"": found[""]}
