@@ -359,7 +359,7 @@ def completed(line: str, **variables: str) -> list[str]:
     ("line", "offered"),
     [
         ("xvd snap", ["snapshot"]),
-        ("xvd serve --layer d", ["delay:"]),
+        ("xvd serve --layer d", ["detect-zeroes:", "delay:"]),
         ("xvd serve --layer read", ["readonly"]),
         ("xvd serve a.img --layer delay:read=1ms,f", ["delay:read=1ms,flush="]),
         ("xvd serve --set trus", ["trusted="]),

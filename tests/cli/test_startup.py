@@ -44,6 +44,7 @@ USED = {
     "load": SERVING | {"xvd.bench", "xvd.frontend"},
     "bench": SERVING | {"rich", "xvd.bench", "xvd.frontend"},
     "sim": SERVING | {"xvd.sim", "xvd.frontend"},
+    "datapath": {"msgspec", "xvd.engines"},  # what there is to be served
     "doctor": {"xvd.engines", "xvd.frontend"},
 }
 """What each verb uses of it; the others are questions to a daemon or to a store."""
