@@ -57,6 +57,9 @@ def test_a_figure_of_readme_is_the_pages(claim: str) -> None:
 
 
 def test_readme_says_of_which_run_its_figures_are() -> None:
-    [date] = re.findall(r"^\| date \| (.*) \|$", PAGE, re.MULTILINE)
+    """Of its own run, where the page's last run did not measure that again."""
+    [last] = re.findall(r"^\| date \| (.*) \|$", PAGE, re.MULTILINE)
+    earlier = re.search(r"^\*Of an earlier run: ([\d-]+),.*\n\n`xvd bench nbd`", PAGE, re.MULTILINE)
+    date = earlier[1] if earlier else last
 
     assert f"the run of {date} in" in README
