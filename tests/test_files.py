@@ -103,6 +103,25 @@ def test_a_directory_is_given_and_taken_by_a_root_that_may_not_ignore_modes(
     assert (done.stdout, done.stderr) == ("['kept'] 65534 0o40750\nFalse\n", "")
 
 
+@pytest.mark.parametrize("mode", [0o700, 0o750])
+def test_a_root_without_powers_is_told_who_has_a_directory(tmp_path: Path, mode: int) -> None:
+    """As one that serves every guest itself, after processes of their own have."""
+    as_root()
+    path = tmp_path / "given"
+    path.mkdir()
+    path.chmod(mode)
+    os.chown(path, NOBODY, 0)
+    code = "import pathlib, sys, xvd.files; xvd.files.give(pathlib.Path(sys.argv[1]), 0)"
+
+    done = subprocess.run(
+        ["setpriv", "--bounding-set", "-all", sys.executable, "-c", code, path],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+    told = f"{path} belongs to user {NOBODY}: chown -R 0 {path}, or let us have CAP_CHOWN"
+    assert done.stderr.splitlines()[-1] == f"xvd.errors.ConfigError: {told}"
+
+
 def test_a_file_is_made_and_never_found(tmp_path: Path) -> None:
     (tmp_path / "precious").write_bytes(b"precious")
     (tmp_path / "name").symlink_to("precious")

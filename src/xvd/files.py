@@ -79,6 +79,16 @@ def give(path: Path, user: int, mode: int = 0o750) -> int:
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
+    try:
+        return _given(path, user, mode)
+    except PermissionError:
+        owner = os.lstat(path).st_uid
+        raise ConfigError(
+            f"{path} belongs to user {owner}: chown -R {user} {path}, or let us have CAP_CHOWN"
+        ) from None
+
+
+def _given(path: Path, user: int, mode: int) -> int:
     fd = _take(path)
     try:
         found = os.fstat(fd).st_uid
@@ -87,11 +97,6 @@ def give(path: Path, user: int, mode: int = 0o750) -> int:
         if found != user:
             _give_all(fd, user, mode)
         return fd
-    except PermissionError:
-        os.close(fd)
-        raise ConfigError(
-            f"{path} belongs to user {found}: chown -R {user} {path}, or let us have CAP_CHOWN"
-        ) from None
     except BaseException:
         os.close(fd)
         raise

@@ -219,17 +219,23 @@ def test_a_read_only_disk(qcow2: Path) -> None:
     second.close()
 
 
+def opened(qcow2: Path) -> tuple[Checked, QemuEngine]:
+    """An image's engine, and what its daemon serves."""
+    engine = open_engine(f"qcow2:{qcow2}")
+    assert isinstance(engine, Checked)
+    assert isinstance(engine.lower, QemuEngine)
+    return engine, engine.lower
+
+
 def test_what_was_not_flushed_is_there_after_the_daemons_death(
     qcow2: Path, expect_log: Callable[[str], None]
 ) -> None:
     expect_log("storage daemon|not flushed")
-    engine = open_engine(f"qcow2:{qcow2}")
-    assert isinstance(engine, Checked)
-    assert isinstance(engine.lower, QemuEngine)
+    engine, served = opened(qcow2)
     for n in range(64):
         engine.write(memoryview(bytes([n]) * BLOCK), n * BLOCK * 16)
 
-    kill(engine.lower)
+    kill(served)
     found = bytearray(BLOCK)
     for n in range(64):
         engine.read(memoryview(found), n * BLOCK * 16)
@@ -241,14 +247,12 @@ def test_zeros_that_were_not_flushed_are_there_after_the_daemons_death(
     qcow2: Path, expect_log: Callable[[str], None]
 ) -> None:
     expect_log("storage daemon|not flushed")
-    engine = open_engine(f"qcow2:{qcow2}")
-    assert isinstance(engine, Checked)
-    assert isinstance(engine.lower, QemuEngine)
+    engine, served = opened(qcow2)
     engine.write(memoryview(b"d" * (256 << 10)), 0)
     engine.write_zeroes(BLOCK, 128 << 10, unmap=True)
     engine.write(memoryview(b"e" * BLOCK), 2 * BLOCK)
 
-    kill(engine.lower)
+    kill(served)
     found = bytearray(256 << 10)
     engine.read(memoryview(found), 0)
     engine.close()

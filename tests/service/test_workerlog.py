@@ -27,10 +27,11 @@ class Log(logging.Handler):
         self.lines: list[tuple[int, str, str, Fields]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        about = (getattr(record, f"xvd_{name}", "") for name in ("domain", "vdev", "event"))
-        self.lines.append(
-            (record.levelno, record.name, record.getMessage(), ("xvd", *about))  # type: ignore[arg-type]
+        domain, vdev, event = (
+            getattr(record, f"xvd_{name}", "") for name in ("domain", "vdev", "event")
         )
+        about = ("xvd", domain, vdev, event)
+        self.lines.append((record.levelno, record.name, record.getMessage(), about))
 
     @property
     def texts(self) -> list[str]:

@@ -352,7 +352,9 @@ def test_a_guest_uses_what_xenopsd_has_attached_by_the_answer(call: Calls, image
     async def work() -> None:
         async with disk_world() as world:
             assert world.server is not None
-            call.backend.serves = control_methods(world.server)["kinds"]()  # type: ignore[assignment]
+            serves = control_methods(world.server)["kinds"]()
+            assert isinstance(serves, list)
+            call.backend.serves = serves
             await world.guest(1)
             use = json.dumps({"dbg": "", "uri": f"xvd:raw:{image}", "domain": "1"})
             answer = await call.plugin.call("Datapath.attach", use)
