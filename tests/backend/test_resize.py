@@ -110,6 +110,22 @@ def test_a_file_that_grows_is_followed(image: Path, monkeypatch: pytest.MonkeyPa
     run(work())
 
 
+def test_a_guests_own_process_looks_at_sizes_when_it_is_asked_whether_it_lives(
+    image: Path,
+) -> None:
+    async def work() -> None:
+        pulse = asyncio.Event()
+        async with disk_world(serve=False) as world:
+            await world.serve(opener(), pulse=pulse)
+            disk = await world.disk(str(image))
+            async with disk:
+                os.truncate(image, 6 * MIB)
+                pulse.set()
+                await until(lambda: disk.size == 6 * MIB)
+
+    run(work())
+
+
 def test_a_disk_that_grew_while_nobody_served_it(image: Path) -> None:
     async def work() -> None:
         async with disk_world() as world, await world.disk(str(image)) as disk:

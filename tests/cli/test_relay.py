@@ -22,10 +22,13 @@ def test_a_worker_says_that_it_is_alive() -> None:
         ours, its = socket.socketpair()
         with ours, its:
             ours.setblocking(False)
-            control = ControlServer({})
-            end = follow_clients(its, lambda sock, reading: control.adopt(sock, reading=reading))
+            control, asked = ControlServer({}), asyncio.Event()
+            end = follow_clients(
+                its, lambda sock, reading: control.adopt(sock, reading=reading), asked.set
+            )
             await asyncio.get_running_loop().sock_sendall(ours, PING)
             assert await asyncio.get_running_loop().sock_recv(ours, 1) == PING
+            assert asked.is_set()
             end()
 
     asyncio.run(work())
@@ -59,7 +62,7 @@ async def relayed(
         async def present() -> Worker:
             return worker
 
-        end = follow_clients(its, lambda sock, reading: control.adopt(sock, reading=reading))
+        end = follow_clients(its, lambda sock, reading: control.adopt(sock, reading=reading), bool)
         relay = Relay(present, heard)
         (path / "control").mkdir()
         where = path / "control/backend-0-1"

@@ -151,6 +151,18 @@ def test_the_image_of_a_disk_that_goes_is_withdrawn(tmp_path: Path) -> None:
     run(work())
 
 
+def test_what_is_no_storage_hides_nothing_of_the_other_disks(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with guest(tmp_path) as it:
+            await it.attach("vdev=xvdb,target=nowhere:2")
+            assert await it.images.confinable([1])
+            assert await it.may() == ONE
+            await it.attach("vdev=xvdc,target=rbd:pool/image")
+            assert not await it.images.confinable([1])
+
+    run(work())
+
+
 def test_a_disk_that_goes_takes_its_images_with_it(tmp_path: Path) -> None:
     async def work() -> None:
         async with guest(tmp_path) as it:

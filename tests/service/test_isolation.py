@@ -401,6 +401,19 @@ def test_a_swap_to_such_storage_exchanges_the_process_too(
     run(work(), 60)
 
 
+def test_a_swap_to_what_is_no_storage_leaves_the_process(two: Host) -> None:
+    async def work() -> None:
+        async with two.disk(1):
+            before = await two.told(1)
+            words = "swap", "1", "xvda", "qcow3:/a.qcow3", "--host", str(two.directory)
+            refused = await asyncio.to_thread(run_xvd, *words)
+            assert refused.returncode == 1
+            assert "unknown storage 'qcow3:/a.qcow3'; there are " in refused.stderr
+            assert await two.told(1) == before
+
+    run(work(), 60)
+
+
 def test_a_disk_is_mirrored_to_an_image_that_is_made_for_it(two: Host) -> None:
     target = two.place / "copy.img"
 

@@ -89,10 +89,13 @@ class World:
         open_storage: StorageOpener,
         settings: Settings | None = None,
         budget: Budget | None = None,
+        pulse: asyncio.Event | None = None,
     ) -> Server:
         """A backend in domain 0; its journals are there for the next one."""
         settings = replace(settings or Settings(), state_dir=Path(self.journals.name))
-        self.server = Server(self.dom0, self.store, open_storage, settings=settings, budget=budget)
+        self.server = Server(
+            self.dom0, self.store, open_storage, settings=settings, budget=budget, pulse=pulse
+        )
         await self.server.start()
         return self.server
 

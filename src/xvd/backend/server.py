@@ -74,7 +74,8 @@ class Server:
     ``NAME=VALUE`` for the disk ``DOMID/VDEV``, before them; the guest may also be given by its
     name, as far as the store tells it to this domain. budget: what this host has for all of them.
     groups: limits that disks share. rival: who else serves a kind (`rival.rival`); a disk that such
-    a one has found too is left to it. runtime: who runs their queues.
+    a one has found too is left to it. runtime: who runs their queues. pulse: when this is set, the
+    sizes of storage are looked at; None: every ten seconds.
 
     Raises `ConfigError` for overrides that do not go with the settings.
 
@@ -95,6 +96,7 @@ class Server:
         groups: Groups | None = None,
         rival: Callable[[str], str] = no_rival,
         runtime: Runtime = THREADS,
+        pulse: asyncio.Event | None = None,
     ) -> None:
         self.devices: dict[str, Device] = {}
         self._machine = machine
@@ -107,6 +109,7 @@ class Server:
         self._groups = groups or Groups()
         self._rival = rival
         self._runtime = runtime
+        self._pulse = pulse
         self._overrides = {name: Settings.parse(t) for name, t in (overrides or {}).items()}
         settings_apart(self._settings, self._overrides)
         self._names: dict[str, str] = {}
@@ -173,11 +176,19 @@ class Server:
     async def _poll_sizes(self) -> None:
         sizes: SizePoll[ServedDisk] = SizePoll(self._runtime)
         while True:
-            await asyncio.sleep(POLL_S * rarity(len(self.devices)))
+            await self._beat()
             for disk in await sizes.poll([device.disk for device in self.devices.values()]):
                 following = asyncio.ensure_future(disk.follow_size())  # it may hang
                 self._again.add(following)
                 following.add_done_callback(self._again.discard)
+
+    async def _beat(self) -> None:
+        """Wait until sizes are to be looked at again."""
+        if self._pulse is None:
+            await asyncio.sleep(POLL_S * rarity(len(self.devices)))
+        else:
+            await self._pulse.wait()
+            self._pulse.clear()
 
     def device(self, name: str) -> Device:
         """The disk with the directory `name`, or with ``DOMID/VDEV`` at its end; `ConfigError`."""

@@ -171,12 +171,14 @@ async def _serve_guest(
 ) -> int:
     """Serve the disks of a guest's domains until a signal comes."""
     stop = running.Stop()
+    pulse = asyncio.Event()  # set as the supervisor asks: a process that is idle wakes up once
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(machine.close)
         # Who else serves these kinds the supervisor has seen; a worker could not look.
         server = await _server(
             served, machine, stack, kinds=order["kinds"], guests=order["domains"],
             directory=served.host or XEN_DIRECTORY, relieved=stop.asked if confined else None,
+            pulse=pulse,
         )  # fmt: skip
         obey(server, order)
         control = ControlServer(control_methods(server))
@@ -184,7 +186,9 @@ async def _serve_guest(
         stack.push_async_callback(server.close)
         await server.settle(SETTLE_S)
         stack.callback(
-            follow_clients(channel, lambda sock, reading: control.adopt(sock, reading=reading))
+            follow_clients(
+                channel, lambda sock, reading: control.adopt(sock, reading=reading), pulse.set
+            )
         )
         if not await stop.wait_or(server.wait()):
             raise PeerClosed("the host's xenstore is gone")
@@ -232,9 +236,10 @@ async def _server(
     directory: Path,
     rival: Callable[[str], str] = no_rival,
     relieved: asyncio.Event | None = None,
+    pulse: asyncio.Event | None = None,
 ) -> Server:
     """Make what serves disks, with what has to end after it on the stack. relieved: of a confined
-    process: is set when another takes its place."""
+    process: is set when another takes its place. pulse: see `Server`."""
     wanted = served.wanted
     store = await machine.xenstore()
     stack.push_async_callback(store.close)
@@ -254,6 +259,7 @@ async def _server(
         machine, store, storage, kinds=kinds, guests=guests,
         settings=replace(wanted.settings, state_dir=states), overrides=wanted.overrides,
         budget=wanted.lower(amounts_of(machine)), groups=served.groups, rival=rival,
+        pulse=pulse,
     )  # fmt: skip
     stack.callback(MemoryPressure(server.squeeze).close)
     return server

@@ -155,10 +155,12 @@ async def _client_of(
 
 
 def follow_clients(
-    channel: socket.socket, adopt: Callable[[socket.socket, bool], Awaitable[None]]
+    channel: socket.socket,
+    adopt: Callable[[socket.socket, bool], Awaitable[None]],
+    asked: Callable[[], None],
 ) -> Callable[[], None]:
-    """Serve the clients that come by a worker's channel, and answer that it is alive; what is
-    returned ends that."""
+    """Serve the clients that come by a worker's channel, and answer that it is alive, each time
+    that it is asked, and tell that it was; what is returned ends that."""
     loop = asyncio.get_running_loop()
     channel.setblocking(False)
     serving: set[asyncio.Future[None]] = set()
@@ -170,6 +172,7 @@ def follow_clients(
         if kind == PING:
             with contextlib.suppress(BlockingIOError):
                 channel.send(PING)
+            asked()
         for fd in fds:
             task = asyncio.ensure_future(adopt(socket.socket(fileno=fd), kind == READING))
             serving.add(task)

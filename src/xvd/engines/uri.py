@@ -134,9 +134,8 @@ def named_files(uri: str, layers: Sequence[str] = ()) -> dict[str, bool] | None:
     None for storage that takes programs, or a network. Raises `ConfigError` as `open_engine`.
     """
     own, uri = split_layers(uri)
-    scheme, rest = split_scheme(uri)
-    kind = SCHEMES.get(scheme or "file")
-    if kind is None or kind.files is None:
+    kind, rest = scheme_of(uri)
+    if kind.files is None:
         return None
     files = dict.fromkeys(kind.files(rest), False)
     for text in (*layers, *own):

@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 LINGER_S: Final = 5.0
 """How long a worker without a disk is kept: one that is attached again finds it warm."""
-PING_S: Final = 15.0
-"""How often a worker is asked whether its event loop runs."""
+PING_S: Final = 10.0
+"""How often a worker is asked whether its event loop runs; it looks at its disks' sizes then."""
 PONG_S: Final = 15.0
 """How long it may take to say so; then it hangs, and is killed."""
 PING: Final = b"p"

@@ -40,6 +40,14 @@ def _tells(node: str) -> bool:
     return node in TOOLSTACK_NODES or node == "state"
 
 
+def _files(uri: str, layers: Sequence[str] = ()) -> dict[str, bool] | None:
+    """Return what `named_files` does: nothing for what is no storage, as nobody can open it."""
+    try:
+        return named_files(uri, layers)
+    except ConfigError:
+        return {}
+
+
 def _add(images: dict[str, Image], path: str, writable: bool, made: bool) -> None:
     path = os.path.abspath(path)
     before = images.get(path, Image(False))
@@ -105,7 +113,7 @@ class Images:
         found: dict[str, Image] = {}
         assigned = [(*one, False) for one in (await self._assigned(domains)).storage]
         for uri, writable, new in [*assigned, *((uri, True, True) for uri in self._granted())]:
-            for path, made in (named_files(uri, self._layers) or {}).items():
+            for path, made in (_files(uri, self._layers) or {}).items():
                 if path:  # a drive without a disc has none
                     _add(found, path, writable, made or new)
         return found
@@ -120,9 +128,7 @@ class Images:
         if assigned.whole:
             self._forget_others(assigned)
         uris = [*self._granted(), *(uri for uri, _ in assigned.storage)]
-        with contextlib.suppress(ConfigError):
-            return all(named_files(uri) is not None for uri in uris)
-        return True
+        return all(_files(uri) is not None for uri in uris)
 
     async def _assigned(self, domains: Sequence[int]) -> _Assigned:
         """Ask the store for the disks of these domains."""
