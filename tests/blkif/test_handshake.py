@@ -327,6 +327,7 @@ def test_frontend_leaves_at_once_from_anywhere_and_writes_nothing(
 def test_frontend_that_is_closed_in_the_middle_of_a_reset_leaves_the_rest_to_the_next() -> None:
     assert frontend_story(F.RESET_CLOSING, "CLOSE") == ["ABANDONED"]
     assert frontend_story(F.RESET_CLOSED, "CLOSE") == ["ABANDONED"]
+    assert frontend_story(F.UNFOLLOWED, "CLOSE") == ["ABANDONED"]
 
 
 @pytest.mark.parametrize(
@@ -363,10 +364,17 @@ def test_frontend_after_a_crash_leads_the_backend_round() -> None:
     ]
 
 
-def test_frontend_after_a_crash_goes_on_when_a_backend_does_not_answer() -> None:
-    story = frontend_story(F.RESET_CLOSING, "TIMEOUT", "TIMEOUT", "TIMEOUT")
+def test_frontend_after_a_crash_waits_for_a_backend_that_stays_connected_to_the_dead_one() -> None:
+    story = frontend_story(F.RESET_CLOSING, "TIMEOUT", "TIMEOUT", "BACKEND_CONNECTED", "TIMEOUT")
 
-    assert story == ["RESET_CLOSED arm_timer poll", "STARTING clean_up poll", "STARTING"]
+    assert story == ["RESET_CLOSED arm_timer poll", "UNFOLLOWED poll", "UNFOLLOWED", "UNFOLLOWED"]
+
+
+@pytest.mark.parametrize("state", ["UNKNOWN", "INITIALISING", "INIT_WAIT", "CLOSING", "CLOSED"])
+def test_frontend_after_a_crash_goes_on_once_the_backend_is_not_connected_any_more(
+    state: str,
+) -> None:
+    assert frontend_story(F.UNFOLLOWED, f"BACKEND_{state}") == ["STARTING clean_up poll"]
 
 
 @pytest.mark.parametrize(

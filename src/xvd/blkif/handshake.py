@@ -205,6 +205,9 @@ class FrontendState(_State):
     """The second step; the third is STARTING."""
     ABANDONED = (11, None, True)
     """Left at once, the nodes as they are: the next driver begins with a reset."""
+    UNFOLLOWED = (12, XenbusState.CLOSED)
+    """The backend has not closed in time. While it reads Connected, it is so to our predecessor,
+    whose rings it may still answer: it, or its successor, is waited for."""
 
 
 class FrontendEvent(Enum):
@@ -438,7 +441,7 @@ def _use_backends(table: _FrontendTable) -> None:
     row([s.CONNECTING, s.CONNECTED], [e.BACKEND_INIT_WAIT], Step(s.PUBLISHED, again))
     anew = (a.FIND_BACKEND, a.RELEASE, a.CLEAN_UP, a.POLL)
     row(running, [e.RESUMED], Step(s.STARTING, anew))
-    same = [s.STARTING, s.CLOSED, s.RESET_CLOSING, s.RESET_CLOSED]
+    same = [s.STARTING, s.CLOSED, s.RESET_CLOSING, s.RESET_CLOSED, s.UNFOLLOWED]
     for state in same:
         row([state], [e.RESUMED], Step(state, (a.FIND_BACKEND, a.POLL)))
 
@@ -462,10 +465,13 @@ def _use_backends(table: _FrontendTable) -> None:
 
     # After a crash of our predecessor: the steps of Linux's xenbus reset, each with its time-out.
     # A backend still at InitWait is led round too: it may be about to map the dead one's rings.
-    closed = [*gone, e.TIMEOUT]
-    closing = [e.BACKEND_CLOSING, *closed]
+    closing = [e.BACKEND_CLOSING, *gone, e.TIMEOUT]
     row([s.RESET_CLOSING], closing, Step(s.RESET_CLOSED, (a.ARM_TIMER, a.POLL)))
-    row([s.RESET_CLOSED], closed, Step(s.STARTING, (a.CLEAN_UP, a.POLL)))
+    begin = Step(s.STARTING, (a.CLEAN_UP, a.POLL))
+    row([s.RESET_CLOSED], gone, begin)
+    # Linux goes on here, and takes a Connected that nobody has written for it for the answer.
+    row([s.RESET_CLOSED], [e.TIMEOUT], Step(s.UNFOLLOWED, (a.POLL,)))
+    row([s.UNFOLLOWED], [*freed, e.BACKEND_INITIALISED, e.BACKEND_CLOSING], begin)
 
 
 def _leave(table: _FrontendTable) -> None:
@@ -475,7 +481,7 @@ def _leave(table: _FrontendTable) -> None:
     row([s.CLOSED], [e.LEAVE, e.REMOVED, e.REFUSED], Step(s.VACANT))
     row([s.STARTING], [e.BACKEND_UNKNOWN], Step(s.ABANDONED))
     # Nothing of ours is published yet: the next driver begins again where this one did.
-    row([s.RESET_CLOSING, s.RESET_CLOSED], [e.CLOSE], Step(s.ABANDONED))
+    row([s.RESET_CLOSING, s.RESET_CLOSED, s.UNFOLLOWED], [e.CLOSE], Step(s.ABANDONED))
     at_once = [e.NOT_BACK, e.UNANSWERED, e.ABANDON]
     row([state for state in s if not state.final], at_once, Step(s.ABANDONED))
 
