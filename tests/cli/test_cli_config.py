@@ -4,13 +4,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from service_manager import Manager
 from standstill import go_on, stand_still
 from xvd_process import Daemon, run_xvd
 
@@ -67,24 +67,6 @@ def test_the_settings_are_shown_with_where_they_are_from(tmp_path: Path) -> None
 
 
 # ---- xvd backend -------------------------------------------------------------------------------
-
-
-class Manager:
-    """Systemd as a daemon sees it: a socket on which it tells its state."""
-
-    def __init__(self, path: Path) -> None:
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.bind(str(path))
-        self._socket.settimeout(30)
-
-    def hear(self, wanted: str) -> str:
-        """Wait until that is told; all that came with it."""
-        while wanted not in (told := self._socket.recv(4096).decode()).split("\n"):
-            pass
-        return told
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 @pytest.fixture

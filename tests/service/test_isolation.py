@@ -15,7 +15,7 @@ import pytest
 from qemu_img import run_qemu_img
 from rig_disk import run, until
 from standstill import stand_still
-from verified_load import Content, contents_of, load
+from verified_load import advances, contents_of, load
 from xvd_process import Daemon, as_by_the_unit, run_xvd
 
 from xvd.cli.asking import ask
@@ -111,13 +111,6 @@ def two(tmp_path: Path) -> "Host":
         for guest in (1, 2):
             host.attach(guest)
         yield host
-
-
-async def advances(contents: list[Content], steps: int) -> None:
-    """Wait for every user to have gone on so far."""
-    goals = [content.steps + steps for content in contents]
-    reached = zip(contents, goals, strict=True)
-    await until(lambda: all(content.steps > goal for content, goal in reached), 30)
 
 
 def ended(pid: int) -> bool:

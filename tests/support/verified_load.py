@@ -4,6 +4,8 @@
 import asyncio
 import random
 
+from rig_disk import until
+
 from xvd.frontend.disk import Disk
 
 BLOCK = 4096
@@ -55,3 +57,10 @@ async def load(contents: list[Content], stop: asyncio.Event) -> None:
         await content.check()
 
     await asyncio.gather(*map(use, contents))
+
+
+async def advances(contents: list[Content], steps: int) -> None:
+    """Wait for every user to have gone on so far."""
+    goals = [content.steps + steps for content in contents]
+    reached = list(zip(contents, goals, strict=True))
+    await until(lambda: all(content.steps > goal for content, goal in reached), 30)

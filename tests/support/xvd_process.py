@@ -47,10 +47,11 @@ class Daemon:
         *arguments: str,
         stderr: int | IO[str] = subprocess.DEVNULL,
         by: Sequence[str] = (),
+        program: Sequence[str] = ("-m", "xvd.cli"),
     ) -> None:
-        """by: a command that starts it."""
+        """by: a command that starts it. program: what Python runs."""
         self.process = subprocess.Popen(
-            [*by, sys.executable, "-m", "xvd.cli", *arguments],
+            [*by, sys.executable, *program, *arguments],
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
@@ -79,6 +80,10 @@ class Daemon:
         """SIGTERM; its exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self._reap()
+
+    def wait(self) -> int:
+        """Wait for it to end; its exit status."""
+        return self.process.wait(TIMEOUT_S)
 
     def _reap(self) -> int:
         self._output.close()

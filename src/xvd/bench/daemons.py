@@ -3,6 +3,8 @@
 
 import contextlib
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
 import msgspec
 
@@ -19,17 +22,40 @@ from xvd.toolstack.vbd import attach, create_guest
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import DOM0, Domid
 
+_PROGRAM: Final = "from xvd.cli.__main__ import main\nmain()\n"
+
 
 class Daemons:
-    """Made by `daemons`. directory: for images; host: what they meet in; options: the backend's."""
+    """Made by `daemons`. directory: for images; host: what they meet in; options: the backend's.
+    main: the backend's process, or its supervisor's."""
 
     def __init__(self, directory: Path, options: tuple[str, ...]) -> None:
         self.directory = directory
         self.host = directory / "host"
         self.options = options
+        self._program = directory / "xvd"
+        self._install()
         self._words = ("backend", "--host", str(self.host), *options)
-        self._host = _start("host", str(self.host))
-        self._backend = _start(*self._words)
+        self._host = self._start("host", str(self.host))
+        self._backend = self._start(*self._words)
+        self.main = self._backend.pid
+
+    def _install(self) -> None:
+        """Put a program where there may be one, as a package does that is upgraded."""
+        new = self._program.with_suffix(".new")
+        new.write_text(_PROGRAM)
+        new.replace(self._program)
+
+    def _start(self, *words: str, wait: bool = True) -> "subprocess.Popen[bytes]":
+        """Start a daemon; return when it says that it is ready."""
+        process = subprocess.Popen(
+            [sys.executable, str(self._program), *words],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert process.stdout is not None
+        if wait:
+            process.stdout.readline()
+        return process
 
     def image(self, name: str, size: int) -> Path:
         """Make an image of so many bytes."""
@@ -51,22 +77,42 @@ class Daemons:
 
     def worker(self, guest: Domid) -> int | None:
         """Ask the supervisor for a guest's process; None if there is none just now."""
+        found = self._ask("workers")
+        return next((each["pid"] for each in found if guest in each["domains"]), None)
+
+    def _ask(self, method: str) -> Any:
         with socket.socket(socket.AF_UNIX) as control:
             control.connect(str(self.host / f"control/backend-{DOM0}"))
-            control.sendall(b'{"method": "workers", "id": 1}\n')
+            control.sendall(b'{"method": "%s", "id": 1}\n' % method.encode())
             with control.makefile("rb") as answer:
-                found = msgspec.json.decode(answer.readline())["result"]
-        return next((each["pid"] for each in found if guest in each["domains"]), None)
+                return msgspec.json.decode(answer.readline())["result"]
+
+    def hand_over(self) -> None:
+        """Install another version, and reload; return when a process of that serves."""
+        self._install()
+        before = self.main
+        os.kill(before, signal.SIGHUP)
+        while self.main == before:
+            time.sleep(0.01)
+            with contextlib.suppress(OSError, msgspec.MsgspecError):
+                self.main = self._ask("about")["pid"]
 
     def start_anew(self) -> None:
         """Kill the backend, and start another, as a service manager does."""
-        self._backend.kill()
-        self._backend.wait()
-        self._backend = _start(*self._words, wait=False)
+        self._end(signal.SIGKILL)
+        self._backend = self._start(*self._words, wait=False)
+        self.main = self._backend.pid
+
+    def _end(self, number: signal.Signals) -> None:
+        pidfd = os.pidfd_open(self.main)
+        signal.pidfd_send_signal(pidfd, number)
+        select.select([pidfd], [], [])
+        os.close(pidfd)
+        self._backend.wait()  # which is the first of those that have handed over
 
     def processes(self) -> list[int]:
         """The backend, and all that it has started."""
-        found = [self._backend.pid]
+        found = [self.main]
         for pid in found:
             with contextlib.suppress(OSError):
                 for task in Path(f"/proc/{pid}/task").iterdir():
@@ -89,9 +135,9 @@ class Daemons:
 
     def close(self) -> None:
         """End both."""
-        for process in (self._backend, self._host):
-            process.terminate()
-            process.wait()
+        self._end(signal.SIGTERM)
+        self._host.terminate()
+        self._host.wait()
 
 
 @contextlib.contextmanager
@@ -103,15 +149,3 @@ def daemons(*options: str, place: Path) -> Iterator[Daemons]:
             yield both
         finally:
             both.close()
-
-
-def _start(*words: str, wait: bool = True) -> "subprocess.Popen[bytes]":
-    """Start a daemon; return when it says that it is ready."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "xvd.cli", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert process.stdout is not None
-    if wait:
-        process.stdout.readline()
-    return process

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a guest waits when the process that serves it is killed.
+"""How long a guest waits when the process that serves it is killed, or goes on as another version.
 
 Users of two guests write and read back, and check what they read. A wait is the longest time
-without an answer around a kill.
+without an answer around that.
 """
 
 import asyncio
@@ -10,6 +10,9 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -31,21 +34,43 @@ FRESH_S: Final = 0.02
 _DRAWN: Final = (10, 25, 50, 75, 90, 100)
 """Per cent of the kills of which the plot has a point."""
 
-MODES: Final = {
-    "a process for each guest": ("--isolation", "guest"),
-    "one process, started anew": (),
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How another process comes to serve a guest. options: the backend's. part: of the kills.
+    spares: whether the other guest keeps its own."""
+
+    options: tuple[str, ...]
+    exchange: Callable[[Daemons], None]
+    part: float = 1.0
+    spares: bool = False
+
+
+def _kill(backend: Daemons) -> None:
+    """Kill the first guest's process: the supervisor lets another take over."""
+    while (worker := backend.worker(KILLED)) is None:
+        pass
+    os.kill(worker, signal.SIGKILL)
+
+
+_EACH: Final = ("--isolation", "guest")
+WAYS: Final = {
+    "killed, own process": _Way(_EACH, _kill, spares=True),
+    "killed, one for all": _Way((), Daemons.start_anew),
+    "upgraded, own process": _Way(_EACH, Daemons.hand_over, 0.25),
+    "upgraded, one for all": _Way((), Daemons.hand_over, 0.25),
 }
 
 
 def takeover(run: Run) -> Report:
-    """Kill the process that serves a guest, in either mode, again and again."""
+    """Exchange the process that serves a guest, in each way, again and again."""
     kills = max(5, round(100 * run.scale))
     picked = {"median": 0.5, "90 %": 0.9, "99 %": 0.99}
     rows: list[tuple[Cell, ...]] = []
     lines: dict[str, list[tuple[Cell, float]]] = {}
     typical: dict[str, float] = {}
-    for mode, options in MODES.items():
-        found = asyncio.run(_waits(options, kills, run.disk))
+    for mode, way in WAYS.items():
+        found = asyncio.run(_waits(way, max(5, round(kills * way.part)), run.disk))
         run.tick("takeover")
         for name, unsorted in found.items():
             waits = [1e3 * wait for wait in sorted(unsorted)]
@@ -61,37 +86,28 @@ def takeover(run: Run) -> Report:
         f"{USERS} users of each of two guests write {BLOCK} bytes each and read them back, from a "
         f"file, while the process that serves the first guest is killed by SIGKILL {kills} times; "
         "a wait is the longest time without an answer around a kill, and between two kills. Where "
-        "guests have processes of their own, their supervisor lets another take over; otherwise "
-        "the daemon is started anew at once, as a service manager does. Nothing was lost, and no "
-        "error was seen.",
+        "a guest has a process of its own, its supervisor lets another take over; where one serves "
+        "all, the daemon is started anew at once, as a service manager does. Upgraded: nothing is "
+        "killed, but the daemon is reloaded after an upgrade, which lets another version of the "
+        "program go on. Nothing was lost, and no error was seen.",
         [Table(("wait, ms", *picked, "longest"), rows)],
-        Plot("% of kills", "wait at most, ms", lines, log=True),
+        Plot("% of exchanges", "wait at most, ms", lines, log=True),
         ratios=typical,
     )
 
 
-def _kill(backend: Daemons) -> None:
-    """Kill what serves the first guest; where that is all, start it anew."""
-    if not backend.options:
-        backend.start_anew()
-        return
-    while (worker := backend.worker(KILLED)) is None:
-        pass
-    os.kill(worker, signal.SIGKILL)
-
-
-async def _waits(options: tuple[str, ...], kills: int, place: Path) -> dict[str, list[float]]:
-    """Seconds that users waited for an answer, of the guest whose process was killed (no name), and
-    of the other."""
-    with daemons(*options, place=place) as backend:
+async def _waits(way: _Way, times: int, place: Path) -> dict[str, list[float]]:
+    """Seconds that users waited for an answer, of the guest whose process was exchanged (no name),
+    and of the other."""
+    with daemons(*way.options, place=place) as backend:
         async with contextlib.AsyncExitStack() as stack:
             killed, other = [
                 _Users(await _disk_of(backend, domid, stack)) for domid in (KILLED, OTHER)
             ]
-            found = await _kill_under_load(killed, other, backend, kills)
+            found = await _exchange_under_load(killed, other, partial(way.exchange, backend), times)
             await killed.end()
             await other.end()
-    return found
+    return found if way.spares else {"": found[""]}
 
 
 async def _disk_of(backend: Daemons, domid: Domid, stack: contextlib.AsyncExitStack) -> Disk:
@@ -129,19 +145,19 @@ class _Users:
         await self.all
 
 
-async def _kill_under_load(
-    killed: _Users, other: _Users, backend: Daemons, kills: int
+async def _exchange_under_load(
+    killed: _Users, other: _Users, exchange: Callable[[], None], times: int
 ) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"": [], "another guest": [], "another, between kills": []}
-    for _ in range(kills):
+    for _ in range(times):
         other.longest = 0.0
         await asyncio.wait([killed.all], timeout=APART_S)
         found["another, between kills"].append(other.longest)
         killed.longest = other.longest = 0.0
-        await asyncio.to_thread(_kill, backend)
+        await asyncio.to_thread(exchange)
         await asyncio.wait([killed.all], timeout=APART_S / 3)
         while time.monotonic() - killed.answered > FRESH_S and not killed.all.done():
             await asyncio.wait([killed.all], timeout=FRESH_S / 4)
         found[""].append(killed.longest)
         found["another guest"].append(other.longest)
-    return found if backend.options else {"": found[""]}
+    return found

@@ -34,6 +34,7 @@ from xvd.cli.machines import open_machine
 from xvd.cli.methods import control_methods
 from xvd.cli.relay import follow_clients
 from xvd.cli.storage import Layers
+from xvd.cli.succession import Succession, predecessor
 from xvd.cli.wanted import CommandLine, Reloading, Wanted
 from xvd.engines.interface import Engine
 from xvd.engines.uri import named_files, open_assigned, storage_uri
@@ -108,7 +109,8 @@ def backend(
     Prints "ready" when it serves, and tells systemd. SIGTERM or SIGINT finishes what is in flight
     and leaves each disk connected for the next backend, which takes its ring up where this one put
     it down. SIGHUP lets it read its file of settings again: a change holds as one by xvd set does,
-    what was changed by that is forgotten, and a file that is not in order changes nothing.
+    what was changed by that is forgotten, and a file that is not in order changes nothing. Where
+    another version of this program is installed by then, SIGHUP lets a process of that go on.
     """
     line = CommandLine(config, isolation or "", kind, copy, setting, group, layer, verbose)
     wanted = line.wanted()
@@ -123,16 +125,14 @@ def _serve(served: Served) -> int:
     """Serve in one process, or in one for each guest."""
     wanted, host = served.wanted, served.host
     isolation = isolation_of(wanted, real=host is None and available())
+    before = predecessor()
     if isolation is Isolation.SHARED:
-        return running.run(_backend(served))
+        return running.run(_backend(served, before))
     served = served.alone(isolation)
     if isolation is Isolation.GUEST:
         check()
-    return running.run(
-        supervise(
-            served, Template(partial(_work, served), partial(_prepare, isolation)), kinds=_kinds
-        )
-    )
+    template = Template(partial(_work, served), partial(_prepare, isolation, before))
+    return running.run(supervise(served, template, before, kinds=_kinds))
 
 
 def _kinds(wanted: list[str], real: bool) -> list[str]:
@@ -148,8 +148,10 @@ def _kinds(wanted: list[str], real: bool) -> list[str]:
     return wanted or (["vbd3"] if rival("vbd") else ["vbd3", "vbd"])
 
 
-def _prepare(isolation: Isolation) -> None:
-    """Find out once what every worker would."""
+def _prepare(isolation: Isolation, before: socket.socket | None) -> None:
+    """Find out once what every worker would, and keep from them what is the supervisor's."""
+    if before is not None:
+        before.close()
     measure_waiting()
     if isolation is Isolation.GUEST:
         prepare()
@@ -195,10 +197,11 @@ async def _serve_guest(
     return 0
 
 
-async def _backend(served: Served) -> int:
+async def _backend(served: Served, before: socket.socket | None) -> int:
     """Serve every guest until a signal comes."""
     wanted = served.wanted
     stop = running.Stop()
+    succession = Succession(stop, before)
     machine, directory = await open_machine(served.host, served.domid)
     os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
     name = f"backend-{machine.domid}"
@@ -211,18 +214,21 @@ async def _backend(served: Served) -> int:
             served, machine, stack, kinds=kinds, guests=None, directory=directory,
             rival=rival if real else no_rival,
         )  # fmt: skip
+        if not await succession.follow():
+            return 0
+        stack.callback(succession.let_go)
         control = ControlServer(control_methods(server))
         await control.listen(directory / "control" / name)
         stack.push_async_callback(control.close)
         await server.start()
         stack.push_async_callback(server.close)
-        stop.on_hangup(Reloading(served.line, wanted, partial(_replace, server)))
+        stop.on_hangup(Reloading(served.line, wanted, partial(_replace, server), succession))
         await stack.enter_async_context(running.watched())
         output.tell("ready\n")
         running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
         if not await stop.wait_or(server.wait()):
             raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")
-        running.tell_service_manager("STOPPING=1")
+        succession.tell_end()
     return 0
 
 

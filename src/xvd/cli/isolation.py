@@ -5,12 +5,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -23,18 +24,22 @@ from xvd.cli.control import ControlServer
 from xvd.cli.daemons import ask_one
 from xvd.cli.machines import open_machine
 from xvd.cli.rights import GuestRights
+from xvd.cli.succession import Succession
 from xvd.cli.wanted import CommandLine, Reloading, Wanted
 from xvd.errors import ConfigError, PeerClosed
 from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
 from xvd.service.sandbox.confine import check
 from xvd.service.sandbox.equipment import Place
-from xvd.service.supervisor import Supervisor
+from xvd.service.supervisor import END_S, Supervisor
 from xvd.service.template import Template
 from xvd.sockets import remove_dead
 from xvd.types import Domid
 
 logger = logging.getLogger(__name__)
+
+HURRY_S: Final = 1.0
+"""How long a worker may take to end when the workers of a successor wait for all of them."""
 
 
 class Isolation(StrEnum):
@@ -156,10 +161,16 @@ def obey(server: Server, order: dict[str, Any]) -> None:
 
 
 async def supervise(
-    served: Served, template: Template, *, kinds: Callable[[list[str], bool], list[str]]
+    served: Served,
+    template: Template,
+    before: socket.socket | None,
+    *,
+    kinds: Callable[[list[str], bool], list[str]],
 ) -> int:
-    """Have a worker for each guest, until a signal comes. kinds: chooses those to serve."""
+    """Have a worker for each guest, until a signal comes. before: see `Succession`. kinds: chooses
+    those to serve."""
     stop = running.Stop()
+    succession = Succession(stop, before)
     machine, directory = await open_machine(served.host, served.domid)
     os.close(own_directory(directory.resolve(), mode=0o770))  # what is kept there is believed
     async with contextlib.AsyncExitStack() as stack:
@@ -178,21 +189,30 @@ async def supervise(
             store, template, chosen, told.order, clear=partial(_clear, own), rights=rights
         )
         rights.supervisor = supervisor
+        if not await succession.follow():
+            return 0
+        stack.callback(succession.let_go)
         control = ControlServer(_supervisor_methods(served, supervisor, told, rights))
         await control.listen(own)
         stack.push_async_callback(control.close)
         stack.push_async_callback(rights.close)
         await supervisor.start()
-        stack.push_async_callback(supervisor.close)
-        stop.on_hangup(Reloading(served.line, served.wanted, partial(_replace, own, told)))
+        stack.push_async_callback(_close, supervisor, succession)
+        replace_all = partial(_replace, own, told)
+        stop.on_hangup(Reloading(served.line, served.wanted, replace_all, succession))
         await stack.enter_async_context(running.watched())
         output.tell("ready\n")
         running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(chosen)}")
         lost = asyncio.ensure_future(supervisor.wait())
         if not await stop.wait_or(lost):
             raise PeerClosed(f"{directory}: {await lost}")
-        running.tell_service_manager("STOPPING=1")
+        succession.tell_end()
     return 0
+
+
+async def _close(supervisor: Supervisor, succession: Succession) -> None:
+    """End every worker; where others are to follow, no guest waits long for another's storage."""
+    await supervisor.close(HURRY_S if succession.has_successor else END_S)
 
 
 def states_of(wanted: Wanted, directory: Path, name: str) -> Path:

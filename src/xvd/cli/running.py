@@ -89,13 +89,18 @@ class Stop:
                 usec = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
                 tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={usec}")
                 await reload()
-                tell_service_manager("READY=1")
+                if not self.asked.is_set():
+                    tell_service_manager("READY=1")
 
         def heard(*_: object) -> None:
             asyncio.run_coroutine_threadsafe(hang_up(), self._loop)
 
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             signal.signal(signal.SIGHUP, heard)
+
+    def end(self) -> None:
+        """Ask for a clean end, as the first signal does. For the event loop's thread."""
+        self.asked.set()
 
     def _ask(self, _number: int) -> None:
         if self._came:

@@ -12,6 +12,7 @@ from xvd.backend.groups import Groups
 from xvd.backend.server import settings_apart
 from xvd.backend.settings import Settings
 from xvd.cli import common
+from xvd.cli.succession import Succession
 from xvd.errors import XvdError
 from xvd.loglimit import fields
 from xvd.service.configuration import DEFAULT_PATH, Ceiling, Configuration, read
@@ -102,22 +103,32 @@ def _joined(first: dict[str, list[str]], then: dict[str, list[str]]) -> dict[str
 
 
 class Reloading:
-    """Lets a running daemon go by its file again; what is not in order changes nothing.
+    """Lets a running daemon go by its file again, and by its program, where another version of that
+    is installed by now; what is not in order changes nothing.
 
     replace: lets what is wanted now hold, as far as that may change; it may raise `ConfigError`.
     """
 
     def __init__(
-        self, line: CommandLine, began: Wanted, replace: Callable[[Wanted], Awaitable[None]]
+        self,
+        line: CommandLine,
+        began: Wanted,
+        replace: Callable[[Wanted], Awaitable[None]],
+        succession: Succession,
     ) -> None:
         self._line = line
         self._began = began
         self._replace = replace
+        self._succession = succession
 
     async def __call__(self) -> None:
-        """Read the file again, and let a change hold as `xvd set` does."""
+        """Read the file again, and let a change hold as `xvd set` does; or let a process of the
+        other version go on by that file."""
         try:
             wanted = self._line.wanted()
+            if self._succession.is_due:
+                await self._succession.hand_over()
+                return
             await self._replace(wanted)
         except XvdError as error:
             logger.error("all stays as it was: %s", error, extra=fields("", event="reload-failed"))

@@ -131,6 +131,7 @@ class Supervisor:
         self._followers: list[asyncio.Task[None]] = []
         self._turn = asyncio.Lock()
         self._closing = False
+        self._patience_s = END_S
 
     async def start(self) -> None:
         """Watch, and have served what is assigned already."""
@@ -175,9 +176,12 @@ class Supervisor:
             for guest in self._guests.values()
         ]
 
-    async def close(self) -> None:
-        """End every worker; the disks stay as they are, for whoever serves them next."""
-        self._closing = True
+    async def close(self, patience_s: float = END_S) -> None:
+        """End every worker; the disks stay as they are, for whoever serves them next.
+
+        One that has not ended after so long is killed.
+        """
+        self._closing, self._patience_s = True, patience_s
         for task in self._followers:
             task.cancel()
         await asyncio.gather(*self._followers, return_exceptions=True)
@@ -343,7 +347,7 @@ class Supervisor:
             changed = asyncio.ensure_future(guest.changed.wait())
             asked = guest.renewing or self._closing
             try:
-                timeout = END_S if asked else None if guest.wanted else LINGER_S
+                timeout = self._patience_s if asked else None if guest.wanted else LINGER_S
                 if self._closing:
                     worker.signal(signal.SIGTERM)
                 done, _ = await asyncio.wait(
