@@ -145,7 +145,7 @@ PLOTS = {
         "wait at most, ms",
         {
             way: [(n, first + n / 4) for n in (10, 25, 50, 75, 90, 100)]
-            for way, first in zip(WAYS, (20.0, 500.0, 70.0, 90.0), strict=True)
+            for way, first in zip(WAYS, (20.0, 280.0, 450.0, 70.0, 100.0), strict=True)
         },
         True,
     ),

@@ -43,6 +43,7 @@ class Service:
             )  # fmt: skip
         self.main_pid = self.first.process.pid
         self.manager.hear("READY=1")
+        self.first.process.stdout.close()  # as whoever started it does who waited for its line
         image = place / "disk.img"
         image.touch()
         os.truncate(image, SIZE)

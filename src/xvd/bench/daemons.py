@@ -97,9 +97,9 @@ class Daemons:
             with contextlib.suppress(OSError, msgspec.MsgspecError):
                 self.main = self._ask("about")["pid"]
 
-    def start_anew(self) -> None:
-        """Kill the backend, and start another, as a service manager does."""
-        self._end(signal.SIGKILL)
+    def start_anew(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End the backend by a signal, and start another, as a service manager does."""
+        self._end(number)
         self._backend = self._start(*self._words, wait=False)
         self.main = self._backend.pid
 

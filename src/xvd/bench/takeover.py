@@ -57,6 +57,7 @@ _EACH: Final = ("--isolation", "guest")
 WAYS: Final = {
     "killed, own process": _Way(_EACH, _kill, spares=True),
     "killed, one for all": _Way((), Daemons.start_anew),
+    "restarted, own process": _Way(_EACH, partial(Daemons.start_anew, number=signal.SIGTERM), 0.25),
     "upgraded, own process": _Way(_EACH, Daemons.hand_over, 0.25),
     "upgraded, one for all": _Way((), Daemons.hand_over, 0.25),
 }
@@ -87,9 +88,9 @@ def takeover(run: Run) -> Report:
         f"file, while the process that serves the first guest is killed by SIGKILL {kills} times; "
         "a wait is the longest time without an answer around a kill, and between two kills. Where "
         "a guest has a process of its own, its supervisor lets another take over; where one serves "
-        "all, the daemon is started anew at once, as a service manager does. Upgraded: nothing is "
-        "killed, but the daemon is reloaded after an upgrade, which lets another version of the "
-        "program go on. Nothing was lost, and no error was seen.",
+        "all, the daemon is started anew at once, as a service manager does. Restarted: it is "
+        "asked to end, and started anew. Upgraded: it is reloaded after an upgrade, which lets "
+        "another version of the program go on. Nothing was lost, and no error was seen.",
         [Table(("wait, ms", *picked, "longest"), rows)],
         Plot("% of exchanges", "wait at most, ms", lines, log=True),
         ratios=typical,

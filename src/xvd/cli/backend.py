@@ -18,7 +18,7 @@ from xvd.backend.pressure import MemoryPressure
 from xvd.backend.rival import no_rival, rival
 from xvd.backend.server import Server
 from xvd.blkif.assignment import BackendAssignment
-from xvd.cli import common, completion, output, running
+from xvd.cli import common, completion, running
 from xvd.cli.budgets import amounts_of
 from xvd.cli.control import ControlServer
 from xvd.cli.isolation import (
@@ -224,8 +224,7 @@ async def _backend(served: Served, before: socket.socket | None) -> int:
         stack.push_async_callback(server.close)
         stop.on_hangup(Reloading(served.line, wanted, partial(_replace, server), succession))
         await stack.enter_async_context(running.watched())
-        output.tell("ready\n")
-        running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
+        succession.tell_ready(kinds)
         if not await stop.wait_or(server.wait()):
             raise PeerClosed(f"{directory}: the host's xenstore is gone; start it, then this again")
         succession.tell_end()

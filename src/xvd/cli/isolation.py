@@ -19,7 +19,7 @@ from xvd.backend.groups import Groups, NoGroups
 from xvd.backend.server import Server, settings_apart
 from xvd.backend.settings import Settings
 from xvd.backend.xentop import DIRECTORY as XENTOP
-from xvd.cli import output, running
+from xvd.cli import running
 from xvd.cli.control import ControlServer
 from xvd.cli.daemons import ask_one
 from xvd.cli.machines import open_machine
@@ -201,8 +201,7 @@ async def supervise(
         replace_all = partial(_replace, own, told)
         stop.on_hangup(Reloading(served.line, served.wanted, replace_all, succession))
         await stack.enter_async_context(running.watched())
-        output.tell("ready\n")
-        running.tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(chosen)}")
+        succession.tell_ready(chosen)
         lost = asyncio.ensure_future(supervisor.wait())
         if not await stop.wait_or(lost):
             raise PeerClosed(f"{directory}: {await lost}")

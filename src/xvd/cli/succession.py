@@ -12,10 +12,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Final
 
 import xvd
-from xvd.cli import signals
+from xvd.cli import output, signals
 from xvd.cli.running import Stop, tell_service_manager
 from xvd.errors import PeerClosed, describe
 
@@ -118,6 +119,12 @@ class Succession:
         self._successor = stream
         signals.Deadline().arm(LET_GO_S)
         self._stop.end()
+
+    def tell_ready(self, kinds: Sequence[str]) -> None:
+        """Tell whoever started this daemon, and the service manager, that it serves such disks."""
+        if self._predecessor is None:  # otherwise they have heard it, and may have left since
+            output.tell("ready\n")
+        tell_service_manager(f"READY=1\nSTATUS=serving {', '.join(kinds)}")
 
     def tell_end(self) -> None:
         """Tell the service manager that the service ends, unless another process goes on."""
