@@ -12,6 +12,7 @@ from typing import Final
 from xvd.bench import guests
 from xvd.bench.daemons import Daemons, daemons
 from xvd.bench.disks import SETTINGS
+from xvd.bench.peers import fio_nbd, missing
 from xvd.bench.report import Cell, Plot, Report, Table
 from xvd.bench.ring import Setup
 from xvd.bench.run import Run, cpu, iops
@@ -32,18 +33,20 @@ SETTLE_S: Final = 3.0
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """storage: a URI, or an image's name. guests: how many do the job, each on a disk."""
+    """storage: a URI, or an image's name. guests: how many do the job, each on a disk. nbd_s: for
+    so many seconds fio does it by the guest's NBD export."""
 
     name: str
     storage: str
     guests: int
     job: Job
+    nbd_s: float = 0.0
 
 
 def isolation(run: Run) -> Report:
     """Load by one guest and by two, and many guests that do nothing, in either mode."""
     job = Job(operations=run.operations(300_000), seed=run.seed)
-    alone = replace(job, depth=1, operations=run.operations(40_000))
+    alone = replace(job, depth=1)
     loads = [
         _Load("memory, read", "memory:256M", 1, job),
         _Load("memory, write", "memory:256M", 1, replace(job, write_percent=100)),
@@ -51,6 +54,8 @@ def isolation(run: Run) -> Report:
         _Load("file, read", "disk.img", 1, job),
         _Load("memory, read, two guests", "memory:256M", 2, job),
     ]
+    if not missing("fio"):
+        loads.append(_Load("memory, read, by NBD", "memory:256M", 1, job, run.seconds(3)))
     rounds = run.measure([_case(load, mode, run.directory) for load in loads for mode in MODES])
     rows: list[tuple[Cell, ...]] = []
     ratios = {}
@@ -80,7 +85,17 @@ def isolation(run: Run) -> Report:
 
 
 def _case(load: _Load, mode: str, place: Path) -> Case:
-    return Case(f"{load.name}: {mode}", lambda: asyncio.run(_measure(load, mode, place)))
+    measure = _measure_nbd if load.nbd_s else _measure
+    return Case(f"{load.name}: {mode}", lambda: asyncio.run(measure(load, mode, place)))
+
+
+async def _measure_nbd(load: _Load, mode: str, place: Path) -> Sample:
+    with daemons("--isolation", mode, place=place) as backend:
+        await backend.attach(Domid(1), load.storage)
+        before = backend.cpu_s()
+        fio = fio_nbd("", "xvd nbd", backend.host, load.job, load.nbd_s)
+        found = await asyncio.to_thread(fio.measure)
+        return replace(found, back_ns=(backend.cpu_s() - before) / found.operations * 1e9)
 
 
 async def _measure(load: _Load, mode: str, place: Path) -> Sample:

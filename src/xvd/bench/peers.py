@@ -137,8 +137,10 @@ SERVERS = {
     "while ! test -S {socket}; do sleep 0.02; done; uri=nbd+unix:///?socket={socket}; "
     "sh -c {run}; status=$?; kill $pid; wait $pid; rm -f {socket}; exit $status",
     "xvd serve": "{xvd} serve {image} --run {run}",
+    "xvd nbd": "{xvd} nbd 1 xvda --host {image} --run {run}",
 }
-"""What serves an image over NBD while a command runs with ``$uri``: its command line."""
+"""What serves an image, or a disk of a host, over NBD while a command runs with ``$uri``: its
+command line."""
 
 
 def fio_nbd(
