@@ -23,10 +23,12 @@ from xvd.types import DOM0
 
 
 class NoRights:
-    """`Rights` of workers that need none. lost: guests that have no disk any more."""
+    """`Rights` of workers that need none. lost: guests that have no disk any more. looks: how often
+    all that a guest has was looked at."""
 
     def __init__(self) -> None:
         self.lost: list[str] = []
+        self.looks = 0
 
     async def equip(
         self, _worker: Worker, _guest: str, _domains: Sequence[int], _limit: LogLimit
@@ -37,6 +39,7 @@ class NoRights:
         return take_back
 
     async def suits(self, _guest: str, _domains: Sequence[int]) -> bool:
+        self.looks += 1
         return True
 
     async def gone(self, guest: str, _domains: Sequence[int]) -> None:
@@ -77,6 +80,24 @@ def test_the_end_comes_at_once_while_a_worker_is_waited_for(
             await store.write(*A_DISK)
             await keeper.start()
             await until(lambda: any(one["restarts"] for one in keeper.workers()))
+
+    run(work(), 20)
+
+
+def test_many_disks_that_come_at_once_are_looked_at_together() -> None:
+    """One look takes as long as the guest has disks: one for each would take their square."""
+    template, rights = Template(hang), NoRights()
+
+    async def work() -> None:
+        async with keeping(template, rights) as (keeper, store):
+            await store.write(*A_DISK)
+            await keeper.start()
+            await until(lambda: keeper.workers() != [])
+            nodes = [f"backend/vbd/1/{51712 + 16 * n}/frontend" for n in range(1, 50)]
+            await asyncio.gather(*(store.write(node, A_DISK[1]) for node in nodes))
+            await store.write(A_DISK[0].replace("/1/", "/2/"), A_DISK[1])
+            await until(lambda: len(keeper.workers()) == 2)  # all before that was seen
+            assert 0 < rights.looks < 10
 
     run(work(), 20)
 

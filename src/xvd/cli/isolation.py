@@ -31,7 +31,7 @@ from xvd.files import own_directory
 from xvd.machine.xen.machine import XenMachine
 from xvd.service.sandbox.confine import check
 from xvd.service.sandbox.equipment import Place
-from xvd.service.supervisor import END_S, Supervisor
+from xvd.service.supervisor import Supervisor
 from xvd.service.template import Template
 from xvd.sockets import remove_dead
 from xvd.types import Domid
@@ -211,7 +211,7 @@ async def supervise(
 
 async def _close(supervisor: Supervisor, succession: Succession) -> None:
     """End every worker; where others are to follow, no guest waits long for another's storage."""
-    await supervisor.close(HURRY_S if succession.has_successor else END_S)
+    await supervisor.close(HURRY_S if succession.has_successor else None)
 
 
 def states_of(wanted: Wanted, directory: Path, name: str) -> Path:

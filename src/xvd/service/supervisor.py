@@ -129,13 +129,15 @@ class Supervisor:
         self._guests: dict[str, _Guest] = {}
         self._watches: list[Watch] = []
         self._followers: list[asyncio.Task[None]] = []
-        self._turn = asyncio.Lock()
+        self._unseen: dict[int, None] = {}
+        self._news = asyncio.Event()
         self._closing = False
-        self._patience_s = END_S
+        self._patience_s: float | None = None
 
     async def start(self) -> None:
         """Watch, and have served what is assigned already."""
         self._clear([domain for guest in self._guests.values() for domain in guest.domains])
+        self._followers.append(asyncio.create_task(self._look()))
         for kind in self._kinds:
             watch = await self._store.watch(f"backend/{kind}")
             self._watches.append(watch)
@@ -153,10 +155,11 @@ class Supervisor:
 
     async def wait(self) -> str:
         """Return when there can be no more workers: what is lost, and the remedy."""
-        store = asyncio.ensure_future(asyncio.wait(self._followers))
+        first = asyncio.FIRST_COMPLETED
+        store = asyncio.ensure_future(asyncio.wait(self._followers, return_when=first))
         template = asyncio.ensure_future(self._template.wait())
         try:
-            await asyncio.wait((store, template), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((store, template), return_when=first)
             if template.done():
                 return "the process that forks workers has ended; start the backend again"
             return "the host's xenstore is gone; start it, then this again"
@@ -176,10 +179,10 @@ class Supervisor:
             for guest in self._guests.values()
         ]
 
-    async def close(self, patience_s: float = END_S) -> None:
+    async def close(self, patience_s: float | None = None) -> None:
         """End every worker; the disks stay as they are, for whoever serves them next.
 
-        One that has not ended after so long is killed.
+        One that has not ended after so long is killed; None: after `END_S`.
         """
         self._closing, self._patience_s = True, patience_s
         for task in self._followers:
@@ -222,9 +225,20 @@ class Supervisor:
                 names = [parts[0]] if parts[0] else await self._children(f"backend/{kind}")
                 # Whose disks they are, and which: what else is written there is their backend's.
                 tells = len(parts) < 3 or parts[2:] in (["params"], ["frontend"])
-                for name in names:
-                    if name.isdigit() and tells:
-                        await self._consider(int(name))
+                self._unseen.update((int(it), None) for it in names if it.isdigit() and tells)
+                self._news.set()
+
+    async def _look(self) -> None:
+        """Consider each domain once, however much is told of it meanwhile: a disk is some events,
+        and to look at one is to look at all of its domain's."""
+        with contextlib.suppress(PeerClosed):
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                while self._unseen:
+                    domain = next(iter(self._unseen))
+                    del self._unseen[domain]
+                    await self._consider(domain)
 
     async def _children(self, path: str) -> list[str]:
         try:
@@ -234,22 +248,21 @@ class Supervisor:
 
     async def _consider(self, domain: int) -> None:
         """Have a domain's disks served, if it has any, or no more."""
-        async with self._turn:
-            has = [await self._children(f"backend/{kind}/{domain}") for kind in self._kinds]
-            key = await self._key_of(domain)
-            known = self._guest_of(domain)
-            if self._closing:
-                return
-            if known is not None and (not any(has) or known.key != key):
-                known.domains.remove(domain)
-                if known.wanted or known.key != key:
-                    known.renew()  # it could still reach what belongs to another guest by now
-                known.changed.set()
-                known = None
-            if any(has) and known is None:
-                self._add(key, domain)
-            elif known is not None and not await self._rights.suits(known.key, known.domains):
-                known.renew()
+        has = [await self._children(f"backend/{kind}/{domain}") for kind in self._kinds]
+        key = await self._key_of(domain)
+        known = self._guest_of(domain)
+        if self._closing:
+            return
+        if known is not None and (not any(has) or known.key != key):
+            known.domains.remove(domain)
+            if known.wanted or known.key != key:
+                known.renew()  # it could still reach what belongs to another guest by now
+            known.changed.set()
+            known = None
+        if any(has) and known is None:
+            self._add(key, domain)
+        elif known is not None and not await self._rights.suits(known.key, known.domains):
+            known.renew()
 
     async def _key_of(self, domain: int) -> str:
         """Tell a guest from others: another may have had the domain's number before."""
@@ -347,7 +360,8 @@ class Supervisor:
             changed = asyncio.ensure_future(guest.changed.wait())
             asked = guest.renewing or self._closing
             try:
-                timeout = self._patience_s if asked else None if guest.wanted else LINGER_S
+                patience_s = END_S if self._patience_s is None else self._patience_s
+                timeout = patience_s if asked else None if guest.wanted else LINGER_S
                 if self._closing:
                     worker.signal(signal.SIGTERM)
                 done, _ = await asyncio.wait(
