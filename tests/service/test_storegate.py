@@ -2,9 +2,11 @@
 """What a worker may ask the store for; the rest of the way is tests/service/test_sandbox.py's."""
 
 import asyncio
+import os
 import socket
 
 import pytest
+from rig_disk import until
 
 from xvd.errors import PeerClosed, XenstoreError
 from xvd.machine.emulated.service import EmulatedHost
@@ -120,6 +122,25 @@ def test_one_that_talks_nonsense_is_cut_off() -> None:
                 with pytest.raises(PeerClosed):
                     await store.read("backend/vbd/1/51712/state")
             await gate.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_it_gives_back_all_whenever_it_is_closed_after_its_worker_has_ended(turns: int) -> None:
+    """By itself it does so in some turns of the event loop, in any of which it may be closed."""
+
+    async def work() -> None:
+        async with EmulatedHost() as host:
+            descriptors = len(os.listdir("/proc/self/fd"))
+            gate = await gate_of(host)
+            async with await XenstoreClient.from_socket(gate.theirs) as store:
+                assert not await store.exists("backend/vbd/1/51712/state")
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await gate.close()
+            await until(lambda: host.server.peers == set())
+            assert len(os.listdir("/proc/self/fd")) == descriptors
 
     asyncio.run(work())
 

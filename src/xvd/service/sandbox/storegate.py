@@ -75,17 +75,27 @@ class StoreGate:
     def __init__(self, reader: Reader, writer: Writer, rules: Rules) -> None:
         self._store = reader, writer
         self._rules = rules
-        ours, self.theirs = socket.socketpair()
-        self._task = asyncio.create_task(self._run(ours))
+        self._ours, self.theirs = socket.socketpair()
+        self._worker: asyncio.StreamWriter | None = None
+        self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Cut it off."""
+        """Cut it off. It may be ending by itself just now, as its worker has ended."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if self._worker is not None:
+            self._worker.transport.abort()
+        else:
+            self._ours.close()
         self.theirs.close()
+        _, store = self._store
+        store.close()
+        with contextlib.suppress(OSError):
+            await store.wait_closed()
 
-    async def _run(self, ours: socket.socket) -> None:
-        reader, writer = await asyncio.open_connection(sock=ours)
+    async def _run(self) -> None:
+        reader, writer = await asyncio.open_connection(sock=self._ours)
+        self._worker = writer
         ways = (
             asyncio.create_task(self._to_store(reader, writer)),
             asyncio.create_task(self._to_worker(writer)),
@@ -98,8 +108,6 @@ class StoreGate:
             await asyncio.gather(*ways, return_exceptions=True)
             for end in (writer, self._store[1]):
                 end.close()
-                with contextlib.suppress(OSError):
-                    await end.wait_closed()
 
     async def _to_store(self, reader: asyncio.StreamReader, worker: asyncio.StreamWriter) -> None:
         framer, (_, store) = Framer(), self._store
