@@ -54,9 +54,10 @@ def open_own_directory(path: Path, *, group: bool = False) -> int:
     to others, and OSError if it is not there.
     """
     held = _held.get(path)
-    name = path if held is None else "."
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=held)
+        # Whoever holds one may be confined, and then somebody else has to answer for each open.
+        fd = os.open(path, flags) if held is None else os.dup(held)
     except NotADirectoryError:
         raise ConfigError(f"{path} is not a directory, or a link to one: remove it") from None
     found = os.fstat(fd)
@@ -143,6 +144,7 @@ def open_own(directory: int, name: str) -> int | None:
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
+        os.lstat(name, dir_fd=directory)  # which nobody else has to answer for, as above
         fd = os.open(name, flags, dir_fd=directory)
     except FileNotFoundError:
         return None
