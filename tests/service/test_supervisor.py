@@ -126,6 +126,21 @@ def test_an_order_of_any_size_is_whole() -> None:
         template.close()
 
 
+def test_a_worker_may_be_asked_to_end_as_soon_as_it_is_there() -> None:
+    template = Template(hang)
+
+    async def work() -> None:
+        for _ in range(20):
+            worker = await template.spawn({})
+            worker.signal(signal.SIGTERM)
+            await worker.ended
+
+    try:
+        run(work(), 20)
+    finally:
+        template.close()
+
+
 def send_back(order: dict[str, list[object]], channel: socket.socket) -> int:
     """Be a worker that says how much it was told."""
     channel.sendall(b"%d\n" % len(order["changes"]))

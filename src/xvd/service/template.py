@@ -29,6 +29,9 @@ _FORK: Final = b"f"
 """What the template hears for each order, beside the worker's channel and a file with the order:
 settings of a thousand disks have more bytes than a message takes."""
 
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ends a worker, and not the template."""
+
 Work = Callable[[Any, socket.socket], int]
 """What a worker does: gets its order and its end of a stream to whoever ordered it, and returns the
 status that it ends with."""
@@ -151,7 +154,7 @@ async def _readable(loop: asyncio.AbstractEventLoop, one: socket.socket | int) -
 
 def _serve(orders: socket.socket, work: Work) -> NoReturn:
     """Fork workers until nobody can order any more."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _ENDING:
         signal.signal(number, signal.SIG_IGN)  # whoever ordered us ends us
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # and sees for itself who of them has ended
     # Whoever counts a reference, or collects, writes to a page, which is the worker's own then.
@@ -169,11 +172,16 @@ def _serve(orders: socket.socket, work: Work) -> NoReturn:
 def _fork(orders: socket.socket, order: int, channel: socket.socket, work: Work) -> None:
     us = os.getpid()
     with channel, open(order, "rb") as file:
+        # The template ignores these. One that comes before the worker does not is to wait for it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
         try:
             pid = os.fork()
         except OSError as error:
             orders.send(b"%d" % (error.errno or 0))
             return
+        finally:
+            if os.getpid() == us:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         if pid == 0:
             orders.close()
             _become_worker(us, file, channel, work)
@@ -192,8 +200,9 @@ def _become_worker(template: int, file: IO[bytes], channel: socket.socket, work:
     status = 1
     try:
         end_with_parent(template)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        for number in (*_ENDING, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
         with file:
             order = msgspec.json.decode(file.read())
         status = work(order, channel)
