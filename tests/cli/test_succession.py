@@ -6,6 +6,7 @@ import contextlib
 import os
 import select
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,7 +17,10 @@ from service_manager import Manager
 from verified_load import advances, contents_of, load
 from xvd_process import Daemon, as_by_the_unit, run_xvd
 
+from xvd.cli import succession
 from xvd.cli.asking import ask
+from xvd.cli.running import Stop
+from xvd.errors import PeerClosed
 from xvd.frontend.disk import Disk
 from xvd.machine.emulated.service import connect
 from xvd.types import Domid
@@ -139,3 +143,14 @@ def test_a_version_that_does_not_begin_leaves_the_one_that_runs(tmp_path: Path) 
         "xvd: ERROR: all stays as it was: the program that is installed now does not begin: "
         "it ended; the lines before this one say why",
     ]
+
+
+def test_a_version_that_hangs_is_ended_and_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(succession, "READY_S", 0.1)
+    monkeypatch.setattr(sys, "orig_argv", ["python3", "-c", "import time; time.sleep(100)"])
+    here = succession.Succession(Stop.__new__(Stop), None)
+
+    with pytest.raises(PeerClosed, match=r"does not begin: not within 0\.1 s"):
+        asyncio.run(here.hand_over())
+
+    assert not here.has_successor

@@ -56,7 +56,7 @@ def test_a_device_is_closed_while_it_leads_a_dead_backend_round(state: str) -> N
             user = Listener()
             device = Device(machine, store, PATH, user)
             running = asyncio.ensure_future(device.run())
-            resets = FrontendState.RESET_CLOSING, FrontendState.RESET_CLOSED
+            resets = (FrontendState.RESET_CLOSING, FrontendState.RESET_CLOSED)
             await until(lambda: device.state in resets)
             device.close()
             async with asyncio.timeout(1):

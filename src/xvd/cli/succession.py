@@ -113,7 +113,8 @@ class Succession:
             process.wait()
             if not isinstance(error, (OSError, PeerClosed)):
                 raise
-            why = describe(error) or f"not within {READY_S:g} s"
+            late = isinstance(error, TimeoutError)
+            why = f"not within {READY_S:g} s" if late else describe(error)
             raise PeerClosed(f"the program that is installed now does not begin: {why}") from None
         tell_service_manager(f"MAINPID={process.pid}")
         self._successor = stream
