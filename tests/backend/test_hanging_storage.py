@@ -2,24 +2,29 @@
 """Storage that never answers, as behind a dead server, costs its own disks only."""
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 from rig_disk import World, disk_world, run, until
+from rig_guest import backend_reaches
 
 from xvd.backend import device as device_module
 from xvd.backend import sizes as sizes_module
+from xvd.backend.budget import Budget
 from xvd.backend.device import StorageOpener
 from xvd.backend.sizes import SizePoll
 from xvd.blkif.assignment import BackendAssignment
 from xvd.engines.interface import Engine
 from xvd.engines.uri import open_engine
-from xvd.errors import PeerClosed
-from xvd.toolstack.vbd import attach
+from xvd.errors import EngineError, PeerClosed
+from xvd.toolstack.vbd import Vbd, attach, detach, wait_for_state
 from xvd.toolstack.xldisk import parse_xl_disk
 from xvd.types import Domid
 from xvd.xenbus.runner import THREADS, in_own_thread
+
+INIT_WAIT, INITIALISED = 2, 3
 
 
 class Server:
@@ -44,6 +49,8 @@ def opener_of(server: Server) -> StorageOpener:
     def open_somehow(assignment: BackendAssignment) -> Engine:
         if assignment.image.startswith("/dead"):
             server.lives.wait()
+        if assignment.image.endswith("none"):
+            raise EngineError(errno.ENOENT, "no such image")
         return open_engine("memory:1M")
 
     async def open_storage(assignment: BackendAssignment) -> Engine:
@@ -86,6 +93,95 @@ def test_a_disk_whose_storage_hangs_can_be_taken_away(
             await world.guest()
             with pytest.raises(PeerClosed, match="no backend has taken the disk"):
                 await add(world, "xvdb", "/dead/one", timeout_s=0.1)
+            assert world.server is not None
+            served = world.server
+            await until(lambda: not served.devices)
+
+    run(work())
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "OFFER_S", 0.01)
+
+
+async def announced(world: World, target: str) -> "tuple[asyncio.Task[Vbd], Vbd]":
+    """The attach that waits for the storage of a disk, and the disk, which is offered meanwhile."""
+    await world.guest()
+    attaching = asyncio.ensure_future(world.attach(target))
+    vbd = Vbd(Domid(1), 51712)
+    await backend_reaches(world, vbd, INIT_WAIT)
+    assert await world.store.read(f"{vbd.backend}/opening") == "1"
+    assert await world.store.try_read(f"{vbd.backend}/sectors") is None
+    return attaching, vbd
+
+
+def test_a_disk_is_offered_while_its_storage_is_still_being_opened(
+    server: Server, impatient: None
+) -> None:
+    async def work() -> None:
+        async with disk_world(open_storage=opener_of(server)) as world:
+            attaching, vbd = await announced(world, "/dead/one")
+            opening = asyncio.ensure_future(world.open(vbd))
+            _, store = await world.guest()
+            await wait_for_state(store, vbd.frontend, lambda state: state == INITIALISED, 10)
+            assert not attaching.done()
+            server.lives.set()
+            assert await attaching == vbd
+            async with await opening as disk:
+                await disk.write(0, b"late")
+                assert bytes(await disk.read(0, 512))[:4] == b"late"
+            assert not await world.store.exists(f"{vbd.backend}/opening")
+
+    run(work())
+
+
+def test_what_was_offered_before_the_storage_was_open_holds(
+    server: Server, impatient: None
+) -> None:
+    """Others may have taken what there was room for meanwhile."""
+    budget = Budget()
+    early = ["max-ring-page-order", "multi-queue-max-queues", "feature-max-indirect-segments"]
+
+    async def work() -> None:
+        async with disk_world(open_storage=opener_of(server), budget=budget) as world:
+            attaching, vbd = await announced(world, "/dead/one")
+            offered = [await world.store.read(f"{vbd.backend}/{name}") for name in early]
+            budget.fit = NotImplemented  # type: ignore[method-assign]  # it is not asked again
+            server.lives.set()
+            await attaching
+            assert [await world.store.read(f"{vbd.backend}/{name}") for name in early] == offered
+
+    run(work())
+
+
+def test_an_attach_hears_why_storage_could_not_be_opened_after_all(
+    server: Server, impatient: None, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("cannot open '/dead/none'")
+
+    async def work() -> None:
+        async with disk_world(open_storage=opener_of(server)) as world:
+            attaching, vbd = await announced(world, "/dead/none")
+            server.lives.set()
+            with pytest.raises(PeerClosed, match="cannot open '/dead/none': no such image"):
+                await attaching
+            assert not await world.store.exists(vbd.backend)
+
+    run(work())
+
+
+def test_a_disk_is_taken_away_while_its_storage_is_being_opened(
+    server: Server, impatient: None, expect_log: Callable[[str], None]
+) -> None:
+    expect_log("its storage does not answer")
+
+    async def work() -> None:
+        async with disk_world(open_storage=opener_of(server)) as world:
+            attaching, vbd = await announced(world, "/dead/one")
+            await detach(world.store, vbd)
+            with pytest.raises(PeerClosed):
+                await attaching
             assert world.server is not None
             served = world.server
             await until(lambda: not served.devices)

@@ -259,12 +259,17 @@ class Disk:
 
     device = Path("/dev/xvda")
 
-    def __init__(self, image: Path, slot: Slot, access: str = "rw") -> None:
+    def __init__(self, image: Path, slot: Slot, access: str = "rw", uri: str = "") -> None:
         self.image = image
-        self.line = slot.line(image, access=access)
+        self.line = slot.line(uri or image, access=access)
 
     def attach(self) -> None:
-        sh(f"xl block-attach 0 '{self.line}'")
+        try:
+            sh(f"xl block-attach 0 '{self.line}'")
+        except AssertionError:
+            # Its nodes stay where libxl gives up, and would be in the way of all that comes after.
+            subprocess.run(["xl", "block-detach", "--force", "0", "xvda"], check=False)
+            raise
         end = time.monotonic() + 30
         while not self.device.is_block_device():
             assert time.monotonic() < end, sh("xenstore-ls -f /local/domain/0")

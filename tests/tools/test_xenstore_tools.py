@@ -3,7 +3,8 @@
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,63 @@ def test_ls_shows_the_tree_with_permissions(tool: Tool) -> None:
         '/a/b = "value"',
     ]
     assert all(line.endswith("(n0)") for line in lines)
+
+
+DISK = "/local/domain/0/backend/vbd/1/51712"
+
+
+@pytest.fixture
+def block_xvd(xenstore, requires_tool) -> Iterator[Callable[[], subprocess.Popen[str]]]:
+    """Start the hotplug script as libxl does."""
+    requires_tool("xenstore-exists")
+    script = Path(__file__).parents[2] / "contrib/block-xvd"
+    begun: list[subprocess.Popen[str]] = []
+
+    def start() -> subprocess.Popen[str]:
+        environment = xenstore.environment | {"XENBUS_PATH": DISK}
+        begun.append(
+            subprocess.Popen([script, "add"], env=environment, stderr=subprocess.PIPE, text=True)
+        )
+        return begun[-1]
+
+    yield start
+    for one in begun:
+        one.kill()
+        one.communicate()
+
+
+def test_the_hotplug_script_says_that_there_is_nothing_to_do(tool: Tool, block_xvd) -> None:
+    tool("write", f"{DISK}/params", "aio:/a.img", f"{DISK}/state", "2")
+    assert (block_xvd().communicate(timeout=30), tool("ls", DISK).stdout.splitlines()) == (
+        (None, ""),
+        [
+            'params = "aio:/a.img"',
+            'state = "2"',
+            'physical-device-path = "/a.img"',
+            'hotplug-status = "connected"',
+        ],
+    )
+
+
+def test_the_hotplug_script_waits_for_storage_that_is_being_opened(tool: Tool, block_xvd) -> None:
+    tool("write", f"{DISK}/params", "/a.img", f"{DISK}/state", "2", f"{DISK}/opening", "1")
+    script = block_xvd()
+    with pytest.raises(subprocess.TimeoutExpired):
+        script.wait(1)
+    tool("rm", f"{DISK}/opening")
+    assert script.wait(30) == 0
+    assert tool("read", f"{DISK}/hotplug-status").stdout == "connected\n"
+
+
+def test_the_hotplug_script_tells_why_there_is_no_storage(tool: Tool, block_xvd) -> None:
+    why = "cannot open '/a.img': no such image"
+    error = "/local/domain/0/error/backend/vbd/1/51712/error"
+    tool("write", f"{DISK}/params", "/a.img", f"{DISK}/state", "5", error, why)
+    script = block_xvd()
+    assert script.communicate(timeout=30) == (None, f"{why}\n")
+    assert script.returncode == 1
+    names = [f"{DISK}/hotplug-status", f"{DISK}/hotplug-error"]
+    assert tool("read", *names).stdout == f"error\n{why}\n"
 
 
 def test_list_names_children(tool: Tool) -> None:

@@ -4,6 +4,7 @@
 import hashlib
 import json
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,32 @@ def test_an_image_that_is_not_there_fails_the_attach_and_nothing_else(
     assert sh("xenstore-ls -f /local/domain/0 | grep ^/local/domain/0/backend/vbd/ || true") == ""
     assert "no such image" in sh("xenstore-read error/backend/vbd/0/51712/error")
     sh("xenstore-rm error")  # stays for the administrator, as Linux's backends leave theirs
+
+
+@with_qemu_img
+def test_an_attach_waits_for_storage_that_takes_longer_to_open_than_libxl_waits(
+    backend: Backend, slot: Slot, image: Path, tmp_path: Path
+) -> None:
+    """A server of NBD that is there, and says nothing yet."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"{tmp_path}/nbd")
+        listening.listen(1)
+        disk = Disk(image, slot, uri=f"nbd+unix:///?socket={tmp_path}/nbd")
+        attaching = subprocess.Popen(["xl", "block-attach", "0", disk.line])
+        with pytest.raises(subprocess.TimeoutExpired):
+            attaching.wait(15)
+        server = subprocess.Popen(
+            f"LISTEN_PID=$$ LISTEN_FDS=1 exec qemu-nbd -t -f raw {image} 3<&{listening.fileno()}",
+            shell=True,
+            pass_fds=[listening.fileno()],
+        )
+    try:
+        assert attaching.wait(60) == 0
+        sh("dd if=/dev/urandom of=/dev/xvda bs=1M count=1 oflag=direct 2>&1")
+    finally:
+        disk.detach()
+        server.terminate()
+        assert server.wait(30) == 0
 
 
 def test_its_storage_is_exchanged_under_a_verifying_load(attached: Disk, tmp_path: Path) -> None:

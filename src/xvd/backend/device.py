@@ -18,14 +18,28 @@ from xvd.backend.disk import ServedDisk
 from xvd.backend.groups import Groups
 from xvd.backend.hold import Hold
 from xvd.backend.life import StorageLife
-from xvd.backend.negotiation import Agreement, features_of, negotiate, own_node
+from xvd.backend.negotiation import (
+    Agreement,
+    announced_features,
+    features_of,
+    negotiate,
+    own_node,
+)
 from xvd.backend.settings import Settings
 from xvd.backend.snapshots import Snapshots
 from xvd.backend.state import DiskState
 from xvd.backend.tracking import Tracking
 from xvd.blkif.abi import XenbusState
 from xvd.blkif.assignment import BackendAssignment, parse_backend_assignment, with_image
-from xvd.blkif.features import format_backend, format_offer, format_size, without
+from xvd.blkif.features import (
+    NOT_OPENING,
+    BackendFeatures,
+    format_backend,
+    format_offer,
+    format_size,
+    with_offer,
+    without,
+)
 from xvd.blkif.handshake import (
     BackendAction,
     BackendEvent,
@@ -44,7 +58,7 @@ from xvd.errors import EngineError, EventChannelError, XenstoreError, XvdError, 
 from xvd.loglimit import LogLimit
 from xvd.machine.interface import Machine
 from xvd.machine.xs.client import XenstoreClient
-from xvd.xenbus.actor import NO_NODES, Actor, state_in
+from xvd.xenbus.actor import Actor, state_in
 from xvd.xenbus.directory import read_directory, report_error
 from xvd.xenbus.inbox import Order
 from xvd.xenbus.log import DeviceLog
@@ -52,6 +66,8 @@ from xvd.xenbus.runner import THREADS, Runtime, leave_alone
 
 STORAGE_PATIENCE_S = 5.0
 """How long the end of a disk waits for storage that does not answer."""
+OFFER_S = 3.0
+"""How long storage is being opened before the disk is offered: libxl waits for that, for 10 s."""
 BUSY_S = 0.5
 """How long after storage that somebody else has is tried again."""
 
@@ -112,6 +128,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         self.copies, self.snapshots = Copies(*parts), Snapshots(*parts)
         self.hold = Hold(self.disk, log, partial(report_error, store, path))
         self._opening: asyncio.Task[None] | None = None
+        self._announced: BackendFeatures | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._error = ""
         self._ending = asyncio.Event()
@@ -229,6 +246,8 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         if decided.image:
             self._has_image(decided.image)
         assignment = self._assigned
+        slow = partial(self.put, BackendEvent.STORAGE_SLOW)
+        waits = asyncio.get_running_loop().call_later(OFFER_S, slow)
         try:
             engine = await self._open_patiently(assignment)
             try:
@@ -244,6 +263,8 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
         else:
             self.disk.has_opened(engine, features_of(engine, assignment, self.disk.settings))
             self.put(BackendEvent.STORAGE_READY)
+        finally:
+            waits.cancel()
         self.tried.set()
 
     async def _open_patiently(self, assignment: BackendAssignment) -> Engine:
@@ -265,11 +286,20 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
 
     # ---- Actions: nodes ----
 
+    async def _do_announce(self) -> None:
+        settings = self.disk.settings
+        self._announced = self.disk.room.affordable(announced_features(settings), settings)
+        self._log.info("its storage is still being opened: offered meanwhile", event="storage-slow")
+        await self._write(format_offer(self._announced, opening=True))
+
     async def _do_offer(self) -> None:
         # Anew for each frontend: what was promised to the last one, or withdrawn, ends with it.
         storage, settings = self.disk.storage, self.disk.settings
         features = features_of(storage.engine, self._assigned, settings)
-        storage.features = self.disk.room.affordable(features, settings)
+        if self._announced is None:
+            storage.features = self.disk.room.affordable(features, settings)
+        else:
+            storage.features, self._announced = with_offer(features, self._announced), None
         await self._write(format_offer(storage.features))
 
     async def _do_publish(self) -> None:
@@ -282,7 +312,7 @@ class Device(Actor[BackendState, BackendEvent, BackendAction]):
     async def _do_report_error(self) -> None:
         # The reason first: the toolstack that sees the state looks for it at once.
         await report_error(self._store, self.path, self._error or "the disk failed")
-        await self._write(NO_NODES)
+        await self._write(NOT_OPENING)
 
     async def _do_unregister(self) -> None:
         self._kept.end()

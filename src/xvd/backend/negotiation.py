@@ -35,7 +35,8 @@ def features_of(
         flags |= InfoFlag.READONLY
     if assignment.cdrom:
         flags |= InfoFlag.CDROM | InfoFlag.REMOVABLE
-    return BackendFeatures(
+    return replace(
+        announced_features(settings),
         sectors=info.size // RING_SECTOR_SIZE,
         info=flags,
         sector_size=info.logical_block_size,
@@ -46,6 +47,13 @@ def features_of(
         discard_secure=discard and info.can_secure_discard,
         discard_granularity=info.discard_granularity,
         discard_alignment=info.discard_alignment,
+    )
+
+
+def announced_features(settings: Settings) -> BackendFeatures:
+    """Decide what a disk offers whose storage is not open yet: what goes with InitWait."""
+    return BackendFeatures(
+        sectors=0,
         persistent=bool(settings.feature_persistent) and not settings.copying,
         max_indirect_segments=settings.indirect_segments_offered,
         max_ring_page_order=settings.max_ring_page_order,

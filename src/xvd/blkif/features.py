@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 _NO_INFO: Final = InfoFlag(0)
+_OPENING: Final = "opening"
+NOT_OPENING: Final = NodeChanges({}, (_OPENING,))
+"""What goes with the news that storage which was being opened could not be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,18 +183,27 @@ def parse_backend(nodes: Mapping[str, str], *, large_sectors: bool = False) -> B
     )
 
 
-def format_offer(features: BackendFeatures) -> NodeChanges:
+def format_offer(features: BackendFeatures, *, opening: bool = False) -> NodeChanges:
     """The nodes that go with InitWait: what a frontend must know before it allocates.
 
-    Everything else that an instance before us may have published is removed.
+    Everything else that an instance before us may have published is removed. opening: the storage
+    is still being opened, and a toolstack that wants to know what becomes of that waits.
     """
     write = {row.node: row.format(features) for row in FEATURES if row.early}
+    if opening:
+        write[_OPENING] = "1"
     ours = (
         node.name
         for node in NODES.values()
         if node.side is Side.BACKEND and node.writer in ("backend", "(old backends)")
     )
     return NodeChanges(write, tuple(name for name in ours if name not in write))
+
+
+def with_offer(features: BackendFeatures, offered: BackendFeatures) -> BackendFeatures:
+    """`features` with what went with InitWait as it was `offered`: a frontend may go by that."""
+    early = {row.field: getattr(offered, row.field) for row in FEATURES if row.early}
+    return replace(features, **early, persistent=offered.persistent)
 
 
 def format_backend(features: BackendFeatures) -> NodeChanges:

@@ -81,6 +81,8 @@ class BackendState(_State):
 
     STARTING = (1, None)
     """The storage is being opened; nothing is offered."""
+    ANNOUNCED = (19, XenbusState.INIT_WAIT)
+    """The storage is still being opened, but offered: a toolstack does not wait longer for that."""
     NO_STORAGE = (2, XenbusState.CLOSING)
     """The storage could not be opened: said, and nothing more to be done with it."""
     WAITING = (3, XenbusState.INIT_WAIT)
@@ -131,9 +133,10 @@ class BackendEvent(Enum):
     FRONTEND_CLOSED = auto()
     FRONTEND_RECONFIGURING = auto()
     FRONTEND_RECONFIGURED = auto()
+    STORAGE_SLOW = auto()
+    """The storage is not open yet, after a time that a toolstack does not wait much longer than."""
     STORAGE_READY = auto()
-    """The storage is open; or it will be given after state 2 (a hotplug script) and CONNECT
-    waits for it."""
+    """The storage is open."""
     STORAGE_FAILED = auto()
     CONNECT_DONE = auto()
     """CONNECT or RECONNECT has ended well."""
@@ -158,6 +161,8 @@ class BackendEvent(Enum):
 class BackendAction(Enum):
     """What a backend is to do; *nodes* are written with the state, in one transaction."""
 
+    ANNOUNCE = auto()
+    """*nodes*: those of OFFER, which do not depend on the storage, and that it is being opened."""
     OFFER = auto()
     """*nodes*: what a frontend must know before it allocates: ring order, queues, indirect."""
     PUBLISH = auto()
@@ -169,7 +174,7 @@ class BackendAction(Enum):
     """*nodes*: the error text, in our own domain's ``error`` directory."""
     CONNECT = auto()
     """Read all of the frontend's keys, map, attach, bind, then serve what is on the rings.
-    Ends in CONNECT_DONE or CONNECT_FAILED. Waits for storage that a hotplug script brings."""
+    Ends in CONNECT_DONE or CONNECT_FAILED."""
     RECONNECT = auto()
     """The same for rings that are live: attach at rsp_prod, and kick the frontend once."""
     DISCONNECT = auto()
@@ -288,6 +293,7 @@ class FrontendAction(Enum):
 
 WRITES_NODES: Final = frozenset(
     {
+        BackendAction.ANNOUNCE,
         BackendAction.OFFER,
         BackendAction.PUBLISH,
         BackendAction.PUBLISH_SIZE,
@@ -349,7 +355,9 @@ def _serve_frontends(table: _BackendTable) -> None:
     disconnect = (a.DISCONNECT,)
 
     # Coming up.
-    row([s.STARTING, s.NO_STORAGE], [e.STORAGE_READY], Step(s.WAITING, (a.OFFER, a.POLL)))
+    opening = [s.STARTING, s.ANNOUNCED, s.NO_STORAGE]
+    row([s.STARTING], [e.STORAGE_SLOW], Step(s.ANNOUNCED, (a.ANNOUNCE,)))
+    row(opening, [e.STORAGE_READY], Step(s.WAITING, (a.OFFER, a.POLL)))
     row([s.WAITING], ready, Step(s.CONNECTING, (a.CONNECT,)))
     row([s.CONNECTING, s.RECONNECTING], [e.CONNECT_DONE], Step(s.CONNECTED, (a.PUBLISH, a.POLL)))
     row([s.CONNECTED], [e.RESIZED], Step(s.CONNECTED, (a.PUBLISH_SIZE,)))
@@ -390,7 +398,8 @@ def _give_up(table: _BackendTable) -> None:
     unregister = Step(s.GONE, (a.UNREGISTER,))
 
     # The process and the other disks go on.
-    row([s.STARTING], [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.POLL)))
+    opening = [s.STARTING, s.ANNOUNCED]
+    row(opening, [e.STORAGE_FAILED], Step(s.NO_STORAGE, (a.REPORT_ERROR, a.POLL)))
     row([s.RESUMING], [e.STORAGE_FAILED], Step(s.LOST, (a.REPORT_ERROR, a.POLL)))
     row([s.LOST], remove, unregister)
     failed = Step(s.FAILED, (a.REPORT_ERROR, a.DISCONNECT, a.POLL))
@@ -402,8 +411,8 @@ def _give_up(table: _BackendTable) -> None:
     row([s.SPENT], remove, unregister)
 
     # The toolstack removes the disk: a live frontend closes first, else nobody would end it.
-    row([s.STARTING, s.NO_STORAGE, s.RESUMING, s.CLOSED], [e.REMOVE_ALONE], unregister)
-    row([s.STARTING, s.NO_STORAGE, s.CLOSED], [e.REMOVE], unregister)
+    row([*opening, s.NO_STORAGE, s.RESUMING, s.CLOSED], [e.REMOVE_ALONE], unregister)
+    row([*opening, s.NO_STORAGE, s.CLOSED], [e.REMOVE], unregister)
     row([s.CONNECTED, s.CLOSING, s.FAILED, s.WAITING], [e.REMOVE], Step(s.REMOVING))
     row([s.CONNECTING], [e.REMOVE], Step(s.REMOVING, disconnect))
     left = [e.FRONTEND_UNKNOWN, e.FRONTEND_CLOSED, e.FRONTEND_INITIALISING]

@@ -103,6 +103,7 @@ _B: Final = (
     _backend("physical-device-path", "hotplug", "path of the device (FreeBSD, tapback)", ""),
     _backend("hotplug-status", "hotplug", "connected, online, error or busy", ""),
     _backend("hotplug-error", "hotplug", "why", ""),
+    _backend("opening", "backend", "1: at InitWait, but the storage is not open yet", 0, high=1),
     _backend("sectors", "backend", "capacity in 512-byte sectors", high=MAX_SECTORS),
     _backend("info", "backend", "1 cdrom, 2 removable, 4 read-only", high=U32_MAX),
     _backend(

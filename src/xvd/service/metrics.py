@@ -32,6 +32,7 @@ BUCKETS: Final = range(12, 34)
 
 STATES: Final[Mapping[BackendState, str]] = {
     BackendState.STARTING: "waiting",
+    BackendState.ANNOUNCED: "waiting",
     BackendState.WAITING: "waiting",
     BackendState.CONNECTING: "connecting",
     BackendState.RESUMING: "connecting",

@@ -26,6 +26,8 @@ from xvd.sim.storages import Storages, other_way
 
 PATIENCE_S: Final = 5.0
 """For a disk to come to rest; storage that is drawn to take longer keeps the disk going."""
+_LOOKS_S: Final = 0.5
+"""From one look at whether storage that hangs can be opened to the next."""
 
 
 class BackProcess(Process):
@@ -69,6 +71,8 @@ class BackProcess(Process):
             self.over = True
 
     async def _open(self, assignment: BackendAssignment) -> Engine:
+        while self._storages.hangs:  # noqa: ASYNC110  its time is no event loop's
+            await asyncio.sleep(_LOOKS_S)
         storage = self._storages.open(assignment.image)
         name = self._storages.name_of(assignment.image)
         return SimEngine(storage, name, self._resized, self._meanwhile)

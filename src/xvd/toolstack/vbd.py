@@ -27,6 +27,9 @@ INIT_TIMEOUT_S = 10.0
 """For the backend to reach state 2, and
 on removal state 6: LIBXL_INIT_TIMEOUT and LIBXL_DESTROY_TIMEOUT (libxl_internal.h)."""
 
+OPEN_TIMEOUT_S = 40.0
+"""For storage that is still being opened then, as block-xvd has: LIBXL_HOTPLUG_TIMEOUT."""
+
 BACKEND_KIND = "vbd"
 
 
@@ -201,7 +204,8 @@ async def attach(
     try:
         offered = range(XenbusState.INIT_WAIT, XenbusState.CONNECTED + 1)
         answered = [*offered, XenbusState.CLOSING]
-        state = await wait_for_state(store, vbd.backend, lambda s: s in answered, timeout_s)
+        await wait_for_state(store, vbd.backend, lambda s: s in answered, timeout_s)
+        state = await _wait_for_storage(store, vbd)
     except TimeoutError:
         await remove_nodes(store, vbd)
         raise PeerClosed(
@@ -216,6 +220,24 @@ async def attach(
         await remove_nodes(store, vbd)
         raise PeerClosed(f"{vbd.name}: {reason}")
     return vbd
+
+
+async def _wait_for_storage(store: XenstoreClient, vbd: Vbd) -> int:
+    """The backend's state once its storage is open, or cannot be. Raises PeerClosed."""
+    try:
+        async with asyncio.timeout(OPEN_TIMEOUT_S):
+            async with await store.watch(f"{vbd.backend}/opening") as watch:
+                async for _ in watch:
+                    if not await store.exists(f"{vbd.backend}/opening"):
+                        break
+    except TimeoutError:
+        await remove_nodes(store, vbd)
+        raise PeerClosed(
+            f"{vbd.name}: its storage could not be opened within {OPEN_TIMEOUT_S:g} s; see the"
+            " backend's log"
+        ) from None
+    state = await store.try_read(f"{vbd.backend}/state")
+    return int(state) if state and state.isdigit() else 0
 
 
 async def backend_error(store: XenstoreClient, vbd: Vbd) -> str:

@@ -19,6 +19,7 @@ EVENTS: Final = {
     "gone": "the disk is detached",
     "failed": "the disk is not served; its `error` node says why",
     "nodes-unreadable": "the disk's nodes in the store cannot be read",
+    "storage-slow": "the storage is still being opened, and the disk is offered meanwhile",
     "storage-failed": "the storage cannot be opened",
     "storage-error": "the storage has answered requests with errors",
     "storage-in-trouble": "the storage works, and something is wrong with it",
