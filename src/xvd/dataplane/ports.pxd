@@ -118,6 +118,12 @@ cdef struct engine_ports:
     # An engine that uses the thread's io_uring gets it here (struct io_uring *) before the first
     # submit, and tags each entry with its operation's completion.
     void (*attach)(void *ctx, void *io_uring) noexcept nogil
+    # 1 if `reap` would give something, as far as one look tells. NULL: only `reap` tells.
+    int (*peek)(void *ctx) noexcept nogil
+    # Have the next completion told by `fd`, and look once more: 1 if the thread may sleep. After
+    # the first such call nothing is told but after another, until the next `attach`: a thread that
+    # looks anyway spares whoever completes the telling. NULL: all is told.
+    int (*may_sleep)(void *ctx) noexcept nogil
 
 
 # ---- Something that a thread steps -----------------------------------------------------------

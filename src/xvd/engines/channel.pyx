@@ -53,6 +53,16 @@ cdef void attach(void *ctx, void *io_uring) noexcept nogil:
     c.lower.attach(c.lower.ctx, io_uring)
 
 
+cdef int peek(void *ctx) noexcept nogil:
+    cdef checked *c = <checked *>ctx
+    return c.done.first != NULL or c.lower.peek(c.lower.ctx)
+
+
+cdef int may_sleep(void *ctx) noexcept nogil:
+    cdef checked *c = <checked *>ctx
+    return c.done.first == NULL and c.lower.may_sleep(c.lower.ctx)
+
+
 cdef class CheckedChannel:
     """`Channel` in front of another; made by `checked.Checked.open_channel`."""
 
@@ -69,6 +79,10 @@ cdef class CheckedChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
+        if self.c.lower.peek != NULL:
+            self.table.peek = peek
+        if self.c.lower.may_sleep != NULL:
+            self.table.may_sleep = may_sleep
 
     @property
     def ports(self):

@@ -14,6 +14,7 @@ from posix.uio cimport iovec
 from posix.unistd cimport close, write
 
 from xvd.dataplane.abi cimport ENGINE_DISCARD, ENGINE_READ, ENGINE_WRITE
+from xvd.dataplane.c cimport xvd_load64
 from xvd.dataplane.ports cimport ENGINE_UNMAP, ENGINE_ZEROES, engine_io, engine_ports, wrap
 from xvd.engines.channel cimport (
     done_list, finish, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
@@ -58,12 +59,15 @@ cdef struct rbd:
     pthread_mutex_t mutex        # guards the list, and the bell's life
     done_list done
     int bell
+    uint32_t asked               # 1: for the bell, which is rung for nothing else
+    uint32_t rings               # 1: the bell is rung for the next that ends
 
 
 cdef void put(rbd *r, engine_io *io, int32_t result) noexcept nogil:
     cdef uint64_t one = 1
     pthread_mutex_lock(&r.mutex)
-    if r.done.first == NULL:
+    if r.done.first == NULL and (r.rings or not r.asked):
+        r.rings = 0
         write(r.bell, &one, 8)
     finish(&r.done, io, result)
     pthread_mutex_unlock(&r.mutex)
@@ -117,7 +121,23 @@ cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
 
 
 cdef void attach(void *ctx, void *io_uring) noexcept nogil:
-    pass
+    cdef rbd *r = <rbd *>ctx
+    pthread_mutex_lock(&r.mutex)
+    r.asked = 0
+    pthread_mutex_unlock(&r.mutex)
+
+
+cdef int peek(void *ctx) noexcept nogil:
+    return xvd_load64(&(<rbd *>ctx).done.first) != 0
+
+
+cdef int may_sleep(void *ctx) noexcept nogil:
+    cdef rbd *r = <rbd *>ctx
+    pthread_mutex_lock(&r.mutex)
+    r.asked = r.rings = 1
+    cdef bint nothing = r.done.first == NULL
+    pthread_mutex_unlock(&r.mutex)
+    return nothing
 
 
 cdef class RbdChannel:
@@ -145,6 +165,8 @@ cdef class RbdChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
+        self.table.peek = peek
+        self.table.may_sleep = may_sleep
 
     def __dealloc__(self):
         pthread_mutex_lock(&self.r.mutex)  # who has told of the last one may still be in there

@@ -31,10 +31,10 @@ from xvd.engines.unflushed cimport (
     KEPT_ZEROES, UNFLUSHED_BYTES, get_bytes, has_room, is_half_full, keep, record, size_in_log)
 from xvd.engines.vring cimport (
     AREA, AVAILABLE_AT, BLK_DISCARD, BLK_FLUSH, BLK_IN, BLK_OUT, DATA_AT, DESC_NEXT, DESC_WRITE,
-    DESCRIPTORS_AT, EACH, HEADERS_AT, NO_ROOM, RING, SLOT_BYTES, SLOTS, STATUS_AT, STATUS_OK,
-    STATUS_UNSUPPORTED, UNANSWERED, USED_AT, ZEROES_ASKED_FOR, ZEROES_WRITTEN, blk_header, copy,
-    data_of, describe, describe_range, describe_zeroes, descriptor, kick, publish, slot, take_slot,
-    unlink, used_entry, vhost, written)
+    DESCRIPTORS_AT, EACH, HEADERS_AT, LINE, NO_ROOM, RING, SLOT_BYTES, SLOT_STRIDE, SLOTS, STATUS_IN,
+    STATUS_OK, STATUS_UNSUPPORTED, UNANSWERED, USED_AT, ZEROES_ASKED_FOR, ZEROES_WRITTEN,
+    blk_header, copy, data_of, describe, describe_range, describe_zeroes, descriptor, kick, publish,
+    slot, status_of, take_slot, unlink, used_entry, vhost, written)
 
 import os
 
@@ -213,7 +213,7 @@ cdef void part_ended(vhost *v, uint16_t number, int32_t result) noexcept nogil:
 cdef void ended(vhost *v, uint16_t number) noexcept nogil:
     """The server has answered a slot's request."""
     cdef slot *s = &v.slots[number]
-    cdef int32_t result = result_of(v.area[STATUS_AT + number])
+    cdef int32_t result = result_of(status_of(v, number)[0])
     if result and s.zeroed == ZEROES_ASKED_FOR:  # it may not be able to; it can write
         v.can_zero = v.can_zero and result != -EOPNOTSUPP
         describe_zeroes(v, number, ZEROES_WRITTEN)
@@ -232,8 +232,16 @@ cdef void ended(vhost *v, uint16_t number) noexcept nogil:
     unlink(v, number)
 
 
+cdef bint ask_for_event(vhost *v) noexcept nogil:
+    """At the next answer (virtio 1.2, 2.7.9); False if there is one already."""
+    v.available[2 + RING] = v.cons
+    xvd_fence()
+    return v.cons == xvd_load16_acquire(&v.used[1])
+
+
 cdef uint32_t collect(vhost *v) noexcept nogil:
-    """Take what has been answered, and ask for an event at the next answer. How many."""
+    """Take what has been answered, and hear of the next answer, unless who takes it asks for that.
+    How many."""
     cdef uint32_t taken = 0, id
     while True:
         while v.cons != xvd_load16_acquire(&v.used[1]):
@@ -242,9 +250,7 @@ cdef uint32_t collect(vhost *v) noexcept nogil:
             taken += 1
             if id % EACH == 0 and id < SLOTS * EACH and v.slots[id // EACH].busy:
                 ended(v, id // EACH)
-        v.available[2 + RING] = v.cons
-        xvd_fence()
-        if v.cons == xvd_load16_acquire(&v.used[1]):
+        if v.asked or ask_for_event(v):
             return taken
 
 
@@ -261,8 +267,27 @@ cdef uint32_t reap(void *ctx, engine_io **out, uint32_t room) noexcept nogil:
     return n
 
 
+cdef int peek(void *ctx) noexcept nogil:
+    cdef vhost *v = <vhost *>ctx
+    return xvd_load64(&v.done.first) != 0 or v.cons != xvd_load16_acquire(&v.used[1])
+
+
+cdef int may_sleep(void *ctx) noexcept nogil:
+    cdef vhost *v = <vhost *>ctx
+    cdef bint nothing
+    pthread_mutex_lock(&v.mutex)
+    v.asked = 1
+    nothing = ask_for_event(v) and v.done.first == NULL
+    pthread_mutex_unlock(&v.mutex)
+    return nothing
+
+
 cdef void attach(void *ctx, void *io_uring) noexcept nogil:
-    pass
+    cdef vhost *v = <vhost *>ctx
+    pthread_mutex_lock(&v.mutex)
+    v.asked = 0
+    ask_for_event(v)
+    pthread_mutex_unlock(&v.mutex)
 
 
 cdef bint wait_for_answer(vhost *v, int dead_fd) noexcept nogil:
@@ -287,7 +312,7 @@ cdef void begin_ring(vhost *v) noexcept nogil:
     memset(v.area + AVAILABLE_AT, 0, HEADERS_AT - AVAILABLE_AT)
     v.prod = v.kicked = v.cons = 0
     while number != NO_ROOM:
-        v.area[STATUS_AT + number] = UNANSWERED
+        status_of(v, number)[0] = UNANSWERED
         publish(v, number)
         number = v.slots[number].after
 
@@ -354,16 +379,18 @@ cdef class VhostChannel:
         self.table.submit = submit
         self.table.reap = reap
         self.table.attach = attach
+        self.table.peek = peek
+        self.table.may_sleep = may_sleep
 
     cdef lay_out(self, uint16_t number, uint64_t address):
         """Write what never changes of a slot's descriptors."""
         cdef descriptor *d = self.v.descriptors + number * EACH
-        d[0].addr = address + HEADERS_AT + sizeof(blk_header) * number
+        d[0].addr = address + HEADERS_AT + LINE * number
         d[0].len = sizeof(blk_header)
         d[0].flags = DESC_NEXT
-        d[1].addr = address + DATA_AT + <uint64_t>number * SLOT_BYTES
+        d[1].addr = address + DATA_AT + <uint64_t>number * SLOT_STRIDE
         d[1].next = number * EACH + 2
-        d[2].addr = address + STATUS_AT + number
+        d[2].addr = d[0].addr + STATUS_IN
         d[2].len = 1
         d[2].flags = DESC_WRITE
 

@@ -18,9 +18,12 @@ from xvd.engines.unflushed cimport unflushed
 
 cdef enum:
     RING = 512                   # descriptors: a power of two
-    EACH = 3                     # of a slot
+    EACH = 4                     # of a slot, which has three: no two share a line of the cache
     SLOTS = 128
     SLOT_BYTES = 128 << 10
+    SLOT_STRIDE = SLOT_BYTES + 4096  # at a power of two all their first pages would be in the same
+                                 # few sets of the cache
+    LINE = 64                    # of the cache
     NO_ROOM = 0xFFFF
 
 # Where things lie in a channel's area. `layout` tells it to whoever sets the server up.
@@ -29,9 +32,9 @@ cdef enum:
     AVAILABLE_AT = 16 * RING
     USED_AT = AVAILABLE_AT + 2048
     HEADERS_AT = USED_AT + 8192
-    STATUS_AT = HEADERS_AT + 16 * SLOTS
-    DATA_AT = STATUS_AT + 4096
-    AREA = DATA_AT + SLOTS * SLOT_BYTES
+    STATUS_IN = 16               # behind the header of its slot
+    DATA_AT = HEADERS_AT + LINE * SLOTS + 2048  # at a page
+    AREA = DATA_AT + SLOTS * SLOT_STRIDE
 
 # virtio 1.2, 2.7.5 and 5.2.6.
 cdef enum:
@@ -107,6 +110,7 @@ cdef struct vhost:
     uint16_t kicked              # of those, what the server was told of
     uint16_t cons                # answers taken
     uint32_t live                # 1: there is a server
+    uint32_t asked               # 1: the thread asks for an event, and hears of nothing else
     uint32_t flushing            # 1: a flush of our own is in flight
     uint32_t flush_failed        # 1: one has failed, and none of the guest's succeeds any more
     uint64_t discard_bytes       # most in one request
@@ -124,7 +128,15 @@ cdef struct vhost:
 # ---- Slots -------------------------------------------------------------------------------------
 
 cdef inline uint8_t *data_of(vhost *v, uint16_t number) noexcept nogil:
-    return v.area + DATA_AT + <size_t>number * SLOT_BYTES
+    return v.area + DATA_AT + <size_t>number * SLOT_STRIDE
+
+
+cdef inline blk_header *header_of(vhost *v, uint16_t number) noexcept nogil:
+    return <blk_header *>(v.area + HEADERS_AT + LINE * number)
+
+
+cdef inline uint8_t *status_of(vhost *v, uint16_t number) noexcept nogil:
+    return v.area + HEADERS_AT + LINE * number + STATUS_IN
 
 
 cdef inline void link(vhost *v, uint16_t number) noexcept nogil:
@@ -199,16 +211,24 @@ cdef inline void copy(vhost *v, engine_io *io, uint64_t at, uint8_t *data, uint6
 
 cdef inline void describe(vhost *v, uint16_t number, uint32_t kind, uint64_t offset,
                    uint32_t size) noexcept nogil:
-    """Fill in a slot's header, and how much of its data counts."""
-    cdef blk_header *header = <blk_header *>(v.area + HEADERS_AT) + number
+    """Fill in a slot's header, and how much of its data counts.
+
+    Descriptors that stay as they are are not written: the server has them in its cache.
+    """
+    cdef blk_header *header = header_of(v, number)
     cdef descriptor *d = v.descriptors + number * EACH
+    cdef uint16_t next = number * EACH + (1 if size else 2)
+    cdef uint16_t flags = DESC_NEXT | (DESC_WRITE if kind == BLK_IN else 0)
     header.type = kind
     header.ioprio = 0
     header.sector = offset // 512
-    d[0].next = number * EACH + (1 if size else 2)
-    d[1].len = size
-    d[1].flags = DESC_NEXT | (DESC_WRITE if kind == BLK_IN else 0)
-    v.area[STATUS_AT + number] = UNANSWERED
+    status_of(v, number)[0] = UNANSWERED
+    if d[0].next != next:
+        d[0].next = next
+    if d[1].len != size:
+        d[1].len = size
+    if d[1].flags != flags:
+        d[1].flags = flags
 
 
 cdef inline void describe_range(vhost *v, uint16_t number, uint32_t kind, uint64_t offset,

@@ -4,10 +4,10 @@
 
 The thread blocks in a single io_uring wait that covers the event channel, the storage's completions
 and a control wake-up. Before it blocks it asks the peer for an event and looks at the ring once
-more (`may_sleep`). A watchdog ends each sleep after some seconds: a lost event costs a delay, not
-the disk. While it finds nothing the next one comes twice as late, up to `WATCHDOGS_MOST` times: of
-hundreds of idle disks each wakes up once a minute. A frontend that waits for nothing can lose no
-event, and sleeps until it is woken.
+more (`may_sleep`), and so with storage that completes behind its back. A watchdog ends each sleep
+after some seconds: a lost event costs a delay, not the disk. While it finds nothing the next one
+comes twice as late, up to `WATCHDOGS_MOST` times: of hundreds of idle disks each wakes up once a
+minute. A frontend that waits for nothing can lose no event, and sleeps until it is woken.
 
 An event is acknowledged when the thread is about to sleep, and the ring is looked at after that. A
 peer that sends events with nothing behind them is heard less and less often: its next event is let
@@ -33,7 +33,7 @@ from xvd.dataplane.liburing cimport (
     io_uring_queue_exit, io_uring_queue_init, io_uring_sq_ready, io_uring_sqe,
     io_uring_sqe_set_data64, io_uring_submit, io_uring_submit_and_wait_timeout)
 from xvd.dataplane.loop.waiting cimport begin_waiting, has_work, look_on, thread_cpu_ns, wakes
-from xvd.dataplane.ports cimport completion, stepper_of
+from xvd.dataplane.ports cimport completion, engine_ports, stepper_of
 
 import errno
 import os
@@ -219,10 +219,23 @@ cdef int sleep(loop_state *s) noexcept nogil:
     return rc if rc < 0 and rc != -EINTR else 0
 
 
+cdef bint storage_has_news(loop_state *s) noexcept nogil:
+    cdef engine_ports *engine = s.stepper.engine
+    return engine != NULL and engine.peek != NULL and engine.peek(engine.ctx)
+
+
+cdef bint storage_may_sleep(loop_state *s) noexcept nogil:
+    """Whether nothing is completed, and what will be is told."""
+    cdef engine_ports *engine = s.stepper.engine
+    return engine == NULL or engine.may_sleep == NULL or engine.may_sleep(engine.ctx)
+
+
 cdef int hold_off(loop_state *s) noexcept nogil:
     """Sleep without asking for an event; 0 or -errno."""
-    cdef int rc = sleep_for(s, s.holdoff_ns)
+    cdef int rc = 0
     s.fresh = 0
+    if storage_may_sleep(s):
+        rc = sleep_for(s, s.holdoff_ns)
     reap(s)
     return 0 if rc == -ETIME or rc == -EINTR or rc > 0 else rc
 
@@ -233,7 +246,8 @@ cdef void spin(loop_state *s) noexcept nogil:
     if s.stepper.peek == NULL:
         return
     for i in range(SPINS):
-        if s.stepper.peek(s.stepper.ctx) or io_uring_cq_ready(&s.ring):
+        if (s.stepper.peek(s.stepper.ctx) or storage_has_news(s)
+                or io_uring_cq_ready(&s.ring)):
             return
         xvd_pause()
 
@@ -304,7 +318,7 @@ cdef int run(loop_state *s) noexcept nogil:
                 io_uring_submit(&s.ring)
             continue
         acknowledge(s)
-        if s.stepper.may_sleep(s.stepper.ctx):
+        if s.stepper.may_sleep(s.stepper.ctx) and storage_may_sleep(s):
             rc = wait(s)
             if rc < 0:
                 return rc
