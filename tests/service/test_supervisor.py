@@ -216,6 +216,36 @@ def test_a_worker_that_hangs_is_killed_and_followed_by_another(
     run(work(), 20)
 
 
+def test_a_domain_that_is_being_destroyed_is_still_the_same_guest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """libxl may have removed its name for a guest while its disks are still being told of."""
+    monkeypatch.setattr(supervisor, "END_S", 0.0)
+    template, rights = Template(hang), NoRights()
+    vm = "/local/domain/1/vm", "/vm/one"
+
+    async def work() -> None:
+        async with keeping(template, rights) as (keeper, store):
+            await store.write(*vm)
+            await store.write(*A_DISK)
+            await keeper.start()
+            await until(lambda: keeper.workers() != [])
+            worker = await keeper.worker_of("/vm/one")
+            looks = rights.looks
+            await store.rm(vm[0])
+            await store.write(*A_DISK)
+            await until(lambda: rights.looks > looks)
+            assert [one["guest"] for one in keeper.workers()] == ["/vm/one"]
+            assert await keeper.worker_of("/vm/one") is worker
+
+    run(work(), 20)
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(1, 10), (100, 10), (200, 20), (2000, 60)])
+def test_many_workers_are_asked_more_rarely(workers: int, seconds: float) -> None:
+    assert supervisor.ping_pause_s(workers) == seconds
+
+
 def test_directories_of_errors_go_when_they_are_empty() -> None:
     template = Template(lambda _order, _channel: 0)
 

@@ -29,6 +29,10 @@ LINGER_S: Final = 5.0
 """How long a worker without a disk is kept: one that is attached again finds it warm."""
 PING_S: Final = 10.0
 """How often a worker is asked whether its event loop runs; it looks at its disks' sizes then."""
+PING_MOST_S: Final = 60.0
+"""At most, where there are many."""
+PINGS_A_SECOND: Final = 10
+"""Of all workers together: idle ones do little else, and each is cold when it does."""
 PONG_S: Final = 15.0
 """How long it may take to say so; then it hangs, and is killed."""
 PING: Final = b"p"
@@ -48,6 +52,11 @@ _NONE: Final = "no worker for domain %s: %s"
 
 Order = Callable[[Sequence[int]], Any]
 """Makes the order of a worker for a guest's domains; see `Template.spawn`."""
+
+
+def ping_pause_s(workers: int) -> float:
+    """From one question to a worker to the next, among so many."""
+    return min(max(PING_S, workers / PINGS_A_SECOND), PING_MOST_S)
 
 
 class Rights(Protocol):
@@ -248,9 +257,12 @@ class Supervisor:
 
     async def _consider(self, domain: int) -> None:
         """Have a domain's disks served, if it has any, or no more."""
-        has = [await self._children(f"backend/{kind}/{domain}") for kind in self._kinds]
-        key = await self._key_of(domain)
+        vm, has = await self._vm_of(domain), await self._disks_of(domain)
+        if not vm and any(has):  # it may have come since then, or have gone with its disks
+            vm, has = await self._vm_of(domain), await self._disks_of(domain)
         known = self._guest_of(domain)
+        # One that is being destroyed is still the same.
+        key = vm or (known.key if known is not None else str(domain))
         if self._closing:
             return
         if known is not None and (not any(has) or known.key != key):
@@ -264,11 +276,15 @@ class Supervisor:
         elif known is not None and not await self._rights.suits(known.key, known.domains):
             known.renew()
 
-    async def _key_of(self, domain: int) -> str:
-        """Tell a guest from others: another may have had the domain's number before."""
+    async def _disks_of(self, domain: int) -> list[list[str]]:
+        return [await self._children(f"backend/{kind}/{domain}") for kind in self._kinds]
+
+    async def _vm_of(self, domain: int) -> str:
+        """Tell a guest from others: another may have had the domain's number before. Empty where
+        the toolstack says nothing, and of a domain that is gone."""
         with contextlib.suppress(XenstoreError):
-            return await self._store.try_read(f"/local/domain/{domain}/vm") or str(domain)
-        return str(domain)
+            return await self._store.try_read(f"/local/domain/{domain}/vm") or ""
+        return ""
 
     def _add(self, key: str, domain: int) -> None:
         guest = self._guests.get(key)
@@ -334,7 +350,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(OSError):  # it has ended
             while True:
-                await asyncio.sleep(PING_S)
+                await asyncio.sleep(ping_pause_s(len(self._guests)))
                 try:
                     async with asyncio.timeout(PONG_S):
                         await loop.sock_sendall(worker.channel, PING)
