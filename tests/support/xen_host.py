@@ -61,8 +61,8 @@ class Kind(enum.Enum):
     PVH = ("-t", "pvh")
     PAGES_4K = ()
     PAGES_16K = ("-K", "16k")
-    PAGES_64K = ("-K", "64k")
-    PAGES_64K_LINUX_6_1 = ("-K", "64k-6.1")
+    PAGES_64K = ("-K", "64k", "-m", "512")  # with half of that it may run out of memory
+    PAGES_64K_LINUX_6_1 = ("-K", "64k-6.1", "-m", "512")
 
 
 KINDS = list(Kind)[2:] if ON_ARM else list(Kind)[:2]
