@@ -50,8 +50,8 @@ def test_a_thread_that_never_asks_is_told_of_all(ports: ByPorts) -> None:
 
 
 def test_a_thread_that_looks_is_not_told(ports: ByPorts) -> None:
-    ports.begin_read()
     ports.may_sleep()
+    ports.begin_read()
     ports.take_once_told()
 
     for _ in range(3):
@@ -80,3 +80,15 @@ def test_a_thread_to_which_it_is_new_is_told_of_all(ports: ByPorts) -> None:
     for _ in range(2):
         ports.begin_read()
         ports.take_once_told()
+
+
+def test_a_channel_that_a_thread_had_serves_calls(qcow2: Engine) -> None:
+    channel = qcow2.open_channel()
+    ByPorts(channel).may_sleep()
+    channel.close()
+
+    found = bytearray(b"?" * 512)
+    for _ in range(2):
+        qcow2.read(memoryview(found), 0)
+
+    assert found == bytes(512)

@@ -440,6 +440,7 @@ cdef class VhostChannel:
             io.iov, io.iovcnt, io.length = &self.own_iov, 1, memory.shape[0]
         cdef bint alive = True
         with nogil:
+            attach(&self.v, NULL)        # a queue may have had it, which asked
             submit(&self.v, &io, 1)
             while alive and reap(&self.v, &done, 1) == 0:
                 alive = wait_for_answer(&self.v, dead_fd)
