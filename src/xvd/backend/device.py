@@ -66,7 +66,7 @@ from xvd.xenbus.runner import THREADS, Runtime, leave_alone
 
 STORAGE_PATIENCE_S = 5.0
 """How long the end of a disk waits for storage that does not answer."""
-OFFER_S = 3.0
+OFFER_S = 1.0
 """How long storage is being opened before the disk is offered: libxl waits for that, for 10 s."""
 BUSY_S = 0.5
 """How long after storage that somebody else has is tried again."""

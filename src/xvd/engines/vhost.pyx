@@ -33,8 +33,8 @@ from xvd.engines.vring cimport (
     AREA, AVAILABLE_AT, BLK_DISCARD, BLK_FLUSH, BLK_IN, BLK_OUT, DATA_AT, DESC_NEXT, DESC_WRITE,
     DESCRIPTORS_AT, EACH, HEADERS_AT, LINE, NO_ROOM, RING, SLOT_BYTES, SLOT_STRIDE, SLOTS,
     STATUS_IN, STATUS_OK, STATUS_UNSUPPORTED, UNANSWERED, USED_AT, ZEROES_ASKED_FOR,
-    ZEROES_WRITTEN, blk_header, copy, data_of, describe, describe_range, describe_zeroes, descriptor,
-    kick, publish, slot, status_of, take_slot, unlink, used_entry, vhost, written)
+    ZEROES_WRITTEN, blk_header, copy, data_of, describe, describe_range, describe_zeroes,
+    descriptor, kick, publish, slot, status_of, take_slot, unlink, used_entry, vhost, written)
 
 import os
 
