@@ -216,6 +216,36 @@ def test_a_worker_that_hangs_is_killed_and_followed_by_another(
     run(work(), 20)
 
 
+class Outgrown(NoRights):
+    """What a worker has is not enough any more once it is outgrown."""
+
+    outgrown = False
+
+    async def suits(self, _guest: str, _domains: Sequence[int]) -> bool:
+        return not self.outgrown
+
+
+def test_a_worker_that_lingers_is_exchanged_for_a_disk_that_needs_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "END_S", 0.0)
+    template, rights = Template(hang), Outgrown()
+
+    async def work() -> None:
+        async with keeping(template, rights) as (keeper, store):
+            await store.write(*A_DISK)
+            await keeper.start()
+            await until(lambda: keeper.workers() != [])
+            worker = await keeper.worker_of("1")
+            await store.rm("backend/vbd/1")
+            await until(lambda: keeper.workers()[0]["domains"] == [])
+            rights.outgrown = True
+            await store.write(*A_DISK)
+            await worker.ended
+
+    run(work(), 20)
+
+
 def test_a_domain_that_is_being_destroyed_is_still_the_same_guest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -272,8 +272,9 @@ class Supervisor:
             known.changed.set()
             known = None
         if any(has) and known is None:
-            self._add(key, domain)
-        elif known is not None and not await self._rights.suits(known.key, known.domains):
+            known = self._add(key, domain)
+        # Also where a worker that lingers is found again: it may have been for another kind of disk.
+        if known is not None and not await self._rights.suits(known.key, known.domains):
             known.renew()
 
     async def _disks_of(self, domain: int) -> list[list[str]]:
@@ -286,16 +287,17 @@ class Supervisor:
             return await self._store.try_read(f"/local/domain/{domain}/vm") or ""
         return ""
 
-    def _add(self, key: str, domain: int) -> None:
+    def _add(self, key: str, domain: int) -> _Guest:
         guest = self._guests.get(key)
         if guest is None:
             guest = self._guests[key] = _Guest(key, [domain], limit=LogLimit(Domid(domain)))
             guest.task = asyncio.create_task(self._keep(guest))
-            return
+            return guest
         guest.domains.append(domain)
         if domain not in guest.told:
             guest.renew()
         guest.changed.set()
+        return guest
 
     # ---- Its worker ----
 
