@@ -34,9 +34,7 @@ def rbd(tmp_path: Path, requires_tool: Tool) -> Iterator[Engine]:
         engine.close()
 
 
-@pytest.fixture(
-    params=["qcow2", pytest.param("rbd", marks=[pytest.mark.slow, pytest.mark.tools])]
-)
+@pytest.fixture(params=["qcow2", pytest.param("rbd", marks=[pytest.mark.slow, pytest.mark.tools])])
 def ports(request: pytest.FixtureRequest) -> Iterator[ByPorts]:
     channel = request.getfixturevalue(request.param).open_channel()
     yield ByPorts(channel)
