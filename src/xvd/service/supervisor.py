@@ -273,7 +273,7 @@ class Supervisor:
             known = None
         if any(has) and known is None:
             known = self._add(key, domain)
-        # Also where a worker that lingers is found again: its last disk may have been of another kind.
+        # Also of one that lingers: its last disk may have been of another kind.
         if known is not None and not await self._rights.suits(known.key, known.domains):
             known.renew()
 
