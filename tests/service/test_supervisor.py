@@ -246,6 +246,44 @@ def test_a_worker_that_lingers_is_exchanged_for_a_disk_that_needs_more(
     run(work(), 20)
 
 
+class Slow(Outgrown):
+    """It is outgrown while the first worker is being given what it has."""
+
+    equipped = 0
+
+    async def equip(
+        self, worker: Worker, guest: str, domains: Sequence[int], limit: LogLimit
+    ) -> Callable[[], Awaitable[None]]:
+        self.equipped += 1
+        if self.equipped == 1:
+            self.outgrown = True
+            looks = self.looks
+            await until(lambda: self.looks > looks)
+            self.outgrown = False
+        return await super().equip(worker, guest, domains, limit)
+
+    async def suits(self, guest: str, domains: Sequence[int]) -> bool:
+        self.looks += 1
+        return await super().suits(guest, domains)
+
+
+def test_a_worker_is_exchanged_for_a_disk_that_came_while_it_was_being_equipped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "END_S", 0.0)
+    template, rights = Template(hang), Slow()
+
+    async def work() -> None:
+        async with keeping(template, rights) as (keeper, store):
+            await store.write(*A_DISK)
+            await keeper.start()
+            await until(lambda: rights.equipped == 1)
+            await store.write(*A_DISK)
+            await until(lambda: rights.equipped == 2)
+
+    run(work(), 20)
+
+
 def test_a_domain_that_is_being_destroyed_is_still_the_same_guest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -98,10 +98,11 @@ class _Guest:
         return bool(self.domains)
 
     def renew(self) -> None:
-        """Let another worker take the place of the one that it has."""
-        if self.worker is not None and not self.renewing:
+        """Let another worker take the place of the one that it has, or is about to have."""
+        if not self.renewing:
             self.renewing = True
-            self.worker.signal(signal.SIGTERM)
+            if self.worker is not None:
+                self.worker.signal(signal.SIGTERM)
 
     def pause_s(self) -> float:
         """Count one start, and return how long it is to wait."""
@@ -323,6 +324,7 @@ class Supervisor:
     async def _serve(self, guest: _Guest, domains: tuple[int, ...]) -> None:
         """Let one worker serve a guest until it has ended. Raises OSError or `XvdError`."""
         began = time.monotonic()
+        guest.renewing = False
         worker = await self._template.spawn(self._order(domains))
         guest.told = domains
         try:
@@ -333,9 +335,10 @@ class Supervisor:
             raise
         pinging = asyncio.create_task(self._ping(guest, worker))
         try:
-            guest.worker, guest.renewing = worker, False
+            outgrown, guest.renewing = guest.renewing, False
+            guest.worker = worker
             guest.changed.set()
-            if tuple(guest.domains) != domains and guest.wanted:
+            if outgrown or (tuple(guest.domains) != domains and guest.wanted):
                 guest.renew()
             await self._until_over(guest, worker)
         finally:
